@@ -1,0 +1,55 @@
+// The contracts of the arguments. Every message names the argument, its value and the bound.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <cstdint>
+
+namespace shampoo {
+
+inline void check_at_least(const char* name, double value, double bound) {
+  TORCH_CHECK(value >= bound, "Invalid ", name, "=", value, ". Must be >= ", bound, ".");
+}
+
+inline void check_positive(const char* name, double value) {
+  TORCH_CHECK(value > 0.0, "Invalid ", name, "=", value, ". Must be > 0.");
+}
+
+// The memory of a segment, or one number for each of its blocks.
+inline void check_flat(const char* name, const at::Tensor& tensor) {
+  TORCH_CHECK(tensor.device().is_cpu(), name, " is on ", tensor.device(),
+              ", but this is the CPU kernel. Move it to the CPU.");
+  TORCH_CHECK(tensor.dim() == 1 && tensor.is_contiguous(), name,
+              " must be one-dimensional and contiguous, got shape ", tensor.sizes(),
+              " with strides ", tensor.strides(), ".");
+  TORCH_CHECK(tensor.scalar_type() == at::kFloat || tensor.scalar_type() == at::kDouble, name,
+              " has dtype ", tensor.scalar_type(), ". Must be float32 or float64.");
+}
+
+inline void check_same(const char* name, const at::Tensor& tensor, const char* other_name,
+                       const at::Tensor& other) {
+  check_flat(name, tensor);
+  TORCH_CHECK(tensor.scalar_type() == other.scalar_type(), name, " has dtype ",
+              tensor.scalar_type(), " but ", other_name, " has ", other.scalar_type(),
+              ". Both must be the same.");
+}
+
+inline void check_length(const char* name, const at::Tensor& tensor, const char* table,
+                         int64_t needed) {
+  TORCH_CHECK(tensor.numel() >= needed, name, " has ", tensor.numel(), " elements but ", table,
+              " describes ", needed, ".");
+}
+
+// A table of int64 rows, read on the host.
+inline void check_table(const char* name, const at::Tensor& table, int64_t least_columns) {
+  TORCH_CHECK(table.device().is_cpu(), name, " is on ", table.device(),
+              ". Tables are read on the host: keep them on the CPU.");
+  TORCH_CHECK(table.scalar_type() == at::kLong, name, " has dtype ", table.scalar_type(),
+              ". Must be int64.");
+  TORCH_CHECK(table.dim() == 2 && table.is_contiguous() && table.size(1) >= least_columns, name,
+              " must be contiguous [rows, columns] with at least ", least_columns,
+              " columns, got shape ", table.sizes(), " with strides ", table.strides(), ".");
+}
+
+}  // namespace shampoo

@@ -1,0 +1,63 @@
+// The kernels: raw pointers and sizes, no tensors. Arguments are checked by bindings.cpp.
+// Names and meanings are those of kernels/reference.py; every kernel passes once over its memory.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "blocks.h"
+
+namespace shampoo {
+
+// Elements that a thread must have to be worth waking, and of which a temporary stays in L1.
+constexpr int64_t kGrain = 32768;
+constexpr int64_t kChunk = 1024;
+
+// a * b + c, rounded once where the hardware can; a call into libm elsewhere would be far slower.
+inline float fused(float a, float b, float c) {
+#ifdef FP_FAST_FMAF
+  return std::fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+inline double fused(double a, double b, double c) {
+#ifdef FP_FAST_FMA
+  return std::fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// One row of the table `runs`.
+struct Run {
+  int64_t count;
+  int64_t size;
+};
+
+struct Moments {
+  double beta1, correction1, beta2, weight2, correction2, eps;
+  bool normalized;
+};
+
+struct Move {
+  double lr, weight_decay, mu;
+  bool nesterov;
+};
+
+template <class Flat>
+void gather_blocks(Flat* out, const std::vector<Source>& sources, const std::vector<Tile>& tiles,
+                   double alpha, bool accumulate);
+
+// `exp_avg`, `exp_avg_sq` and `direction` may be null; `direction` may be `grad`.
+template <class Flat, class Norm>
+void graft_moments(Flat* exp_avg, Flat* exp_avg_sq, Flat* direction, Norm* norm, const Flat* grad,
+                   const std::vector<Run>& runs, const Moments& moments);
+
+// `momentum` may be null.
+template <class Flat>
+void update_blocks(const std::vector<Source>& params, Flat* momentum, const Flat* direction,
+                   const Flat* scale, const std::vector<Tile>& tiles, const Move& move);
+
+}  // namespace shampoo

@@ -1,0 +1,86 @@
+// Replaces mul by the scale, mul_, add_ and a strided copy_ for every tile.
+#include <ATen/Parallel.h>
+
+#include <type_traits>
+
+#include "dtypes.h"
+#include "kernels.h"
+
+namespace shampoo {
+namespace {
+
+// Moves `count` weights, in the order of roundings of the reference: scalars and products that
+// touch only flat tensors in Flat, the rest in Wide.
+template <class Wide, class Flat>
+struct Step {
+  Flat lr, mu;
+  Wide wide_lr, decay, kept;
+  bool nesterov;
+
+  explicit Step(const Move& move)
+      : lr(static_cast<Flat>(move.lr)),
+        mu(static_cast<Flat>(move.mu)),
+        wide_lr(static_cast<Wide>(move.lr)),
+        decay(static_cast<Wide>(move.weight_decay)),
+        kept(static_cast<Wide>(1.0 - move.lr * move.weight_decay)),
+        nesterov(move.nesterov) {}
+
+  void operator()(Wide* __restrict weight, Flat* __restrict momentum,
+                  const Flat* __restrict direction, Flat scale, int64_t count) const {
+    if (!momentum) {
+      for (int64_t i = 0; i < count; ++i)
+        weight[i] = weight[i] * kept - static_cast<Wide>(lr * (direction[i] * scale));
+    } else if (nesterov) {
+      for (int64_t i = 0; i < count; ++i) {
+        const Wide step = static_cast<Wide>(direction[i] * scale) + decay * weight[i];
+        momentum[i] = static_cast<Flat>(static_cast<Wide>(momentum[i] * mu) + step);
+        weight[i] -= wide_lr * (step + static_cast<Wide>(mu * momentum[i]));
+      }
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        const Wide step = static_cast<Wide>(direction[i] * scale) + decay * weight[i];
+        momentum[i] = static_cast<Flat>(static_cast<Wide>(momentum[i] * mu) + step);
+        weight[i] -= static_cast<Wide>(lr * momentum[i]);
+      }
+    }
+  }
+};
+
+}  // namespace
+
+template <class Flat>
+void update_blocks(const std::vector<Source>& params, Flat* momentum, const Flat* direction,
+                   const Flat* scale, const std::vector<Tile>& tiles, const Move& move) {
+  const int64_t total = tiles.back().ordinal + tiles.back().numel();
+  at::parallel_for(0, total, kGrain, [&](int64_t begin, int64_t end) {
+    visit_tiles(
+        tiles, params, begin, end,
+        [&](const Source& source, int64_t block, int64_t element, int64_t stride, int64_t flat,
+            int64_t count) {
+          with_type(source, element, [&](auto* weight) {
+            using Param = std::remove_pointer_t<decltype(weight)>;
+            using Wide = std::conditional_t<std::is_same_v<Param, double>, double, Flat>;
+            const Step<Wide, Flat> step(move);
+            Flat* buffer = momentum ? momentum + flat : nullptr;
+            if constexpr (std::is_same_v<Param, Wide>) {
+              if (stride == 1) return step(weight, buffer, direction + flat, scale[block], count);
+            }
+            Wide chunk[kChunk];
+            for (int64_t i = 0; i < count; i += kChunk) {
+              const int64_t length = std::min(kChunk, count - i);
+              load_run(chunk, weight + i * stride, stride, length);
+              step(chunk, buffer ? buffer + i : nullptr, direction + flat + i, scale[block],
+                   length);
+              store_run(weight + i * stride, chunk, stride, length);
+            }
+          });
+        });
+  });
+}
+
+template void update_blocks(const std::vector<Source>&, float*, const float*, const float*,
+                            const std::vector<Tile>&, const Move&);
+template void update_blocks(const std::vector<Source>&, double*, const double*, const double*,
+                            const std::vector<Tile>&, const Move&);
+
+}  // namespace shampoo

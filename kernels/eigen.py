@@ -1,0 +1,62 @@
+"""Inverse p-th roots by eigendecomposition in float64: exact, general and slow."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def eigen_root_(
+    root: Tensor, ridge: Tensor, factor: Tensor, p: float, eps: float, relative_eps: float
+) -> None:
+    """``root = (A + ridge I)^(-1/p)`` with ``ridge = max(eps, relative_eps * ||A||_S4)``.
+
+    Negative eigenvalues are rounding errors: they are shifted to zero, and the shift is part of the
+    ridge that was used. Without any ridge the root is the pseudo-inverse's: eigenvalues up to
+    n * machine epsilon * lambda_max become 0. A matrix that is not finite, or that LAPACK gives up
+    on, comes out as NaN and leaves the others alone.
+
+    Args:
+        root: [B, n, n], written; bitwise symmetric.
+        ridge: [B] float64, written.
+        factor: [B, n, n], symmetric, read only.
+        p: The root, any real number > 0.
+        eps: Absolute ridge.
+        relative_eps: Relative ridge.
+
+    """
+    finite = factor.isfinite().all(dim=2).all(dim=1)
+    values, vectors = _decompose(torch.where(finite[:, None, None], factor, 0.0).double())
+    largest = values.abs().amax(dim=1)
+    unit = torch.where(largest > 0, largest, 1.0)
+    norm = unit * torch.linalg.vector_norm(values / unit[:, None], ord=4, dim=1)
+    torch.clamp(relative_eps * norm, min=eps, out=ridge)
+    if eps == 0 and relative_eps == 0:
+        cutoff = factor.shape[-1] * torch.finfo(factor.dtype).eps * largest
+        powers = torch.where(values > cutoff[:, None], values ** (-1 / p), 0.0)
+    else:
+        ridge.sub_(values.amin(dim=1).clamp(max=0))
+        powers = (values + ridge[:, None]) ** (-1 / p)
+    powers.masked_fill_(~finite[:, None], torch.nan)
+    product = torch.bmm(vectors * powers[:, None, :], vectors.mT)
+    root.copy_(torch.add(product, product.mT).mul_(0.5))
+
+
+def _decompose(stack: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors, NaN for the matrices that do not converge."""
+    try:
+        return eigh(stack)
+    except torch.linalg.LinAlgError:
+        if len(stack) == 1:
+            return torch.full_like(stack[:, 0], torch.nan), torch.full_like(stack, torch.nan)
+    # Halving finds the failing matrices in few calls.
+    middle = len(stack) // 2
+    halves = _decompose(stack[:middle]), _decompose(stack[middle:])
+    values, vectors = zip(*halves, strict=True)
+    return torch.cat(values), torch.cat(vectors)
+
+
+def eigh(stack: Tensor) -> tuple[Tensor, Tensor]:
+    """``torch.linalg.eigh`` of a stack."""
+    values, vectors = torch.linalg.eigh(stack)
+    return values, vectors

@@ -1,0 +1,140 @@
+"""Inverse p-th roots by a coupled iteration of fixed length: matrix products and nothing else.
+
+T = c0 I + c1 M + c2 M^2;  X <- X T;  M <- T^p M, from X = I and M = (A + ridge I) / bound. The
+coefficients are cushioned minimax polynomials (shampoo/coefficients.json), so the length is known
+before the first product: no convergence test, and nothing to read back from the device. Products
+are full ones and only two are symmetrised: the first update of M, which is taken in float64
+because it decides the accuracy of the root, and the second.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Schedule = tuple[tuple[float, float, float], ...]
+
+
+def minimax_root_(
+    root: Tensor,
+    ridge: Tensor,
+    factor: Tensor,
+    p: int,
+    eps: float,
+    relative_eps: float,
+    schedule: Schedule,
+) -> None:
+    """``root = (A + ridge I)^(-1/p)`` with ``ridge = max(eps, relative_eps * ||A||_S4)``.
+
+    Args:
+        root: [B, n, n], written; bitwise symmetric.
+        ridge: [B] float64, written.
+        factor: [B, n, n], symmetric, read only.
+        p: The root, an integer.
+        eps: Absolute ridge.
+        relative_eps: Relative ridge; the schedule must reach down to it.
+        schedule: (c0, c1, c2) of every step.
+
+    """
+    pool = _Pool(factor)
+    largest = torch.linalg.vector_norm(factor, torch.inf, dim=(1, 2)).double()
+    # A power of two: dividing by it is exact, and neither A^2 nor its norm can overflow.
+    scale = torch.where(largest > 0, torch.exp2(torch.floor(torch.log2(largest))), 1.0)
+    S = torch.div(factor, _column(scale, factor), out=pool.take())
+    X = torch.bmm(S, S, out=pool.take())
+    # By rows first: one float32 sum over a large matrix is wrong by up to a per cent.
+    norm = torch.linalg.vector_norm(torch.linalg.vector_norm(X, dim=2).double(), dim=1).sqrt()
+    rho = torch.maximum(relative_eps * norm, eps / scale)
+    ridge.copy_(rho * scale)
+    bound = norm + rho  # >= lambda_max, so the spectrum of M lies in [low, 1]
+    low = rho / bound
+
+    # Step 0, written in S and S^2:  M = S / bound + low I
+    c0, c1, c2 = schedule[0]
+    X.mul_(_column(c2 / bound**2, X)).addcmul_(S, _column((c1 + 2 * c2 * low) / bound, S))
+    _add_identity_(X, c0 + c1 * low + c2 * low**2)
+    M = _first_update(X, p, S, bound, low, pool)
+
+    for k, (c0, c1, c2) in enumerate(schedule[1:], 1):
+        T = pool.take()
+        if c2 != 0.0:
+            torch.baddbmm(M, M, M, beta=c1, alpha=c2, out=T)
+        else:
+            torch.mul(M, c1, out=T)
+        _add_identity_(T, c0)
+        X = pool.product(X, T, spent=X)
+        if k + 1 < len(schedule):
+            P = _power(T, p, pool)
+            M = pool.product(P, M, spent=M)
+            if k == 1:
+                M = _symmetrise(M, pool)
+            if P is not T:
+                pool.give(P)
+        pool.give(T)
+
+    torch.add(X, X.mT, out=root)
+    root.mul_(_column(0.5 * (bound * scale) ** (-1 / p), root))
+
+
+class _Pool:
+    """Buffers of one shape that are written again and again, so that they stay in the cache."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.free: list[Tensor] = []
+
+    def take(self) -> Tensor:
+        return self.free.pop() if self.free else torch.empty_like(self.like)
+
+    def give(self, buffer: Tensor) -> None:
+        self.free.append(buffer)
+
+    def product(self, left: Tensor, right: Tensor, spent: Tensor | None = None) -> Tensor:
+        out = torch.bmm(left, right, out=self.take())
+        if spent is not None:
+            self.give(spent)
+        return out
+
+
+def _power(T: Tensor, p: int, pool: _Pool) -> Tensor:
+    """T^p by binary powering: a new buffer, or T itself for p = 1. T is left as it is."""
+    out, square = None, T
+    while True:
+        if p & 1:
+            spent = None if out is None or out is T else out
+            out = square if out is None else pool.product(out, square, spent)
+        p >>= 1
+        if not p:
+            assert out is not None
+            if square is not out and square is not T:
+                pool.give(square)
+            return out
+        kept = square is T or square is out
+        square = pool.product(square, square, None if kept else square)
+
+
+def _first_update(T: Tensor, p: int, S: Tensor, bound: Tensor, low: Tensor, pool: _Pool) -> Tensor:
+    """(T^p M + M T^p) / 2 in float64, M = S / bound + low I unrounded. S is given up."""
+    P = _power(T, p, pool)
+    M = S.double().mul_((0.5 / bound)[:, None, None])
+    _add_identity_(M, 0.5 * low)
+    product = torch.bmm(P.double(), M)
+    torch.add(product, product.mT, out=M)
+    if P is not T:
+        pool.give(P)
+    return S.copy_(M)
+
+
+def _symmetrise(M: Tensor, pool: _Pool) -> Tensor:
+    out = torch.add(M, M.mT, out=pool.take()).mul_(0.5)
+    pool.give(M)
+    return out
+
+
+def _add_identity_(stack: Tensor, value: float | Tensor) -> None:
+    diagonal = stack.diagonal(dim1=1, dim2=2)
+    diagonal.add_(value[:, None] if isinstance(value, Tensor) else value)
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(like.dtype)[:, None, None]

@@ -1,0 +1,186 @@
+"""Every op in plain PyTorch: what it means, on any device.
+
+A *segment* is a run of blocks that lie one after another in flat tensors of one dtype. Three small
+CPU tables describe it:
+
+``tiles`` ``[T, 2 + 4 K]`` int64, one row per tile, a tile being a grid of equal blocks of one
+    tensor: ``source, offset, dims, start, grid, extent``, the last four of length K each (padded in
+    front with 1, 0, 1, 1). ``dims`` is the merged shape of tensor ``source``; block ``g`` of the
+    grid is the box of extent ``extent`` at ``start + g * extent`` in it, and the blocks lie in the
+    segment from element ``offset`` on, row-major in the grid.
+``runs`` ``[R, 2]`` int64: consecutive blocks of equal size, ``count, size``.
+
+Merged shapes are logical: tensors may have any strides, and are never asked for a view that can
+fail. Shapes: B blocks, d_1 .. d_o the sizes of one block.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+
+def _tile_rows(
+    tiles: Tensor,
+) -> Iterator[tuple[int, int, list[int], list[int], list[int], list[int]]]:
+    order = (tiles.shape[1] - 2) // 4
+    for source, offset, *box in tiles.tolist():
+        dims, start, grid, extent = (box[i * order : (i + 1) * order] for i in range(4))
+        yield source, offset, dims, start, grid, extent
+
+
+def _blocks_of(merged: Tensor, start: list[int], grid: list[int], extent: list[int]) -> Tensor:
+    """The tile as a strided view ``[*grid, *extent]`` of a tensor of the merged shape."""
+    order = len(grid)
+    for mode in range(order):
+        merged = merged.narrow(mode, start[mode], grid[mode] * extent[mode])
+    for mode in reversed(range(order)):
+        merged = merged.unflatten(mode, (grid[mode], extent[mode]))  # type: ignore[no-untyped-call]
+    return merged.permute(*range(0, 2 * order, 2), *range(1, 2 * order, 2))
+
+
+def gather_blocks_(
+    out: Tensor, sources: Sequence[Tensor], tiles: Tensor, alpha: float, accumulate: bool
+) -> None:
+    """Copies the tiles into the segment: ``out <- alpha * blocks (+ out)``, in its dtype."""
+    for source, offset, dims, start, grid, extent in _tile_rows(tiles):
+        blocks = _blocks_of(sources[source].reshape(dims), start, grid, extent)
+        region = out.narrow(0, offset, blocks.numel()).view(blocks.shape)
+        if accumulate:
+            region.add_(blocks.to(out.dtype), alpha=alpha)
+        else:
+            region.copy_(blocks)
+            if alpha != 1.0:
+                region.mul_(alpha)
+
+
+def graft_moments_(
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    direction: Tensor | None,
+    norm: Tensor,
+    grad: Tensor,
+    runs: Tensor,
+    beta1: float,
+    correction1: float,
+    beta2: float,
+    weight2: float,
+    correction2: float,
+    eps: float,
+    normalized: bool,
+) -> None:
+    """Moves the moments by one gradient and measures the grafted direction D of every block.
+
+    ``exp_avg <- beta1 exp_avg + (1 - beta1) grad``, filtered = ``exp_avg / correction1`` (``grad``
+    where there is no ``exp_avg``); ``exp_avg_sq <- beta2 exp_avg_sq + weight2 grad^2``, of the
+    block scaled to norm 1 if ``normalized``; ``D = filtered / (sqrt(exp_avg_sq / correction2) +
+    eps)`` (filtered where there is no ``exp_avg_sq``); ``norm[b] <- |D_b|``, and
+    ``direction <- D`` if given.
+    """
+    filtered = grad
+    if exp_avg is not None:
+        exp_avg.lerp_(grad, 1.0 - beta1)
+        filtered = exp_avg / correction1
+    block = start = 0
+    for count, size in runs.tolist():
+        region = slice(start, start + count * size)
+        blocks = filtered[region].view(count, size)
+        if exp_avg_sq is not None:
+            raw = grad[region].view(count, size)
+            if normalized:
+                length = torch.linalg.vector_norm(raw, dim=1, keepdim=True, dtype=torch.float64)
+                raw = torch.where(length > 0, raw / length.to(raw.dtype), torch.zeros_like(raw))
+            square = exp_avg_sq[region].view(count, size)
+            square.mul_(beta2).addcmul_(raw, raw, value=weight2)
+            blocks = blocks / (square / correction2).sqrt_().add_(eps)
+        length = torch.linalg.vector_norm(blocks, dim=1, dtype=torch.float64)
+        norm[block : block + count].copy_(length)
+        if direction is not None:
+            direction[region].view(count, size).copy_(blocks)
+        block, start = block + count, start + count * size
+
+
+def _unfold(blocks: Tensor, mode: int) -> Tensor:
+    """``mat_k``: ``[B, d_1 .. d_o] -> [B, d_k, rest]``; a copy only for a mode in the middle."""
+    count, size = blocks.shape[0], blocks.shape[mode + 1]
+    before, after = math.prod(blocks.shape[1 : mode + 1]), math.prod(blocks.shape[mode + 2 :])
+    if after == 1:
+        return blocks.reshape(count, before, size).mT
+    return blocks.reshape(count, before, size, after).transpose(1, 2).reshape(count, size, -1)
+
+
+def gram_ema_(factor: Tensor, grad: Tensor, mode: int, beta: float, weight: float) -> None:
+    """``A_k <- beta A_k + weight mat_k(G) mat_k(G)^T``, or only the diagonal of it.
+
+    ``factor`` ``[B, d_k, d_k]``, or ``[B, d_k]`` for a diagonal mode; ``grad``
+    ``[B, d_1 .. d_o]``.
+    """
+    unfolded = _unfold(grad, mode)
+    if factor.dim() == 2:
+        factor.mul_(beta).add_(unfolded.square().sum(2), alpha=weight)
+    else:
+        factor.baddbmm_(unfolded, unfolded.mT, beta=beta, alpha=weight)
+
+
+def precondition_(out: Tensor, norm: Tensor, grad: Tensor, roots: Sequence[Tensor]) -> None:
+    """``out <- G x_1 X_1 ... x_o X_o`` and ``norm[b] <- |out_b|``.
+
+    ``out`` and ``grad`` ``[B, d_1 .. d_o]``; ``roots`` one a mode, ``[B, d_k, d_k]`` symmetric, or
+    ``[B, d_k]`` for a diagonal mode.
+    """
+    count, order = grad.shape[0], grad.dim() - 1
+    blocks = grad
+    for mode, root in enumerate(roots):
+        last = mode == order - 1
+        if root.dim() == 2:
+            shape = [count] + [root.shape[1] if k == mode else 1 for k in range(order)]
+            blocks = torch.mul(blocks, root.view(shape), out=out if last else None)
+        elif last:
+            rows = (count, -1, root.shape[1])
+            torch.bmm(blocks.reshape(rows), root, out=out.view(rows))
+        else:
+            size, sizes = root.shape[1], blocks.shape
+            before, after = math.prod(sizes[1 : mode + 1]), math.prod(sizes[mode + 2 :])
+            product = torch.bmm(root, _unfold(blocks, mode))
+            blocks = product.view(count, size, before, after).transpose(1, 2).reshape(sizes)
+    norm.copy_(torch.linalg.vector_norm(out.view(count, -1), dim=1, dtype=torch.float64))
+
+
+def update_blocks_(
+    params: Sequence[Tensor],
+    momentum: Tensor | None,
+    direction: Tensor,
+    scale: Tensor,
+    tiles: Tensor,
+    lr: float,
+    weight_decay: float,
+    mu: float,
+    nesterov: bool,
+) -> None:
+    """Moves the parameters: ``P = scale[b] * direction``, then steps 8 to 10 of the algorithm.
+
+    Without ``momentum``: ``W <- (1 - lr weight_decay) W - lr P``. With it: ``P <- P + weight_decay
+    W``, ``M <- mu M + P``, ``W <- W - lr (P + mu M if nesterov else M)``. ``weight_decay`` is
+    decoupled. Computed in the wider dtype of W and P; W is rounded once.
+    """
+    block = 0
+    for source, offset, dims, start, grid, extent in _tile_rows(tiles):
+        param, count = params[source], math.prod(grid)
+        merged = param.reshape(dims)
+        weight = _blocks_of(merged, start, grid, extent)
+        region = slice(offset, offset + weight.numel())
+        step = direction[region].view(count, -1) * scale[block : block + count, None]
+        step = step.view(weight.shape)
+        wide = weight.to(torch.promote_types(weight.dtype, step.dtype))
+        if momentum is None:
+            wide = wide * (1.0 - lr * weight_decay) - lr * step
+        else:
+            buffer = momentum[region].view(weight.shape)
+            step = step + weight_decay * wide
+            buffer.mul_(mu).add_(step)
+            wide = wide - lr * (step + mu * buffer if nesterov else buffer)
+        weight.copy_(wide)
+        if merged.untyped_storage().data_ptr() != param.untyped_storage().data_ptr():
+            param.copy_(merged.view(param.shape))
+        block += count

@@ -1,0 +1,13 @@
+"""The layout map: ``kernels/`` installs as ``shampoo.kernels`` and ``csrc/`` as ``shampoo.csrc``."""
+
+from setuptools import setup
+
+setup(
+    packages=["shampoo", "shampoo.kernels", "shampoo.csrc"],
+    package_dir={"shampoo": "shampoo", "shampoo.kernels": "kernels", "shampoo.csrc": "csrc"},
+    package_data={
+        "shampoo": ["py.typed", "*.json"],
+        "shampoo.csrc": ["*.h", "*.cpp", "*.cu", "*.cuh"],
+    },
+    include_package_data=False,
+)

@@ -1,0 +1,20 @@
+"""Distributed Shampoo for PyTorch: the AdamW line, replaced by one line."""
+
+from shampoo.errors import (
+    BlockGridMismatchError,
+    IncompleteCheckpointError,
+    NonFiniteGradientError,
+    ShampooError,
+)
+from shampoo.optimizer import Shampoo
+from shampoo.roots import inverse_root
+
+__version__ = "0.1.0"
+__all__ = [
+    "BlockGridMismatchError",
+    "IncompleteCheckpointError",
+    "NonFiniteGradientError",
+    "Shampoo",
+    "ShampooError",
+    "inverse_root",
+]

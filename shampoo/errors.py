@@ -1,0 +1,17 @@
+"""What can go wrong, by name. Bad arguments are plain ``ValueError``."""
+
+
+class ShampooError(RuntimeError):
+    """Base class of the errors this package raises while it trains or loads."""
+
+
+class NonFiniteGradientError(ShampooError):
+    """A gradient holds NaN or Inf and the group says ``nonfinite="raise"``."""
+
+
+class BlockGridMismatchError(ShampooError):
+    """State was cut into other blocks than the ones this optimizer uses."""
+
+
+class IncompleteCheckpointError(ShampooError):
+    """A checkpoint lacks blocks of a parameter that it claims to hold."""

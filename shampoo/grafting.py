@@ -1,0 +1,52 @@
+"""The methods whose step length Shampoo can borrow (algorithm.md 2.1), as a table.
+
+All ten are one formula, ``D = m / (sqrt(v / correction) + eps)``, with some of its parts left out.
+The arithmetic is :func:`shampoo.kernels.reference.graft_moments_`.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Grafting:
+    """Which parts of the formula a grafted method has."""
+
+    second_moment: bool = False  # has v at all
+    plain_sum: bool = False  # v adds up, whatever grafting_beta2 is
+    bias_corrected: bool = False  # v is divided by 1 - beta^t
+    normalized: bool = False  # v takes the gradient of each block scaled to norm 1
+    layerwise: bool = False  # the direction is rescaled to the norm of the whole parameter
+
+
+GRAFTING = {
+    "none": Grafting(),
+    "sgd": Grafting(),
+    "adagrad": Grafting(second_moment=True, plain_sum=True),
+    "rmsprop": Grafting(second_moment=True),
+    "adam": Grafting(second_moment=True, bias_corrected=True),
+    "adagrad_normalized": Grafting(second_moment=True, plain_sum=True, normalized=True),
+    "rmsprop_normalized": Grafting(second_moment=True, normalized=True),
+    "adam_normalized": Grafting(second_moment=True, bias_corrected=True, normalized=True),
+    "lars": Grafting(layerwise=True),
+    "lamb": Grafting(second_moment=True, bias_corrected=True, layerwise=True),
+}
+
+
+@dataclass(frozen=True)
+class SecondMoment:
+    """How ``exp_avg_sq`` moves and enters the direction at one step."""
+
+    beta: float
+    weight: float
+    correction: float
+    eps: float
+    normalized: bool = False
+
+
+def second_moment(
+    beta: float, step: int, eps: float, *, corrected: bool, normalized: bool = False
+) -> SecondMoment:
+    """``v <- beta v + (1 - beta) g^2``, or ``v + g^2`` at beta = 1, then ``sqrt(v / c) + eps``."""
+    plain_sum = beta == 1.0
+    correction = 1.0 - beta**step if corrected and not plain_sum else 1.0
+    return SecondMoment(beta, 1.0 if plain_sum else 1.0 - beta, correction, eps, normalized)

@@ -1,0 +1,299 @@
+"""The hyper-parameters of one parameter group, read and checked at every step.
+
+Nothing is kept between steps: schedulers, frameworks and users write into ``param_groups``, and
+what stands there when ``step()`` is called is what counts.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from shampoo.blocking import MERGE_MODES
+from shampoo.grafting import GRAFTING, SecondMoment, second_moment
+
+LARGE_DIM_METHODS = ("blocking", "adagrad", "diagonal")
+ROOT_METHODS = ("auto", "eigh", "coupled_newton", "minimax")
+NONFINITE = ("skip", "raise")
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+def dtype_name(dtype: Any) -> Any:
+    """``torch.float32 -> "float32"``: groups hold JSON-like values, so that they load safely."""
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+
+
+def _require(valid: bool, name: str, value: Any, bound: str) -> None:
+    if not valid:
+        raise ValueError(f"Invalid {name}={value!r}. Must be {bound}.")
+
+
+def _number(group: dict[str, Any], name: str) -> float:
+    value = group[name]
+    if isinstance(value, torch.Tensor):
+        _require(value.numel() == 1, name, value, "a number or a tensor of one element")
+        return float(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    _require(is_number, name, value, "a number")
+    return float(value)
+
+
+def _betas(group: dict[str, Any]) -> tuple[float, float]:
+    betas = group["betas"]
+    is_pair = isinstance(betas, Sequence) and not isinstance(betas, str) and len(betas) == 2
+    _require(is_pair, "betas", betas, "a pair (beta1, beta2)")
+    beta1, beta2 = (_number({"betas": beta}, "betas") for beta in betas)
+    _require(0.0 <= beta1 < 1.0, "betas[0]", beta1, ">= 0.0 and < 1.0")
+    _require(0.0 < beta2 <= 1.0, "betas[1]", beta2, "> 0.0 and <= 1.0")
+    return beta1, beta2
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What decides how tensors are cut and what state they have; fixed once training began."""
+
+    max_preconditioner_dim: int
+    merge_dims: str
+    precondition_1d: bool
+    precondition: bool
+    large_dim_method: str
+    preconditioner_dtype: str
+    grafting: str
+
+    @classmethod
+    def of(cls, group: dict[str, Any]) -> "Geometry":
+        """The geometry a group asks for, unchecked."""
+        return cls(*(group[field.name] for field in fields(cls)))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all statistics: factors, roots and moments."""
+        return DTYPES[self.preconditioner_dtype]
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """One group's values as plain numbers, in the words of algorithm.md 1.2."""
+
+    geometry: Geometry
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    relative_eps: float
+    weight_decay: float
+    decoupled_weight_decay: bool
+    momentum: float
+    nesterov: bool
+    precondition_frequency: int
+    start_preconditioning_step: float  # resolved: -1 has become precondition_frequency
+    exponent_override: int | Sequence[int]
+    exponent_multiplier: float
+    bias_correction: bool
+    grafting_beta2: float
+    grafting_eps: float
+    root_method: str
+    nonfinite: str
+    maximize: bool
+
+    @classmethod
+    def read(cls, group: dict[str, Any]) -> "Hyperparameters":
+        """Reads a parameter group.
+
+        Raises:
+            ValueError: naming the first bad value, its bound and, where there is one, the remedy.
+            RuntimeError: for ``differentiable=True`` or ``capturable=True``.
+        """
+        _check_flags(group)
+        _check_choices(group)
+        beta1, beta2 = _betas(group)
+        plain_sum = GRAFTING[group["grafting"]].plain_sum
+        graft_default = group["grafting_beta2"] is None
+        grafting_beta2 = beta2 if graft_default else _number(group, "grafting_beta2")
+        values = cls(
+            geometry=Geometry.of(group),
+            lr=_number(group, "lr"),
+            beta1=beta1,
+            beta2=beta2,
+            eps=_number(group, "eps"),
+            relative_eps=_number(group, "relative_eps"),
+            weight_decay=_number(group, "weight_decay"),
+            decoupled_weight_decay=group["decoupled_weight_decay"],
+            momentum=_number(group, "momentum"),
+            nesterov=group["nesterov"],
+            precondition_frequency=group["precondition_frequency"],
+            start_preconditioning_step=_start(group),
+            exponent_override=group["exponent_override"],
+            exponent_multiplier=_number(group, "exponent_multiplier"),
+            bias_correction=group["bias_correction"],
+            grafting_beta2=1.0 if plain_sum else grafting_beta2,
+            grafting_eps=_number(group, "grafting_eps"),
+            root_method=group["root_method"],
+            nonfinite=group["nonfinite"],
+            maximize=group["maximize"],
+        )
+        values._check()
+        return values
+
+    def _check(self) -> None:
+        finite = math.isfinite
+        _require(finite(self.lr) and self.lr >= 0.0, "lr", self.lr, ">= 0.0 and finite")
+        _require(finite(self.eps) and self.eps >= 0.0, "eps", self.eps, ">= 0.0 and finite")
+        _require(
+            finite(self.relative_eps) and self.relative_eps >= 0.0,
+            "relative_eps",
+            self.relative_eps,
+            ">= 0.0 and finite",
+        )
+        pseudo = self.eps == 0.0 and self.relative_eps == 0.0
+        _require(
+            self.eps > 0.0 or (pseudo and self.root_method in ("auto", "eigh")),
+            "eps",
+            self.eps,
+            "> 0.0 (0.0 asks for the pseudo-inverse, which needs relative_eps=0.0 and"
+            ' root_method="eigh" or "auto")',
+        )
+        _require(
+            finite(self.weight_decay) and self.weight_decay >= 0.0,
+            "weight_decay",
+            self.weight_decay,
+            ">= 0.0 and finite",
+        )
+        _require(0.0 <= self.momentum < 1.0, "momentum", self.momentum, ">= 0.0 and < 1.0")
+        _require(
+            finite(self.exponent_multiplier) and self.exponent_multiplier > 0.0,
+            "exponent_multiplier",
+            self.exponent_multiplier,
+            "> 0.0 and finite",
+        )
+        _require(
+            self.exponent_multiplier == 1.0 or self.root_method in ("auto", "eigh"),
+            "root_method",
+            self.root_method,
+            f'"eigh" or "auto" when exponent_multiplier={self.exponent_multiplier} is not 1.0:'
+            " an iteration needs an integer root",
+        )
+        _require(
+            0.0 < self.grafting_beta2 <= 1.0,
+            "grafting_beta2",
+            self.grafting_beta2,
+            "> 0.0 and <= 1.0, or None for betas[1]",
+        )
+        _require(
+            finite(self.grafting_eps) and self.grafting_eps > 0.0,
+            "grafting_eps",
+            self.grafting_eps,
+            "> 0.0 and finite",
+        )
+
+    def root_power(self, order: int) -> float:
+        """p such that every factor of a block of this order is raised to ``-1/p`` (2.2)."""
+        override = self.exponent_override
+        if not isinstance(override, int):
+            override = override[order - 1] if order <= len(override) else 0
+        return (override or 2 * order) / self.exponent_multiplier
+
+    def refreshes_at(self, step: int) -> bool:
+        """Whether ``step`` is a root step (1.3, step 4)."""
+        start = self.start_preconditioning_step
+        return step == start or (step > start and step % self.precondition_frequency == 0)
+
+    def correction1(self, step: int) -> float:
+        """``c1`` of 2.3; 1 without a gradient EMA, which has nothing to correct."""
+        return 1.0 - self.beta1**step if self.bias_correction else 1.0
+
+    def correction2(self, step: int) -> float:
+        """``c2`` of 2.3; 1 for plain sums."""
+        return 1.0 - self.beta2**step if self.bias_correction and self.beta2 < 1.0 else 1.0
+
+    @property
+    def factor_weight(self) -> float:
+        """What a new gradient weighs in a factor: ``1 - beta2``, or 1 in a plain sum."""
+        return 1.0 if self.beta2 == 1.0 else 1.0 - self.beta2
+
+    def grafting_moment(self, step: int) -> SecondMoment:
+        """How the grafted method's accumulator moves at ``step`` (2.1)."""
+        kind = GRAFTING[self.geometry.grafting]
+        return second_moment(
+            self.grafting_beta2,
+            step,
+            self.grafting_eps,
+            corrected=kind.bias_corrected,
+            normalized=kind.normalized,
+        )
+
+    def diagonal_moment(self, step: int) -> SecondMoment:
+        """The same for tensors that use the "adagrad" row of 3.3: beta2, its correction, eps."""
+        return second_moment(self.beta2, step, self.eps, corrected=self.bias_correction)
+
+
+def _check_flags(group: dict[str, Any]) -> None:
+    for name in (
+        "decoupled_weight_decay",
+        "nesterov",
+        "precondition_1d",
+        "precondition",
+        "bias_correction",
+        "maximize",
+        "capturable",
+        "differentiable",
+    ):
+        _require(isinstance(group[name], bool), name, group[name], "True or False")
+    for name in ("foreach", "fused"):
+        _require(group[name] in (None, True, False), name, group[name], "None, True or False")
+    if group["differentiable"]:
+        raise RuntimeError(
+            "Shampoo does not support differentiable=True: roots are computed without autograd."
+            " Pass differentiable=False."
+        )
+    if group["capturable"]:
+        raise RuntimeError(
+            "Shampoo does not support capturable=True yet: the step decides on the host whether"
+            " gradients are finite. Pass capturable=False."
+        )
+
+
+def _check_choices(group: dict[str, Any]) -> None:
+    for name, choices in (
+        ("grafting", tuple(GRAFTING)),
+        ("merge_dims", MERGE_MODES),
+        ("large_dim_method", LARGE_DIM_METHODS),
+        ("root_method", ROOT_METHODS),
+        ("nonfinite", NONFINITE),
+        ("preconditioner_dtype", tuple(DTYPES)),
+    ):
+        _require(group[name] in choices, name, group[name], f"one of {', '.join(choices)}")
+    for name in ("max_preconditioner_dim", "precondition_frequency"):
+        value = group[name]
+        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        _require(is_count, name, value, "an integer >= 1")
+    override = group["exponent_override"]
+    powers = [override] if isinstance(override, int) else override
+    is_list = isinstance(powers, (list, tuple)) and all(
+        isinstance(power, int) and not isinstance(power, bool) and power >= 0 for power in powers
+    )
+    _require(is_list, "exponent_override", override, "an integer >= 0, or a list of them by order")
+
+
+def _start(group: dict[str, Any]) -> float:
+    start, frequency = group["start_preconditioning_step"], group["precondition_frequency"]
+    if start == -1:
+        return float(frequency)
+    is_step = isinstance(start, (int, float)) and (start == math.inf or start == int(start))
+    _require(
+        is_step and start >= frequency,
+        "start_preconditioning_step",
+        start,
+        f"-1 (means precondition_frequency), math.inf, or an integer >="
+        f" precondition_frequency={frequency}",
+    )
+    return float(start)
+
+
+def warn_about(group: dict[str, Any]) -> None:
+    """Says once, when a group is made, what has no effect."""
+    if group["nesterov"] and _number(group, "momentum") == 0.0:
+        warnings.warn("nesterov=True has no effect with momentum=0.0.", stacklevel=3)

@@ -1,0 +1,245 @@
+"""Which parameters an optimizer moves and where their blocks lie.
+
+A plan is built lazily, at the first step or by a load that brings state, because frameworks replace
+parameters after construction; it is never trusted without :meth:`Plan.is_current`. Building one is
+local and deterministic: groups, parameters and blocks in their order decide everything.
+"""
+
+import logging
+import weakref
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shampoo.errors import BlockGridMismatchError
+from shampoo.grafting import GRAFTING
+from shampoo.hyperparameters import Geometry, Hyperparameters
+from shampoo.layout import ADAGRAD, Layout
+from shampoo.segments import Selection, select
+from shampoo.stacks import MOMENTS, Arena
+
+logger = logging.getLogger(__name__)
+
+# Elements of a segment. On a CPU the gradient, its direction and the moments of a segment should
+# stay in the last level cache between the passes over them; on a GPU launches should be few.
+CPU_SEGMENT = 1 << 20
+GPU_SEGMENT = 1 << 24
+_PATTERNS = 16  # of present gradients, whose selections are kept
+
+State = MutableMapping[Tensor, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One planned parameter."""
+
+    group: int
+    position: int
+    name: str
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a parameter was when the plan was built; weak, so that a dead one is not kept alive."""
+
+    reference: weakref.ref[Tensor]
+    planned: bool
+    device: torch.device
+
+    def still(self, param: Tensor) -> bool:
+        if self.reference() is not param:
+            return False
+        if not self.planned:
+            return not _is_trained(param)
+        return param.device == self.device
+
+
+def _is_trained(param: Tensor) -> bool:
+    return param.numel() > 0 and (param.requires_grad or param.grad is not None)
+
+
+def parameter_name(group: Mapping[str, Any], group_index: int, position: int) -> str:
+    """The name a user knows the parameter by, or where it stands."""
+    names = group.get("param_names")
+    if names is not None:
+        return str(names[position])
+    shape = tuple(group["params"][position].shape)
+    return f"parameter {position} of group {group_index}, shape {shape}"
+
+
+class Plan:
+    """The arenas of all parameter groups; publishes their state.
+
+    Args:
+        groups: ``optimizer.param_groups``.
+        state: ``optimizer.state``. What it holds for a planned parameter is copied into the arenas,
+            and replaced by views of them.
+        device: where to put state instead of beside the parameters; ``"meta"`` makes a plan whose
+            views have shapes and dtypes only.
+
+    Raises:
+        BlockGridMismatchError: if a tensor of ``state`` does not fit its block.
+    """
+
+    def __init__(
+        self, groups: Sequence[dict[str, Any]], state: State, device: str | None = None
+    ) -> None:
+        self.members: list[Member] = []
+        self.arenas: list[Arena] = []
+        self._geometries = [Geometry.of(group) for group in groups]
+        self._seen: list[list[_Seen]] = []
+        self._workspaces: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._selections: dict[tuple[bool, ...], list[Selection]] = {}
+        arenas: dict[tuple[int, str, torch.device, int], Arena] = {}
+        params: list[Tensor] = []
+        for index, (group, geometry) in enumerate(zip(groups, self._geometries, strict=True)):
+            seen = []
+            for position, param in enumerate(group["params"]):
+                planned = _is_trained(param) or (param.numel() > 0 and bool(state.get(param)))
+                seen.append(_Seen(weakref.ref(param), planned, param.device))
+                if not planned:
+                    continue
+                layout = Layout.of(param.shape, geometry)
+                place = torch.device(device) if device else param.device
+                step = int(state[param]["step"]) if "step" in state.get(param, {}) else 0
+                key = (index, layout.rule, place, step)
+                if key not in arenas:
+                    arenas[key] = Arena(index, layout.rule, geometry.dtype, place, step)
+                arenas[key].add(len(self.members), layout, _segment_limit(place))
+                self.members.append(Member(index, position, parameter_name(group, index, position)))
+                params.append(param)
+            self._seen.append(seen)
+        self.arenas = list(arenas.values())
+        published: list[set[str]] = [{"step"} for _ in self.members]
+        for arena in self.arenas:
+            arena.allocate(_moments_of(arena, groups[arena.group], params, state))
+            self._publish(arena, params, state, MOMENTS, published)
+            for factors in arena.factor_stacks:
+                factors.mark_rooted()
+        for param, keys in zip(params, published, strict=True):
+            for unknown in state[param].keys() - keys:
+                del state[param][unknown]
+
+    def is_current(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether the plan still describes these groups: same parameters, same geometry."""
+        if len(groups) != len(self._seen):
+            return False
+        for group, geometry, seen in zip(groups, self._geometries, self._seen, strict=True):
+            params = group["params"]
+            if len(params) != len(seen) or Geometry.of(group) != geometry:
+                return False
+            if not all(before.still(param) for before, param in zip(seen, params, strict=True)):
+                return False
+        return True
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether no block has taken a step yet."""
+        return all(int(arena.step) == 0 for arena in self.arenas)
+
+    def params(self, groups: Sequence[dict[str, Any]]) -> list[Tensor]:
+        """The planned parameters, in plan order."""
+        return [groups[member.group]["params"][member.position] for member in self.members]
+
+    def add_missing_moments(
+        self,
+        groups: Sequence[dict[str, Any]],
+        hyperparameters: Sequence[Hyperparameters],
+        state: State,
+    ) -> None:
+        """Makes the buffers that a change of betas or momentum has called for since the build."""
+        for arena in self.arenas:
+            values = hyperparameters[arena.group]
+            for name, needed in (("exp_avg", values.beta1 > 0), ("momentum", values.momentum > 0)):
+                if needed and name not in arena.moments:
+                    arena.add_moment(name)
+                    published = [set[str]() for _ in self.members]
+                    self._publish(arena, self.params(groups), state, (name,), published)
+                    self._selections.clear()
+
+    def select(self, present: tuple[bool, ...]) -> list[Selection]:
+        """The segments of every arena in which some parameter has a gradient."""
+        if present not in self._selections:
+            if len(self._selections) >= _PATTERNS:
+                self._selections.pop(next(iter(self._selections)))
+            self._selections[present] = [
+                select(
+                    arena,
+                    present,
+                    self._workspace(arena),
+                    _segment_limit(arena.device),
+                    shared=not self.is_layerwise(arena),
+                )
+                for arena in self.arenas
+            ]
+        return self._selections[present]
+
+    def is_layerwise(self, arena: Arena) -> bool:
+        """Whether directions are rescaled over whole parameters: LARS and LAMB."""
+        grafting = GRAFTING[self._geometries[arena.group].grafting]
+        return grafting.layerwise and arena.rule != ADAGRAD
+
+    def _workspace(self, arena: Arena) -> Tensor:
+        """``[2, W]``, shared by all arenas of a device and dtype."""
+        needed = max(
+            arena.numel
+            if self.is_layerwise(arena)
+            else max(
+                _segment_limit(arena.device),
+                *(placed.numel for stack in arena.stacks for placed in stack.placements),
+            )
+            for arena in self.arenas
+        )
+        needed = min(needed, max(arena.numel for arena in self.arenas))
+        key = (arena.device, arena.dtype)
+        if key not in self._workspaces:
+            self._workspaces[key] = torch.empty(2, needed, dtype=arena.dtype, device=arena.device)
+        return self._workspaces[key]
+
+    def _publish(
+        self,
+        arena: Arena,
+        params: Sequence[Tensor],
+        state: State,
+        moments: Sequence[str],
+        published: list[set[str]],
+    ) -> None:
+        """Copies what ``state`` holds into the arena and puts views of the arena in its place."""
+        for member in arena.members:
+            state.setdefault(params[member], {})["step"] = arena.step
+        for member, key, view in arena.views(moments):
+            entries = state[params[member]]
+            if key in entries:
+                if entries[key].shape != view.shape:
+                    raise BlockGridMismatchError(
+                        f"{self.members[member].name}: {key} has shape"
+                        f" {tuple(entries[key].shape)}, but this optimizer cuts it to"
+                        f" {tuple(view.shape)}. max_preconditioner_dim, merge_dims and the other"
+                        " arguments that decide the blocks cannot change once training has begun:"
+                        " set them back, or build a new optimizer."
+                    )
+                view.copy_(entries[key])
+            entries[key] = view
+            published[member].add(key)
+
+
+def _segment_limit(device: torch.device) -> int:
+    return CPU_SEGMENT if device.type in ("cpu", "meta") else GPU_SEGMENT
+
+
+def _moments_of(
+    arena: Arena, group: dict[str, Any], params: Sequence[Tensor], state: State
+) -> list[str]:
+    """The buffers an arena needs: by its group's values, or because a checkpoint brings them."""
+    is_needed = {
+        "exp_avg": float(group["betas"][0]) > 0,
+        "exp_avg_sq": arena.rule == ADAGRAD or GRAFTING[group["grafting"]].second_moment,
+        "momentum": float(group["momentum"]) > 0,
+    }
+    brought = {
+        key.rpartition(".")[2] for member in arena.members for key in state.get(params[member], {})
+    }
+    return [name for name in MOMENTS if is_needed[name] or name in brought]

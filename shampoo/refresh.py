@@ -1,0 +1,160 @@
+"""New roots for the optimizer's factors: each is probed, and what fails climbs a ladder.
+
+A factor whose root does not pass keeps its previous root, is retried with ten times the ridge, then
+with a float64 eigendecomposition. On the CPU all of this happens within one refresh. On a GPU the
+host must not wait for the probe: flags travel to it while training goes on, and the next refresh
+repairs what they name.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from shampoo.probe import healthy
+from shampoo.solver import chunks, solve_
+
+logger = logging.getLogger(__name__)
+
+_PASSED, _REPAIRED, _FAILED = 0, 1, 2  # outcome of a matrix in one refresh
+_EIGH = 2  # the last rung; rung 1 is the larger ridge
+_RIDGE_GROWTH = 10.0
+
+
+class PendingFlags:
+    """Outcomes of one stack's last refresh on their way to the host. Not part of any checkpoint."""
+
+    def __init__(self) -> None:
+        self._outcome: Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
+        self._rung: Tensor | None = None  # [K], on the host
+
+    def send(self, outcome: Tensor) -> None:
+        """Starts the copy of the outcomes, [K] uint8, without waiting for them."""
+        if outcome.device.type != "cuda":
+            self._outcome, self._arrived = outcome.clone(), None
+            return
+        self._outcome = torch.empty(outcome.shape, dtype=outcome.dtype, pin_memory=True)
+        self._outcome.copy_(outcome, non_blocking=True)
+        self._arrived = torch.cuda.Event()
+        self._arrived.record()
+
+    def receive(self, count: int) -> Tensor:
+        """The rung on which each of ``count`` matrices must be retried, [K] on the host."""
+        if self._rung is None or len(self._rung) != count:
+            self._rung = torch.zeros(count, dtype=torch.int64)
+        outcome = self._outcome
+        if outcome is None or len(outcome) != count:
+            return self._rung
+        if self._arrived is not None and not self._arrived.query():
+            return self._rung
+        self._outcome = None
+        _warn(int((outcome == _FAILED).sum()), count)
+        climbed = (self._rung + (outcome == _FAILED).long()).clamp(min=1, max=_EIGH)
+        self._rung = torch.where(outcome == _PASSED, 0, climbed)
+        return self._rung
+
+
+@torch.no_grad()
+def refresh_roots_(
+    root: Tensor,
+    factor: Tensor,
+    failures: Tensor,
+    rooted: Tensor,
+    *,
+    p: float,
+    correction: float,
+    eps: float,
+    relative_eps: float,
+    method: str,
+    pending: PendingFlags | None = None,
+) -> None:
+    """``root = (factor / correction + ridge I)^(-1/p)``, where that gives a root fit for use.
+
+    Never raises for a bad matrix: it keeps its previous root and is counted.
+
+    Args:
+        root: [K, n, n], in and out; all zero where there is none yet.
+        factor: [K, n, n], read only.
+        failures: [K] int32, in and out: consecutive refreshes that failed.
+        rooted: [K] bool, in and out: whether there is a root.
+        p: The root, > 0.
+        correction: Divides the factor; the bias correction of its average.
+        eps: Absolute ridge.
+        relative_eps: Relative ridge.
+        method: As in ``inverse_root``.
+        pending: On a GPU, the object that remembers this stack's flags between refreshes; without
+            one a failing matrix is not retried there. Not used on the CPU.
+
+    """
+    if factor.numel() == 0:
+        return
+    count = len(factor)
+    outcome = torch.empty(count, dtype=torch.uint8, device=factor.device)
+    for rows in chunks(factor):
+        ok = _attempt(root[rows], factor[rows], p, correction, eps, relative_eps, method)
+        outcome[rows] = torch.where(ok, _PASSED, _FAILED).to(torch.uint8)
+
+    def retry(which: Tensor, rung: int) -> None:
+        """Rows that failed: ``which`` is a list of indices on the device of the stack."""
+        step = next(chunks(factor)).stop
+        growth = _RIDGE_GROWTH if rung < _EIGH else 1.0
+        solver = method if rung < _EIGH else "eigh"
+        for part in which.split(step):
+            candidate = root[part]
+            ridges = eps * growth, relative_eps * growth
+            ok = _attempt(candidate, factor[part], p, correction, *ridges, solver)
+            ok &= outcome[part] == _FAILED
+            root[part] = torch.where(ok[:, None, None], candidate, root[part])
+            outcome[part] = torch.where(ok, _REPAIRED, outcome[part])
+
+    if factor.device.type == "cpu":
+        for rung in range(1, _EIGH + 1):
+            failed = (outcome == _FAILED).nonzero()[:, 0]
+            if len(failed) == 0:
+                break
+            retry(failed, rung)
+        _warn(int((outcome == _FAILED).sum()), count)
+    elif pending is not None:
+        rungs = pending.receive(count)
+        for rung in range(1, _EIGH + 1):
+            flagged = (rungs == rung).nonzero()[:, 0]
+            if len(flagged) > 0:
+                retry(flagged.to(factor.device), rung)
+        pending.send(outcome)
+
+    failed = outcome == _FAILED
+    failures.copy_(torch.where(failed, failures + 1, 0))
+    rooted.logical_or_(~failed)
+
+
+def _attempt(
+    root: Tensor,
+    factor: Tensor,
+    p: float,
+    correction: float,
+    eps: float,
+    relative_eps: float,
+    method: str,
+) -> Tensor:
+    """Solves a chunk and writes the roots that pass the probe; which, [B] bool."""
+    if correction != 1.0:
+        factor = factor / correction
+    candidate = torch.empty_like(root)
+    ridge = torch.empty(len(factor), dtype=torch.float64, device=factor.device)
+    solve_(candidate, ridge, factor, p, eps, relative_eps, method)
+    ok = healthy(candidate, factor, ridge, p)
+    root.copy_(torch.where(ok[:, None, None], candidate, root))
+    return ok
+
+
+def _warn(failed: int, count: int) -> None:
+    if failed:
+        logger.warning(
+            "%d of %d inverse roots failed the probe with every solver (a factor that is not finite "
+            "or far from positive definite): they keep their previous root.",
+            failed,
+            count,
+        )

@@ -1,0 +1,109 @@
+"""Which root solver runs, on which rows, and what it accepts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from shampoo.kernels.diagonal import diagonal_root_
+from shampoo.kernels.eigen import eigen_root_
+from shampoo.kernels.minimax import minimax_root_
+from shampoo.kernels.newton import newton_root_
+from shampoo.precision import full_precision
+from shampoo.schedule import minimax_schedule, smallest_relative_eps, tabulated_powers
+
+ROOT_METHODS = ("auto", "eigh", "coupled_newton", "minimax")
+
+_CPU_CHUNK = 2 << 20  # bytes of a stack worked on at a time: its buffers stay in the cache
+_GPU_CHUNK = 256 << 20  # bounds the temporary memory
+_SMALL = 24  # up to this n, float64 eigh beats the launch cost of a chain of products on a CPU
+
+
+def solve_(
+    root: Tensor,
+    ridge: Tensor,
+    factor: Tensor,
+    p: float,
+    eps: float,
+    relative_eps: float,
+    method: str,
+) -> None:
+    """Writes the roots of one chunk, [B, n, n], and the ridges they were taken with, [B]."""
+    if factor.numel() == 0:
+        return
+    method = choose_method(factor, p, eps, relative_eps, method)
+    with full_precision(factor.device):
+        if method == "minimax":
+            schedule = minimax_schedule(int(p), relative_eps)
+            minimax_root_(root, ridge, factor, int(p), eps, relative_eps, schedule)
+        elif method == "coupled_newton":
+            newton_root_(root, ridge, factor, int(p), eps, relative_eps)
+        else:
+            eigen_root_(root, ridge, factor, p, eps, relative_eps)
+        diagonal_root_(root, ridge, factor, p, eps, relative_eps)
+
+
+def choose_method(factor: Tensor, p: float, eps: float, relative_eps: float, method: str) -> str:
+    """What ``"auto"`` stands for; the other methods stand for themselves."""
+    if method != "auto":
+        return method
+    if factor.dtype != torch.float32 or p not in tabulated_powers():
+        return "eigh"
+    if relative_eps < smallest_relative_eps(int(p)):
+        return "eigh"  # the schedules would saturate
+    if factor.device.type == "cpu" and factor.shape[-1] <= _SMALL:
+        return "eigh"
+    return "minimax"
+
+
+def chunks(stack: Tensor) -> Iterator[slice]:
+    """Rows of a stack that are worked on together."""
+    count, n, _ = stack.shape
+    size = _CPU_CHUNK if stack.device.type == "cpu" else _GPU_CHUNK
+    length = max(1, size // max(1, n * n * stack.element_size()))
+    for start in range(0, count, length):
+        yield slice(start, min(start + length, count))
+
+
+def check_stack(A: Tensor) -> None:
+    """Refuses what is not a stack of square float32 or float64 matrices."""
+    if A.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"Invalid dtype {A.dtype}. Must be torch.float32 or torch.float64: convert A first."
+        )
+    if A.ndim != 3 or A.shape[1] != A.shape[2]:
+        raise ValueError(
+            f"Invalid shape {tuple(A.shape)}. Must be [B, n, n]: one matrix is A[None]."
+        )
+
+
+def check_damping(eps: float, relative_eps: float, method: str) -> None:
+    """Refuses ridges that are negative, not finite, or both zero where a ridge is needed."""
+    for name, value in (("eps", eps), ("relative_eps", relative_eps)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"Invalid {name}={value}. Must be finite and >= 0.0.")
+    if eps == 0 and relative_eps == 0 and method not in ("auto", "eigh"):
+        raise ValueError(
+            f"Invalid eps={eps}, relative_eps={relative_eps} for method={method!r}. One must be "
+            "> 0.0: use method='eigh' for the pseudo-inverse."
+        )
+
+
+def check_method(method: str, p: float) -> None:
+    """Refuses a method that does not exist, and a p that it cannot take."""
+    if method not in ROOT_METHODS:
+        raise ValueError(f"Invalid method={method!r}. Must be one of {', '.join(ROOT_METHODS)}.")
+    if not 0 < p < math.inf:
+        raise ValueError(f"Invalid p={p}. Must be finite and > 0.")
+    if method == "coupled_newton" and p != int(p):
+        raise ValueError(
+            f"Invalid p={p} for method='coupled_newton'. Must be an integer: use 'eigh' or 'auto'."
+        )
+    if method == "minimax" and p not in tabulated_powers():
+        powers = ", ".join(map(str, tabulated_powers()))
+        raise ValueError(
+            f"Invalid p={p} for method='minimax'. Must be one of {powers}: use 'eigh' or 'auto'."
+        )

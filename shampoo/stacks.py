@@ -1,0 +1,176 @@
+"""Where state lives: an arena per update rule, in it one stack per block shape.
+
+An *arena* holds all blocks of one parameter group that share a rule, a device and a step count. Its
+elementwise state is flat, block after block, so that one call moves all of it; a *stack* is the
+run of its blocks that have one shape. Factors of one size and order sit in one
+:class:`FactorStack` across all block shapes, so that one batched solver call refreshes them all.
+What ``optimizer.state`` publishes are views of these tensors.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from shampoo.blocking import Tile
+from shampoo.layout import Layout
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum")  # the elementwise state an arena may have
+
+
+@dataclass
+class FactorStack:
+    """All factors of one size that belong to blocks of one order: K of them.
+
+    A diagonal factor is kept as a vector and has no root: it is applied fresh at every step.
+    """
+
+    size: int
+    order: int
+    diagonal: bool
+    count: int = 0
+    factor: Tensor = field(init=False)  # [K, d, d], or [K, d] if diagonal
+    root: Tensor = field(init=False)  # [K, d, d], all zero where there has been no root yet
+    failures: Tensor = field(init=False)  # [K] int32, refreshes in a row without a valid root
+    rooted: Tensor = field(init=False)  # [K] bool, derived from root
+
+    def allocate(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Makes the state, zero, once ``count`` is final."""
+        shape = (self.count, self.size) if self.diagonal else (self.count, self.size, self.size)
+        self.factor = torch.zeros(shape, dtype=dtype, device=device)
+        if not self.diagonal:
+            self.root = torch.zeros(shape, dtype=dtype, device=device)
+            self.failures = torch.zeros(self.count, dtype=torch.int32, device=device)
+            self.rooted = torch.zeros(self.count, dtype=torch.bool, device=device)
+
+    def mark_rooted(self) -> None:
+        """Derives ``rooted`` from ``root``: a valid root has a positive diagonal."""
+        if not self.diagonal:
+            self.rooted.copy_(self.root.diagonal(dim1=1, dim2=2).amin(1) > 0)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A tile of one parameter and where its blocks lie."""
+
+    member: int  # index of the parameter in the plan
+    tile: Tile
+    element: int  # of the arena, where its first block starts
+    slot: int  # of the stack, of its first block
+
+    @property
+    def numel(self) -> int:
+        """Elements of the tile."""
+        return self.tile.blocks * self.tile.block_numel
+
+
+@dataclass
+class BlockStack:
+    """All blocks of one shape in an arena, with the slice of a factor stack that each mode owns."""
+
+    extent: tuple[int, ...]
+    diagonal: tuple[bool, ...]
+    tiles: list[tuple[int, Tile]] = field(default_factory=list)
+    placements: list[Placement] = field(default_factory=list)
+    factors: list[tuple[FactorStack, int]] = field(default_factory=list)  # a mode: stack, first
+
+    @property
+    def count(self) -> int:
+        """B: blocks in the stack."""
+        return sum(tile.blocks for _, tile in self.tiles)
+
+
+class Arena:
+    """The state of one parameter group's blocks under one rule.
+
+    Args:
+        group: index of the parameter group.
+        rule: ``factored``, ``grafted`` or ``adagrad`` (:mod:`shampoo.layout`).
+        step: steps these blocks have taken.
+    """
+
+    def __init__(
+        self, group: int, rule: str, dtype: torch.dtype, device: torch.device, step: int
+    ) -> None:
+        self.group = group
+        self.rule = rule
+        self.dtype = dtype
+        self.device = device
+        self.step = torch.tensor(step, dtype=torch.int64)  # on the host: it decides the schedule
+        self.moments: dict[str, Tensor] = {}
+        self.factor_stacks: list[FactorStack] = []
+        self._stacks: dict[tuple[tuple[int, ...], tuple[bool, ...]], BlockStack] = {}
+
+    def add(self, member: int, layout: Layout, max_numel: int) -> None:
+        """Gives the blocks of a parameter a place; tiles stay below ``max_numel`` elements."""
+        for tile in layout.tiles:
+            key = (tile.extent, layout.diagonal)
+            stack = self._stacks.setdefault(key, BlockStack(*key))
+            for part in tile.split(max(1, max_numel // tile.block_numel)):
+                stack.tiles.append((member, part))
+
+    def allocate(self, moments: Sequence[str]) -> None:
+        """Places every tile and makes the state, zero."""
+        by_size: dict[tuple[int, int, bool], FactorStack] = {}
+        element = 0
+        for stack in self.stacks:
+            slot = 0
+            for member, tile in stack.tiles:
+                stack.placements.append(Placement(member, tile, element, slot))
+                element += tile.blocks * tile.block_numel
+                slot += tile.blocks
+            if self.rule == "factored":
+                order = len(stack.extent)
+                for size, diagonal in zip(stack.extent, stack.diagonal, strict=True):
+                    key = (size, order, diagonal)
+                    factors = by_size.setdefault(key, FactorStack(*key))
+                    stack.factors.append((factors, factors.count))
+                    factors.count += stack.count
+        self.numel = element
+        self.factor_stacks = list(by_size.values())
+        for factors in self.factor_stacks:
+            factors.allocate(self.dtype, self.device)
+        for name in moments:
+            self.add_moment(name)
+
+    def add_moment(self, name: str) -> None:
+        """Makes one kind of elementwise state, zero, unless it is there."""
+        if name not in self.moments:
+            self.moments[name] = torch.zeros(self.numel, dtype=self.dtype, device=self.device)
+
+    @property
+    def stacks(self) -> list[BlockStack]:
+        """The stacks in the order in which their blocks lie in the arena."""
+        return list(self._stacks.values())
+
+    @property
+    def members(self) -> set[int]:
+        """Indices of the parameters that have blocks here."""
+        return {member for stack in self.stacks for member, _ in stack.tiles}
+
+    def views(self, moments: Sequence[str]) -> Iterator[tuple[int, str, Tensor]]:
+        """Every state tensor of every block as ``member, key, view``, the moments as named."""
+        for stack in self.stacks:
+            for placed in stack.placements:
+                size = placed.tile.block_numel
+                for offset, block in enumerate(placed.tile.block_indices()):
+                    start, slot = placed.element + offset * size, placed.slot + offset
+                    for name in moments:
+                        if name in self.moments:
+                            view = self.moments[name][start : start + size].view(stack.extent)
+                            yield placed.member, f"block{block}.{name}", view
+                    for mode, (factors, first) in enumerate(stack.factors):
+                        yield (
+                            placed.member,
+                            f"block{block}.factor{mode}",
+                            factors.factor[first + slot],
+                        )
+                        if not factors.diagonal:
+                            yield (
+                                placed.member,
+                                f"block{block}.root{mode}",
+                                factors.root[first + slot],
+                            )
+                            failures = factors.failures[first + slot]
+                            yield placed.member, f"block{block}.failures{mode}", failures

@@ -1,0 +1,35 @@
+"""What every test shares: one thread, one seed, and uninitialised memory on request."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny tensors, and reductions in one order
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def nan_filled_empty() -> Iterator[None]:
+    """Memory that nobody wrote is NaN (the largest integer for integers), as in torch's own tests.
+
+    Deterministic mode fills every `empty` on every path, C++ included; `warn_only` so that an
+    operation without a deterministic kernel does not fail a test about memory.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(False)

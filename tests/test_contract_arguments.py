@@ -1,0 +1,215 @@
+"""Every argument has its range, and an error that says what was wrong: K1."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from shampoo import Shampoo
+
+
+def one() -> list[Parameter]:
+    return [Parameter(torch.randn(3, 2))]
+
+
+# argument, bad value, what the message shows beside the name and the value
+BAD = [
+    ("lr", -1.0, "0"),
+    ("lr", math.nan, "0"),
+    ("betas", (-0.1, 0.9), "0"),
+    ("betas", (1.0, 0.9), "1"),
+    ("betas", (0.9, 0.0), "0"),
+    ("betas", (0.9, 1.1), "1"),
+    ("betas", (0.9, math.nan), "1"),
+    ("eps", -1e-8, "0"),
+    ("eps", math.nan, "0"),
+    ("relative_eps", -1e-6, "0"),
+    ("relative_eps", math.nan, "0"),
+    ("weight_decay", -0.1, "0"),
+    ("weight_decay", math.nan, "0"),
+    ("momentum", -0.1, "0"),
+    ("momentum", 1.0, "1"),
+    ("momentum", math.nan, "1"),
+    ("max_preconditioner_dim", 0, "1"),
+    ("max_preconditioner_dim", -3, "1"),
+    ("precondition_frequency", 0, "1"),
+    ("precondition_frequency", -1, "1"),
+    ("start_preconditioning_step", 9, "10"),
+    ("start_preconditioning_step", -2, "10"),
+    ("start_preconditioning_step", 0, "10"),
+    ("merge_dims", "all", "matrix"),
+    ("exponent_override", -1, "0"),
+    ("exponent_override", [2, -1], "0"),
+    ("exponent_multiplier", 0.0, "0"),
+    ("exponent_multiplier", -1.0, "0"),
+    ("grafting", "adamw", "adam_normalized"),
+    ("grafting_beta2", 0.0, "0"),
+    ("grafting_beta2", 1.5, "1"),
+    ("grafting_eps", 0.0, "0"),
+    ("grafting_eps", -1e-8, "0"),
+    ("large_dim_method", "skip", "blocking"),
+    ("root_method", "newton", "coupled_newton"),
+    ("preconditioner_dtype", torch.float16, "float64"),
+    ("preconditioner_dtype", torch.bfloat16, "float32"),
+    ("nonfinite", "ignore", "raise"),
+]
+
+
+def shown(value: Any) -> str:
+    """How a message may show the value: the part of a tuple or list that is wrong, or all of it."""
+    if isinstance(value, (tuple, list)):
+        bad = [x for x in value if not 0 < x < 1 and x != 2]
+        return str(bad[0])
+    return str(value).removeprefix("torch.")
+
+
+@pytest.mark.parametrize(("name", "value", "bound"), BAD)
+@pytest.mark.parametrize("where", ["constructor", "group", "add_param_group"])
+def test_k1_a_value_out_of_range_is_refused(name, value, bound, where):
+    with pytest.raises(ValueError, match=name.removesuffix("s")) as caught:  # noqa: PT012
+        if where == "constructor":
+            Shampoo(one(), **{name: value})
+        elif where == "group":
+            Shampoo([{"params": one(), name: value}])
+        else:
+            Shampoo(one()).add_param_group({"params": one(), name: value})
+    message = str(caught.value)
+    for part in (name.removeprefix("betas") or "beta", shown(value), bound):
+        assert part in message, f"{part!r} is not in {message!r}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_preconditioner_dim", 2.5),
+        ("precondition_frequency", 1.5),
+        ("exponent_override", 1.5),
+        ("start_preconditioning_step", 12.5),
+        ("betas", 0.9),
+        ("betas", (0.9, 0.99, 0.999)),
+        ("betas", (0.9,)),
+    ],
+)
+def test_k1_a_value_of_the_wrong_kind_is_refused(name, value):
+    with pytest.raises((ValueError, TypeError), match="(?i)" + name.removesuffix("s")):
+        Shampoo(one(), **{name: value})
+
+
+@pytest.mark.parametrize(
+    "hyper",
+    [
+        {"root_method": "coupled_newton", "exponent_multiplier": 1.5},
+        {"root_method": "minimax", "exponent_multiplier": 0.5},
+        {"root_method": "coupled_newton", "eps": 0.0, "relative_eps": 0.0},
+        {"root_method": "minimax", "eps": 0.0, "relative_eps": 0.0},
+    ],
+)
+def test_k1_a_pair_that_no_solver_takes_is_refused_at_once(hyper):
+    with pytest.raises(ValueError, match="root_method") as caught:
+        Shampoo(one(), **hyper)
+    assert "eigh" in str(caught.value), "the remedy is the method that can"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", 0.0),
+        ("lr", torch.tensor(0.1)),
+        ("betas", (0.0, 1.0)),
+        ("eps", 1.0),
+        ("relative_eps", 0.0),
+        ("weight_decay", 0.0),
+        ("momentum", 0.99),
+        ("max_preconditioner_dim", 1),
+        ("precondition_frequency", 1),
+        ("start_preconditioning_step", -1),
+        ("start_preconditioning_step", 10),
+        ("start_preconditioning_step", math.inf),
+        ("merge_dims", "none"),
+        ("exponent_override", 0),
+        ("exponent_override", [0, 2, 0]),
+        ("exponent_multiplier", 0.1),
+        ("grafting_beta2", 1.0),
+        ("preconditioner_dtype", torch.float64),
+        ("nonfinite", "raise"),
+        *[("foreach", value) for value in (None, True, False)],
+        *[("fused", value) for value in (None, True, False)],
+        ("maximize", True),
+        ("root_method", "minimax"),
+    ],
+)
+def test_k1_the_edges_of_the_ranges_are_accepted(name, value):
+    params = one()
+    for opt in (Shampoo(params, **{name: value}), Shampoo([{"params": params, name: value}])):
+        params[0].grad = torch.randn(3, 2)
+        opt.step()
+        assert params[0].isfinite().all()
+
+
+def test_k1_the_signature_is_the_documented_one():
+    """Names and defaults that recipes rely on; the first four may be given by position."""
+    opt = Shampoo(one(), 0.1, (0.8, 0.9), 1e-6, 0.3)
+    group = opt.param_groups[0]
+    assert (group["lr"], group["betas"], group["eps"]) == (0.1, (0.8, 0.9), 1e-6)
+    assert group["weight_decay"] == 0.3
+    with pytest.raises(TypeError):
+        Shampoo(one(), 0.1, (0.8, 0.9), 1e-6, 0.3, 1e-6)
+    defaults = Shampoo(one()).defaults
+    expected = {
+        **{"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-12, "weight_decay": 0.0},
+        **{"relative_eps": 1e-6, "decoupled_weight_decay": True, "momentum": 0.0},
+        **{"nesterov": False, "max_preconditioner_dim": 1024, "precondition_frequency": 10},
+        **{"start_preconditioning_step": -1, "merge_dims": "matrix", "precondition_1d": False},
+        **{"precondition": True, "exponent_override": 0, "exponent_multiplier": 1.0},
+        **{"bias_correction": True, "grafting": "adam", "grafting_beta2": None},
+        **{"grafting_eps": 1e-8, "large_dim_method": "blocking", "root_method": "auto"},
+        **{"maximize": False, "foreach": None, "fused": None},
+    }
+    for name, value in expected.items():
+        assert defaults[name] == value, name
+
+
+def test_k1_a_learning_rate_tensor_has_one_element():
+    with pytest.raises(ValueError, match="lr"):
+        Shampoo(one(), lr=torch.tensor([0.1, 0.2]))
+
+
+def test_k1_nesterov_without_momentum_warns_and_is_ignored():
+    ours, theirs = one(), one()
+    theirs[0].data.copy_(ours[0].data)
+    with pytest.warns(UserWarning, match="nesterov"):
+        opt = Shampoo(ours, nesterov=True)
+    twin = Shampoo(theirs)
+    ours[0].grad = torch.randn(3, 2)
+    theirs[0].grad = ours[0].grad.clone()
+    opt.step()
+    twin.step()
+    assert torch.equal(ours[0], theirs[0])
+
+
+@pytest.mark.parametrize(("name", "remedy"), [("differentiable", "autograd"), ("capturable", ".")])
+def test_k1_what_is_not_available_says_so(name, remedy):
+    kinds = RuntimeError if name == "differentiable" else (RuntimeError, ValueError)
+    with pytest.raises(kinds, match=f"(?s){name}.*{remedy}"):
+        Shampoo(one(), **{name: True})
+    with pytest.raises(kinds, match=name):
+        Shampoo([{"params": one(), name: True}])
+
+
+def test_k1_an_unknown_argument_is_a_type_error():
+    with pytest.raises(TypeError, match="learning_rate"):
+        Shampoo(one(), learning_rate=0.1)
+
+
+def test_k1_no_parameters_is_an_error():
+    with pytest.raises(ValueError, match="empty"):
+        Shampoo([])
+
+
+def test_train_and_eval_are_not_taken():
+    """Trainers call them when they are there."""
+    opt = Shampoo(one())
+    assert not hasattr(opt, "train")
+    assert not hasattr(opt, "eval")

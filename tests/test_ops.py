@@ -1,0 +1,470 @@
+"""Every op, as reference and as compiled kernel, against float64 arithmetic written out here."""
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from shampoo import jit, ops
+from shampoo.kernels import reference
+
+FLAT = [torch.float32, torch.float64]
+PARAM = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def load_compiled() -> None:
+    if not jit.compiler_version():
+        pytest.skip("no C++ compiler: the compiled kernels are not tested")
+    ops.load_kernels(required=True)
+
+
+@pytest.fixture(params=["reference", "compiled"])
+def impl(request):
+    """The same functions twice. What has no CPU kernel goes to its reference through the table."""
+    if request.param == "reference":
+        return reference
+    load_compiled()
+    return ops
+
+
+@pytest.fixture
+def compiled():
+    load_compiled()
+    return ops
+
+
+def table(shapes, limit, skip=0):
+    """Every tensor cut at multiples of ``limit``, all whole parts before the remainders.
+
+    Returns the ``tiles`` of :mod:`shampoo.kernels.reference`, the boxes that they stand for, block
+    by block in the order of the segment, as ``(source, slices, offset)``, and the elements needed.
+    ``skip`` elements in front of every tile belong to nobody.
+    """
+    order = max(len(dims) for dims in shapes)
+    rows, boxes, offset = [], [], 0
+    for source, dims in enumerate(shapes):
+        pad = order - len(dims)
+        choices = []
+        for size in dims:
+            whole, rest = divmod(size, limit)
+            choices.append(
+                ([(0, whole, limit)] if whole else [])
+                + ([(whole * limit, 1, rest)] if rest else [])
+            )
+        for parts in itertools.product(*choices):
+            offset += skip
+            start, grid, extent = ([p[i] for p in parts] for i in range(3))
+            rows.append([source, offset, *[1] * pad, *dims, *[0] * pad, *start])
+            rows[-1] += [*[1] * pad, *grid, *[1] * pad, *extent]
+            for cell in itertools.product(*map(range, grid)):
+                lows = [s + g * e for s, g, e in zip(start, cell, extent, strict=True)]
+                box = tuple(slice(a, a + e) for a, e in zip(lows, extent, strict=True))
+                boxes.append((source, box, offset))
+                offset += math.prod(extent)
+    return torch.tensor(rows), boxes, offset + skip
+
+
+def strided(values: Tensor, kind: str) -> Tensor:
+    """The same values in other memory."""
+    if kind == "transposed":
+        return values.mT.contiguous().mT
+    if kind == "sliced":
+        wide = torch.full((*values.shape[:-1], 2 * values.shape[-1]), 7.0, dtype=values.dtype)
+        wide[..., ::2] = values
+        return wide[..., ::2]
+    if kind == "channels_last":
+        return values.contiguous(memory_format=torch.channels_last)
+    return values
+
+
+# (shape of the tensor, merged shape) and how its memory is laid out
+LAYOUTS = {
+    "scalar": ((), (1,), "contiguous"),
+    "vector": ((257,), (257,), "contiguous"),
+    "vector_sliced": ((127,), (127,), "sliced"),
+    "matrix": ((63, 40), (63, 40), "contiguous"),
+    "matrix_transposed": ((63, 40), (63, 40), "transposed"),
+    "matrix_sliced": ((33, 40), (33, 40), "sliced"),
+    "whole": ((16, 16), (16, 16), "contiguous"),
+    "merged": ((6, 5, 3, 3), (6, 45), "contiguous"),
+    "channels_last": ((6, 5, 3, 3), (6, 45), "channels_last"),
+    "channels_last_unmerged": ((20, 17, 3, 3), (20, 17, 3, 3), "channels_last"),
+    "cube": ((18, 1, 17, 19), (18, 17, 19), "contiguous"),
+    "cube_transposed": ((18, 17, 19), (18, 17, 19), "transposed"),
+}
+
+
+def make(layout: str, dtype: torch.dtype) -> Tensor:
+    shape, _, kind = LAYOUTS[layout]
+    return strided(torch.randn(shape).to(dtype), kind)
+
+
+def error(actual: Tensor, truth: Tensor) -> float:
+    assert not actual.isnan().any(), "memory that should have been written is NaN"
+    return (actual.double() - truth).abs().max().item()
+
+
+def assert_as_good(actual: Tensor, expected: Tensor, truth: Tensor) -> None:
+    """At most twice as wrong as PyTorch in the same dtype, give or take one rounding.
+
+    In float64 the truth is rounded too: then a few.
+    """
+    rounding = torch.finfo(actual.dtype).eps * truth.abs().max().item()
+    rounding *= 4 if actual.dtype == truth.dtype else 1
+    assert error(actual, truth) <= 2.0 * error(expected, truth) + rounding
+    assert error(actual, truth) <= 16.0 * rounding  # the reference itself is right
+
+
+@pytest.mark.parametrize(("alpha", "accumulate"), [(1.0, False), (0.3, False), (0.3, True)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("param", PARAM, ids=str)
+@pytest.mark.parametrize("flat", FLAT, ids=str)
+def test_gather_blocks(impl, flat, param, layout, alpha, accumulate):
+    sources = [make(layout, param), make(layout, torch.float32)]
+    dims = LAYOUTS[layout][1]
+    tiles, boxes, numel = table([dims, dims], 16, skip=3)
+    before = torch.randn(numel, dtype=flat) if accumulate else torch.full((numel,), torch.nan)
+    out, expected, truth = (before.to(t) for t in (flat, flat, torch.float64))
+    out, expected = out.clone(), expected.clone()
+    covered = torch.zeros(numel, dtype=torch.bool)
+    for source, box, offset in boxes:
+        block = alpha * sources[source].double().reshape(dims)[box].flatten()
+        region = slice(offset, offset + block.numel())
+        truth[region] = block + truth[region] if accumulate else block
+        covered[region] = True
+    impl.gather_blocks_(out, sources, tiles, alpha, accumulate)
+    reference.gather_blocks_(expected, sources, tiles, alpha, accumulate)
+    assert_as_good(out[covered], expected[covered], truth[covered])
+    torch.testing.assert_close(
+        out[~covered].double(), truth[~covered], rtol=0, atol=0, equal_nan=True
+    )
+    if not accumulate:
+        torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+RUNS = [(3, 2500), (2, 1), (5, 63), (1, 1024), (4, 257)]
+NUMEL = sum(count * size for count, size in RUNS)
+
+
+def moments_truth(exp_avg, exp_avg_sq, grad, beta1, c1, beta2, weight2, c2, eps, normalized):
+    """One block in float64."""
+    filtered = grad
+    if exp_avg is not None:
+        exp_avg = beta1 * exp_avg + (1 - beta1) * grad
+        filtered = exp_avg / c1
+    if exp_avg_sq is not None:
+        length = grad.square().sum().sqrt()
+        raw = grad / (length if length > 0 else 1.0) if normalized else grad
+        exp_avg_sq = beta2 * exp_avg_sq + weight2 * raw.square()
+        filtered = filtered / ((exp_avg_sq / c2).sqrt() + eps)
+    return exp_avg, exp_avg_sq, filtered
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("beta1", [0.9, 0.3, 0.0])
+@pytest.mark.parametrize("present", [*itertools.product([False, True], repeat=3)], ids=str)
+@pytest.mark.parametrize("flat", FLAT, ids=str)
+def test_graft_moments(impl, flat, present, beta1, normalized):
+    grad = torch.randn(NUMEL, dtype=flat)
+    grad[2500:5000] = 0.0  # a block without gradient
+    state = (torch.randn(NUMEL, dtype=flat), torch.rand(NUMEL, dtype=flat) + 0.1)
+    scalars = (beta1, 1 - beta1**3, 0.99, 0.01, 1 - 0.99**3, 1e-8)
+    results = []
+    for function in (impl.graft_moments_, reference.graft_moments_):
+        tensors = [*(t.clone() for t in state), torch.full((NUMEL,), torch.nan, dtype=flat)]
+        given = [t if p else None for t, p in zip(tensors, present, strict=True)]
+        norm = torch.full((15,), torch.nan, dtype=flat)
+        function(*given, norm, grad, torch.tensor(RUNS), *scalars, normalized)
+        results.append([*given, norm])
+    truth, start = ([[] for _ in range(4)]), 0
+    for size in (size for count, size in RUNS for _ in range(count)):
+        block = [
+            t[start : start + size].double() if p else None
+            for t, p in zip((*state, grad), (*present[:2], True), strict=True)
+        ]
+        moved = moments_truth(*block, *scalars, normalized)
+        for column, value in zip(truth, (*moved, moved[2].norm().reshape(1)), strict=True):
+            column.append(value)
+        start += size
+    for actual, expected, column in zip(*results, truth, strict=True):
+        if actual is not None:
+            assert_as_good(actual, expected, torch.cat(column))
+
+
+def test_graft_moments_may_write_the_direction_over_the_gradient(impl):
+    grad = torch.randn(NUMEL)
+    norms = [torch.empty(15), torch.empty(15)]
+    moments = [[torch.zeros(NUMEL), torch.ones(NUMEL)] for _ in range(2)]
+    apart, over = torch.empty(NUMEL), grad.clone()
+    scalars = (0.9, 0.1, 0.99, 0.01, 0.01, 1e-8, True)
+    impl.graft_moments_(*moments[0], apart, norms[0], grad, torch.tensor(RUNS), *scalars)
+    impl.graft_moments_(*moments[1], over, norms[1], over, torch.tensor(RUNS), *scalars)
+    torch.testing.assert_close((over, norms[1]), (apart, norms[0]), rtol=0, atol=0)
+
+
+def test_graft_moments_keeps_a_nan_in_its_block(impl):
+    grad, norm = torch.randn(NUMEL), torch.empty(15)
+    grad[0] = torch.nan
+    state = torch.zeros(NUMEL), torch.zeros(NUMEL)
+    scalars = (0.9, 0.1, 0.99, 0.01, 0.01, 1e-8, False)
+    impl.graft_moments_(*state, None, norm, grad, torch.tensor(RUNS), *scalars)
+    assert norm.isnan().tolist() == [True] + [False] * 14
+
+
+MOVES = {"plain": (0.0, False), "momentum": (0.9, False), "nesterov": (0.9, True)}
+
+
+def update_truth(param, dims, boxes, momentum, direction, scale, lr, decay, mu, nesterov):
+    """All blocks in float64; returns the weights and the momentum."""
+    weights, momentum = param.double().reshape(dims).clone(), momentum.double().clone()
+    for block, (_, box, offset) in enumerate(boxes):
+        w = weights[box]
+        region = slice(offset, offset + w.numel())
+        step = scale[block].double() * direction[region].double().reshape(w.shape)
+        if mu == 0.0:
+            weights[box] = w - lr * decay * w - lr * step
+            continue
+        step = step + decay * w
+        buffer = mu * momentum[region].reshape(w.shape) + step
+        momentum[region] = buffer.flatten()
+        weights[box] = w - lr * (step + mu * buffer if nesterov else buffer)
+    return weights.reshape(param.shape), momentum
+
+
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("param", PARAM, ids=str)
+@pytest.mark.parametrize("flat", FLAT, ids=str)
+def test_update_blocks(impl, flat, param, layout, move):
+    dims, (mu, nesterov) = LAYOUTS[layout][1], MOVES[move]
+    tiles, boxes, numel = table([dims], 16, skip=2)
+    start = make(layout, param)
+    buffer, direction = torch.randn(numel, dtype=flat), torch.randn(numel, dtype=flat)
+    scale = torch.rand(len(boxes), dtype=flat) + 0.5
+    results = []
+    for function in (impl.update_blocks_, reference.update_blocks_):
+        weight = strided(start.clone(), LAYOUTS[layout][2])
+        momentum = buffer.clone() if mu else None
+        function([weight], momentum, direction, scale, tiles, 0.1, 0.5, mu, nesterov)
+        results.append((weight, momentum))
+    truth = update_truth(start, dims, boxes, buffer, direction, scale, 0.1, 0.5, mu, nesterov)
+    for actual, expected, true in zip(*results, truth, strict=True):
+        if actual is not None:
+            assert_as_good(actual, expected, true)
+    if not mu:
+        torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+def test_update_blocks_leaves_the_gaps_of_a_strided_parameter_alone(impl):
+    memory = torch.full((40, 80), 7.0)
+    tiles, boxes, numel = table([(40, 40)], 16)
+    ones = torch.ones(len(boxes))
+    impl.update_blocks_([memory[:, ::2]], None, torch.ones(numel), ones, tiles, 1.0, 0, 0, False)
+    assert (memory[:, 1::2] == 7.0).all()
+    assert (memory[:, ::2] == 6.0).all()
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 7), (3, 4, 5), (2, 3, 4, 5)], ids=str)
+@pytest.mark.parametrize("flat", FLAT, ids=str)
+def test_gram_ema_and_precondition(flat, shape):
+    order, letters = len(shape), "ijkl"[: len(shape)]
+    for diagonals in itertools.product([False, True], repeat=order):
+        grad = torch.randn(3, *shape, dtype=flat)
+        truth, roots = grad.double(), []
+        for mode, (size, diagonal) in enumerate(zip(shape, diagonals, strict=True)):
+            factor = torch.randn(3, size, size, dtype=flat)
+            factor = factor.diagonal(dim1=1, dim2=2).clone() if diagonal else factor + factor.mT
+            roots.append(factor.clone())
+            letter, others = letters[mode], letters.replace(letters[mode], "z")
+            inputs = f"b{letters},b{others}" if not diagonal else f"b{letters},b{letters}"
+            output = f"b{letter}z" if not diagonal else f"b{letter}"
+            double = factor.double()
+            gram = torch.einsum(f"{inputs}->{output}", grad.double(), grad.double())
+            product = f"b{letters},b{letter}{'' if diagonal else 'z'}"
+            truth = torch.einsum(f"{product}->b{letters if diagonal else others}", truth, double)
+            ops.gram_ema_(factor, grad, mode, 0.9, 0.2)
+            expected = 0.9 * double + 0.2 * gram
+            torch.testing.assert_close(
+                factor.double(),
+                expected,
+                rtol=0,
+                atol=32 * torch.finfo(flat).eps * expected.abs().max(),
+            )
+        out, norm = torch.full_like(grad, torch.nan), torch.full((3,), torch.nan, dtype=flat)
+        ops.precondition_(out, norm, grad, roots)
+        near = 64 * torch.finfo(flat).eps * truth.norm()
+        torch.testing.assert_close(out.double(), truth, rtol=0, atol=near)
+        torch.testing.assert_close(norm.double(), truth.flatten(1).norm(dim=1), rtol=0, atol=near)
+
+
+def good_arguments() -> SimpleNamespace:
+    """Arguments that every op takes: two blocks of [2, 3] from one matrix."""
+    rows = torch.tensor([[0, 0, 4, 3, 0, 0, 2, 1, 2, 3]])
+
+    def make_flat() -> Tensor:
+        return torch.rand(12)
+
+    gather = {
+        "out": make_flat(),
+        "sources": [torch.randn(4, 3)],
+        "tiles": rows,
+        "alpha": 0.5,
+        "accumulate": False,
+    }
+    moments = {
+        "exp_avg": make_flat(),
+        "exp_avg_sq": make_flat(),
+        "direction": make_flat(),
+        "norm": torch.rand(2),
+        "grad": make_flat(),
+        "runs": torch.tensor([[2, 6]]),
+        "beta1": 0.9,
+        "correction1": 0.1,
+        "beta2": 0.99,
+        "weight2": 0.01,
+        "correction2": 0.01,
+        "eps": 1e-8,
+        "normalized": False,
+    }
+    update = {
+        "params": [torch.randn(4, 3)],
+        "momentum": make_flat(),
+        "direction": make_flat(),
+        "scale": torch.rand(2),
+        "tiles": rows,
+        "lr": 0.1,
+        "weight_decay": 0.1,
+        "mu": 0.9,
+        "nesterov": True,
+    }
+    gram = {
+        "factor": torch.eye(4).repeat(2, 1, 1),
+        "grad": torch.randn(2, 4, 3),
+        "mode": 0,
+        "beta": 0.9,
+        "weight": 0.1,
+    }
+    roots = [torch.eye(4).repeat(2, 1, 1), torch.eye(3).repeat(2, 1, 1)]
+    precondition = {
+        "out": torch.empty(2, 4, 3),
+        "norm": torch.empty(2),
+        "grad": torch.randn(2, 4, 3),
+        "roots": roots,
+    }
+    return SimpleNamespace(
+        gather_blocks_=gather,
+        graft_moments_=moments,
+        update_blocks_=update,
+        gram_ema_=gram,
+        precondition_=precondition,
+    )
+
+
+@pytest.mark.parametrize("op", vars(good_arguments()))
+def test_opcheck(compiled, op):
+    arguments = tuple(vars(good_arguments())[op].values())
+    torch.library.opcheck(getattr(compiled, op), arguments)
+
+
+def test_every_op_traces_without_reading_its_tables():
+    arguments = good_arguments()
+    assert set(vars(arguments)) == set(ops.kernels())
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        ops.gather_blocks_(**arguments.gather_blocks_)
+
+
+def change(tensor: Tensor, index: int, value: int) -> Tensor:
+    changed = tensor.clone()
+    changed[0, index] = value
+    return changed
+
+
+ROW = good_arguments().gather_blocks_["tiles"]
+GATHER, MOMENTS, UPDATE = "gather_blocks_", "graft_moments_", "update_blocks_"
+WRONG = [
+    (GATHER, "out", torch.ones(3, 4), r"out must be one-dimensional.*\[3, 4\]"),
+    (GATHER, "out", torch.ones(24)[::2], r"out must be one-dimensional.*strides \[2\]"),
+    (GATHER, "out", torch.ones(12).half(), r"out has dtype Half. Must be float32 or"),
+    (GATHER, "out", torch.ones(11), r"tiles\[0\] lies at \[0, 12\) but out has 11"),
+    (GATHER, "sources", [], r"tiles\[0\] names tensor 0 but sources has 0"),
+    (GATHER, "sources", [torch.ones(4, 4)], r"dims of 12 elements but sources\[0\] has 16"),
+    (GATHER, "sources", [torch.ones(4, 3).int()], r"sources\[0\] has dtype Int. Must be"),
+    (GATHER, "tiles", ROW.float(), r"tiles has dtype Float. Must be int64"),
+    (GATHER, "tiles", ROW[0], r"tiles must be contiguous \[rows, columns\].*got shape \[10\]"),
+    (GATHER, "tiles", ROW[:, :8].clone(), r"tiles has 8 columns. Must be 2 \+ 4 \* order"),
+    (GATHER, "tiles", change(ROW, 0, -1), r"tiles\[0\] names tensor -1"),
+    (GATHER, "tiles", change(ROW, 1, 1), r"tiles\[0\] lies at \[1, 13\)"),
+    (GATHER, "tiles", change(ROW, 1, -1), r"tiles\[0\] lies at \[-1, 11\)"),
+    (GATHER, "tiles", change(ROW, 4, 1), r"\[1, 1 \+ 2 \* 2\) in mode 0. Must lie in \[0, 4\)"),
+    (GATHER, "tiles", change(ROW, 5, -1), r"\[-1, -1 \+ 1 \* 3\) in mode 1"),
+    (GATHER, "tiles", change(ROW, 6, 0), r"\[0, 0 \+ 0 \* 2\) in mode 0"),
+    (GATHER, "tiles", change(ROW, 8, 3), r"\[0, 0 \+ 2 \* 3\) in mode 0. Must lie in"),
+    (MOMENTS, "exp_avg", torch.ones(12).double(), r"exp_avg has dtype Double but grad has Float"),
+    (MOMENTS, "exp_avg_sq", torch.ones(11), r"exp_avg_sq has 11 elements but runs describes 12"),
+    (MOMENTS, "direction", torch.ones(11), r"direction has 11 elements but runs describes 12"),
+    (MOMENTS, "grad", torch.ones(11), r"grad has 11 elements but runs describes 12"),
+    (MOMENTS, "norm", torch.ones(1), r"norm has 1 elements but runs describes 2"),
+    (MOMENTS, "runs", torch.tensor([[2, 0]]), r"runs\[0\] is 2 blocks of 0 elements"),
+    (MOMENTS, "runs", torch.tensor([[-1, 2]]), r"runs\[0\] is -1 blocks of 2 elements"),
+    (MOMENTS, "correction1", 0.0, r"Invalid correction1=0. Must be > 0"),
+    (MOMENTS, "correction2", -1.0, r"Invalid correction2=-1. Must be > 0"),
+    (UPDATE, "scale", torch.ones(1), r"scale has 1 elements but tiles describes 2"),
+    (UPDATE, "scale", torch.ones(2).double(), r"scale has dtype Double but direction has Float"),
+    (UPDATE, "direction", torch.ones(11), r"tiles\[0\] lies at \[0, 12\) but direction has 11"),
+    (UPDATE, "momentum", torch.ones(11), r"momentum has 11 elements but direction describes 12"),
+    (UPDATE, "params", [torch.ones(12, dtype=torch.int8)], r"params\[0\] has dtype Char"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "argument", "value", "message"), WRONG)
+def test_a_wrong_argument_is_named_with_its_value_and_bound(compiled, op, argument, value, message):
+    arguments = vars(good_arguments())[op]
+    getattr(compiled, op)(**arguments)  # as they are they are right
+    with pytest.raises(RuntimeError, match=message):
+        getattr(compiled, op)(**{**arguments, argument: value})
+
+
+def test_empty_tables_do_nothing(impl):
+    arguments = good_arguments()
+    tiles, runs = torch.empty(0, 6, dtype=torch.int64), torch.empty(0, 2, dtype=torch.int64)
+    out, none = torch.full((3,), torch.nan), torch.empty(0)
+    impl.gather_blocks_(out, [], tiles, 1.0, False)
+    impl.graft_moments_(none, none, none, none, none, runs, 0.9, 0.1, 0.9, 0.1, 0.1, 1e-8, True)
+    impl.update_blocks_([], none, none, none, tiles, 0.1, 0.0, 0.9, False)
+    assert out.isnan().all()
+    param = arguments.update_blocks_["params"][0].clone()
+    impl.update_blocks_([param], None, none, none, tiles, 0.1, 0.5, 0.0, False)
+    torch.testing.assert_close(param, arguments.update_blocks_["params"][0] * 0 + param)
+
+
+def test_bits_do_not_depend_on_the_number_of_threads(compiled):
+    shape = (700, 700)  # several times the grain of the kernels, in blocks that no grain divides
+    tiles, boxes, numel = table([shape], 96)
+    source, noise = torch.randn(shape), torch.randn(3, numel)
+    runs = torch.tensor([[len(list(group)), size] for size, group in itertools.groupby(
+        math.prod(s.stop - s.start for s in box) for _, box, _ in boxes)])  # fmt: skip
+    results = []
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        grad, direction, norm = noise[0].clone(), torch.empty(numel), torch.empty(len(boxes))
+        exp_avg, exp_avg_sq, param = noise[1].clone(), noise[2].square(), source.clone()
+        compiled.gather_blocks_(grad, [source], tiles, 0.1, True)
+        compiled.graft_moments_(
+            exp_avg, exp_avg_sq, direction, norm, grad, runs, 0.9, 0.1, 0.99, 0.01, 0.1, 1e-8, True
+        )
+        compiled.update_blocks_([param], exp_avg, direction, norm, tiles, 0.1, 0.1, 0.9, True)
+        results.append((grad, exp_avg, exp_avg_sq, direction, norm, param))
+    torch.set_num_threads(1)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+
+
+def test_compiled_kernels_are_registered_for_the_cpu(compiled):
+    assert {name for name, present in compiled.kernels("CPU").items() if present} >= {
+        "gather_blocks_",
+        "graft_moments_",
+        "update_blocks_",
+    }
