@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "check.h"
+#include "gram.h"
 #include "kernels.h"
 
 namespace shampoo {
@@ -183,11 +184,29 @@ void update_blocks_(at::TensorList params, const std::optional<at::Tensor>& mome
   });
 }
 
+void gram_ema_(const at::Tensor& factor, const at::Tensor& grad, int64_t k, double beta,
+               double weight) {
+  TORCH_CHECK(0 <= k && k < grad.dim() - 1, "Invalid k=", k, ". Must be in [0, ",
+              grad.dim() - 1, ") for grad of shape ", grad.sizes(), ".");
+  const int64_t blocks = grad.size(0), size = grad.size(k + 1);
+  const bool diagonal = factor.dim() == 2;
+  TORCH_CHECK((diagonal || (factor.dim() == 3 && factor.size(2) == size)) &&
+                  factor.size(0) == blocks && factor.size(1) == size,
+              "factor has shape ", factor.sizes(), ". Must be [", blocks, ", ", size, ", ", size,
+              "], or [", blocks, ", ", size, "] for a diagonal, for mode ", k,
+              " of grad of shape ", grad.sizes(), ".");
+  TORCH_CHECK(factor.scalar_type() == grad.scalar_type(), "factor has dtype ",
+              factor.scalar_type(), " but grad has ", grad.scalar_type(), ". Both must be the same.");
+  if (factor.numel() == 0) return;
+  gram_ema(factor, grad, k, beta, weight);
+}
+
 }  // namespace
 }  // namespace shampoo
 
 TORCH_LIBRARY_IMPL(shampoo, CPU, m) {
   m.impl("gather_blocks_", &shampoo::gather_blocks_);
   m.impl("graft_moments_", &shampoo::graft_moments_);
+  m.impl("gram_ema_", &shampoo::gram_ema_);
   m.impl("update_blocks_", &shampoo::update_blocks_);
 }

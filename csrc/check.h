@@ -8,10 +8,6 @@
 
 namespace shampoo {
 
-inline void check_at_least(const char* name, double value, double bound) {
-  TORCH_CHECK(value >= bound, "Invalid ", name, "=", value, ". Must be >= ", bound, ".");
-}
-
 inline void check_positive(const char* name, double value) {
   TORCH_CHECK(value > 0.0, "Invalid ", name, "=", value, ". Must be > 0.");
 }

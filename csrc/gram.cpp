@@ -1,16 +1,18 @@
 // Replaces one baddbmm, which computes both halves of a symmetric matrix, where that pays.
 //
-// Factors of at least kPanelled rows are computed in panels of rows, each from its own diagonal
-// block to the right, and mirrored. Measured on two cores against one baddbmm, square gradients:
-// 1.3x as fast at 512 rows, 1.5x at 1024 and no better below, where the call of torch stays.
-#include <ATen/core/Tensor.h>
+// Factors of at least kRows rows are computed in kPanels panels of rows, each from its own diagonal
+// block to the right, and the rest is mirrored. Measured against one baddbmm, float32: 1.2 times
+// as fast at 512 rows, 1.3 at 1024, within a tenth at 256, slower where gradients are thinner than
+// kColumns. There the call of torch stays.
+#include "gram.h"
 
-#include "check.h"
+#include <algorithm>
 
 namespace shampoo {
 namespace {
 
-constexpr int64_t kPanelled = 512;
+constexpr int64_t kRows = 512;
+constexpr int64_t kColumns = 256;
 constexpr int64_t kPanels = 4;
 
 // mat_k: [B, d_1 .. d_o] -> [B, d_k, rest]; a copy only for a mode in the middle.
@@ -35,7 +37,8 @@ void gram_ema(const at::Tensor& factor, const at::Tensor& grad, int64_t mode, do
     return;
   }
   const int64_t size = factor.size(1);
-  const int64_t height = size < kPanelled ? size : (size + kPanels - 1) / kPanels;
+  const bool pays = size >= kRows && rows.size(2) >= kColumns;
+  const int64_t height = pays ? (size + kPanels - 1) / kPanels : size;
   for (int64_t top = 0; top < size; top += height) {
     const int64_t bottom = std::min(size, top + height);
     const at::Tensor panel = factor.slice(1, top, bottom);

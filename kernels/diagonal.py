@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shampoo.kernels.eigen import NEGLIGIBLE
+from shampoo.kernels.norms import largest_entry, schatten4
+
 
 def diagonal_root_(
     root: Tensor, ridge: Tensor, factor: Tensor, p: float, eps: float, relative_eps: float
@@ -15,18 +18,17 @@ def diagonal_root_(
     matrix without a ridge has the root I. Arguments as in ``eigen_root_``.
     """
     values = factor.diagonal(dim1=1, dim2=2)  # [B, n]
-    entries = torch.count_nonzero(factor, dim=2).sum(dim=1)
-    diagonal = entries == torch.count_nonzero(values, dim=1)
+    rest = factor.clone()
+    rest.diagonal(dim1=1, dim2=2).zero_()
+    diagonal = largest_entry(rest) == 0
     values = values.double()
-    largest = values.abs().amax(dim=1)
-    unit = torch.where(largest > 0, largest, 1.0)
-    norm = unit * torch.linalg.vector_norm(values / unit[:, None], ord=4, dim=1)
-    own = torch.clamp(relative_eps * norm, min=eps)
+    own = torch.clamp(relative_eps * schatten4(values), min=eps)
     if eps == 0 and relative_eps == 0:
-        cutoff = factor.shape[-1] * torch.finfo(factor.dtype).eps * largest
+        cutoff = factor.shape[-1] * torch.finfo(factor.dtype).eps * values.amax(dim=1)
         powers = torch.where(values > cutoff[:, None], values ** (-1 / p), 0.0)
     else:
-        own = own - values.amin(dim=1).clamp(max=0)
+        smallest = values.amin(dim=1)
+        own = own - torch.where(smallest < -NEGLIGIBLE * own, smallest, 0.0)
         powers = torch.where(own[:, None] > 0, values + own[:, None], 1.0) ** (-1 / p)
     ridge.copy_(torch.where(diagonal, own, ridge))
     root.masked_fill_(diagonal[:, None, None], 0)

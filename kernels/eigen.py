@@ -5,15 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shampoo.kernels.norms import schatten4
+
+NEGLIGIBLE = 0.2  # of the ridge: the slack that the minimax schedules have for negative eigenvalues
+
 
 def eigen_root_(
     root: Tensor, ridge: Tensor, factor: Tensor, p: float, eps: float, relative_eps: float
 ) -> None:
     """``root = (A + ridge I)^(-1/p)`` with ``ridge = max(eps, relative_eps * ||A||_S4)``.
 
-    Negative eigenvalues are rounding errors: they are shifted to zero, and the shift is part of the
-    ridge that was used. Without any ridge the root is the pseudo-inverse's: eigenvalues up to
-    n * machine epsilon * lambda_max become 0. A matrix that is not finite, or that LAPACK gives up
+    Eigenvalues below -0.2 ridge have no place in a factor: the whole spectrum is then shifted up to
+    zero, and the shift is part of the ridge that was used. What rounding leaves above that bound
+    stays, so that it does not blur the small eigenvalues. Without any ridge the root is that of the
+    pseudo-inverse: eigenvalues up to n * machine epsilon * lambda_max become 0. A matrix that is not finite, or that LAPACK gives up
     on, comes out as NaN and leaves the others alone.
 
     Args:
@@ -27,15 +32,13 @@ def eigen_root_(
     """
     finite = factor.isfinite().all(dim=2).all(dim=1)
     values, vectors = _decompose(torch.where(finite[:, None, None], factor, 0.0).double())
-    largest = values.abs().amax(dim=1)
-    unit = torch.where(largest > 0, largest, 1.0)
-    norm = unit * torch.linalg.vector_norm(values / unit[:, None], ord=4, dim=1)
-    torch.clamp(relative_eps * norm, min=eps, out=ridge)
+    torch.clamp(relative_eps * schatten4(values), min=eps, out=ridge)
     if eps == 0 and relative_eps == 0:
-        cutoff = factor.shape[-1] * torch.finfo(factor.dtype).eps * largest
+        cutoff = factor.shape[-1] * torch.finfo(factor.dtype).eps * values.amax(dim=1)
         powers = torch.where(values > cutoff[:, None], values ** (-1 / p), 0.0)
     else:
-        ridge.sub_(values.amin(dim=1).clamp(max=0))
+        smallest = values.amin(dim=1)
+        ridge.sub_(torch.where(smallest < -NEGLIGIBLE * ridge, smallest, 0.0))
         powers = (values + ridge[:, None]) ** (-1 / p)
     powers.masked_fill_(~finite[:, None], torch.nan)
     product = torch.bmm(vectors * powers[:, None, :], vectors.mT)

@@ -3,14 +3,16 @@
 T = c0 I + c1 M + c2 M^2;  X <- X T;  M <- T^p M, from X = I and M = (A + ridge I) / bound. The
 coefficients are cushioned minimax polynomials (shampoo/coefficients.json), so the length is known
 before the first product: no convergence test, and nothing to read back from the device. Products
-are full ones and only two are symmetrised: the first update of M, which is taken in float64
-because it decides the accuracy of the root, and the second.
+are full ones, and one decides the accuracy of the root: the first update of M is taken in float64
+and symmetrised by averaging.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from shampoo.kernels.norms import frobenius, largest_entry, power_of_two
 
 Schedule = tuple[tuple[float, float, float], ...]
 
@@ -37,13 +39,10 @@ def minimax_root_(
 
     """
     pool = _Pool(factor)
-    largest = torch.linalg.vector_norm(factor, torch.inf, dim=(1, 2)).double()
-    # A power of two: dividing by it is exact, and neither A^2 nor its norm can overflow.
-    scale = torch.where(largest > 0, torch.exp2(torch.floor(torch.log2(largest))), 1.0)
+    scale = power_of_two(largest_entry(factor))  # neither A^2 nor its norm can overflow
     S = torch.div(factor, _column(scale, factor), out=pool.take())
     X = torch.bmm(S, S, out=pool.take())
-    # By rows first: one float32 sum over a large matrix is wrong by up to a per cent.
-    norm = torch.linalg.vector_norm(torch.linalg.vector_norm(X, dim=2).double(), dim=1).sqrt()
+    norm = frobenius(X).sqrt()
     rho = torch.maximum(relative_eps * norm, eps / scale)
     ridge.copy_(rho * scale)
     bound = norm + rho  # >= lambda_max, so the spectrum of M lies in [low, 1]
@@ -66,8 +65,6 @@ def minimax_root_(
         if k + 1 < len(schedule):
             P = _power(T, p, pool)
             M = pool.product(P, M, spent=M)
-            if k == 1:
-                M = _symmetrise(M, pool)
             if P is not T:
                 pool.give(P)
         pool.give(T)
@@ -123,12 +120,6 @@ def _first_update(T: Tensor, p: int, S: Tensor, bound: Tensor, low: Tensor, pool
     if P is not T:
         pool.give(P)
     return S.copy_(M)
-
-
-def _symmetrise(M: Tensor, pool: _Pool) -> Tensor:
-    out = torch.add(M, M.mT, out=pool.take()).mul_(0.5)
-    pool.give(M)
-    return out
 
 
 def _add_identity_(stack: Tensor, value: float | Tensor) -> None:

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from shampoo.kernels.norms import frobenius, largest_entry, power_of_two
+
 LIMIT = 100  # iterations, when the conditioning of the matrix bounds nothing
 
 
@@ -29,8 +31,7 @@ def newton_root_(
     """
     on_cpu = factor.device.type == "cpu"
     dtype = torch.float64 if on_cpu else factor.dtype
-    largest = torch.linalg.vector_norm(factor, torch.inf, dim=(1, 2)).double()
-    scale = torch.where(largest > 0, torch.exp2(torch.floor(torch.log2(largest))), 1.0)
+    scale = power_of_two(largest_entry(factor))
     B = (factor / scale.to(factor.dtype)[:, None, None]).to(dtype)
     rho = torch.maximum(relative_eps * frobenius(torch.bmm(B, B)).sqrt(), eps / scale)
     ridge.copy_(rho * scale)
@@ -97,16 +98,11 @@ def iteration_bound(p: int, relative_eps: float, n: int, tolerance: float) -> in
     return LIMIT
 
 
-def frobenius(stack: Tensor) -> Tensor:
-    """Frobenius norms, [B] float64, accurate for large float32 matrices."""
-    return torch.linalg.vector_norm(torch.linalg.vector_norm(stack, dim=2).double(), dim=1)
-
-
 def _residual(M: Tensor) -> tuple[Tensor, Tensor]:
     """max|M - I| and ||M - I||_F, [B] each."""
     R = M.clone()
     R.diagonal(dim1=1, dim2=2).sub_(1)
-    return torch.linalg.vector_norm(R, torch.inf, dim=2).amax(dim=1), frobenius(R)
+    return largest_entry(R), frobenius(R)
 
 
 def _power(T: Tensor, p: int) -> Tensor:

@@ -8,13 +8,15 @@ that the hyper-parameters name.
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
 
-from shampoo.errors import IncompleteCheckpointError
-from shampoo.hyperparameters import Hyperparameters
-from shampoo.plan import Plan
+from shampoo.errors import BlockGridMismatchError, IncompleteCheckpointError
+from shampoo.hyperparameters import Geometry, Hyperparameters
+from shampoo.layout import Layout
+from shampoo.plan import Plan, parameter_name
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +49,41 @@ def match(
         {**defaults, **saved, "params": group["params"]}
         for group, saved in zip(groups, saved_groups, strict=True)
     ]
-    for group in trial:
+    for saved, group in zip(saved_groups, trial, strict=True):
         Hyperparameters.read(group)
+        if absent := sorted(defaults.keys() - saved.keys()):
+            logger.warning(
+                "shampoo: the checkpoint lacks %s; using the defaults", ", ".join(absent)
+            )
     if found:
+        _check_blocks(groups, trial, found)
         _check_complete(trial, found)
     return found
+
+
+def _check_blocks(
+    groups: Sequence[dict[str, Any]],
+    trial: Sequence[dict[str, Any]],
+    found: Mapping[Tensor, dict[str, Any]],
+) -> None:
+    """Refuses state that was cut otherwise than this optimizer was built to cut."""
+    for index, (group, saved) in enumerate(zip(groups, trial, strict=True)):
+        ours, theirs = Geometry.of(group), Geometry.of(saved)
+        if ours == theirs:
+            continue
+        for position, param in enumerate(group["params"]):
+            if param in found and Layout.of(param.shape, ours) != Layout.of(param.shape, theirs):
+                name = parameter_name(group, index, position)
+                differences = "; ".join(
+                    f"{field.name}={getattr(theirs, field.name)!r},"
+                    f" this optimizer uses {getattr(ours, field.name)!r}"
+                    for field in fields(Geometry)
+                    if getattr(ours, field.name) != getattr(theirs, field.name)
+                )
+                raise BlockGridMismatchError(
+                    f"{name} was saved with {differences}. Build the optimizer with the values of"
+                    " the checkpoint: statistics of other blocks cannot be converted."
+                )
 
 
 def _check_complete(groups: Sequence[dict[str, Any]], found: dict[Tensor, dict[str, Any]]) -> None:

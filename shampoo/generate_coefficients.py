@@ -13,7 +13,7 @@ the interval into [((1-E)/(1+E))^p, 1].
 
 Minimax on the true interval makes E -> 1 while l is tiny: large eigenvalues are thrown to the
 bottom of the new interval in every step, and rounding noise is amplified in just the directions
-that carry the gradient. The cushion avoids it: optimise on [max(l, l_tau), 1], where the optimum of l_tau has
+that carry the gradient. The cushion avoids it: optimise on [max(l, l_tau), 1], where l_tau has
 (1-E)/(1+E) = tau. Eigenvalues below l_tau grow by nearly c0^p a step. As soon as degree 1 or 2 on
 the true interval reaches the tolerance, that is the last step (centred on 1, not rescaled).
 
@@ -34,7 +34,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import mpmath as mp
+import mpmath as mp  # type: ignore[import-untyped]
 import numpy as np
 
 mp.mp.dps = 50

@@ -45,8 +45,9 @@ graft_moments_ = _define(
     " float weight2, float correction2, float eps, bool normalized) -> ()",
     reference.graft_moments_,
 )
+# Not "mode" as in the reference: torch.compile would pass it by keyword to functions that have one.
 gram_ema_ = _define(
-    "gram_ema_(Tensor(a!) factor, Tensor grad, int mode, float beta, float weight) -> ()",
+    "gram_ema_(Tensor(a!) factor, Tensor grad, int k, float beta, float weight) -> ()",
     reference.gram_ema_,
 )
 precondition_ = _define(

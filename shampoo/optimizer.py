@@ -243,7 +243,7 @@ class Shampoo(Optimizer):
             direct(segment, arena.rule, hyper, step)
             if not layerwise:
                 self._update(segment, hyper, params, decay)
-        if layerwise:
+        if layerwise and selection.segments:
             rescale(selection.segments, params, decay)
             for segment in selection.segments:
                 self._update(segment, hyper, params, weight_decay=0.0)

@@ -18,7 +18,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
     user set the precision: the older getters raise once the newer ones were used.
     """
     cuda = device.type == "cuda"
-    backend: Any = torch.backends.cuda.matmul if cuda else torch.backends.mkldnn.matmul
+    backend: Any = torch.backends.cuda.matmul if cuda else torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = backend.fp32_precision
     with torch.autocast(device.type, enabled=False):
         if before in ("none", "ieee"):

@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from shampoo.kernels.norms import frobenius, largest_entry
+
 _VECTORS = 8
 _COMMUTATOR = 2e-2  # p >= 4; good roots stay below 5e-3
 _COMMUTATOR_LOW = 8e-2  # 2 <= p < 4; below 2 the commutator does not tell good from bad
@@ -37,23 +39,23 @@ def probe(root: Tensor, factor: Tensor, ridge: Tensor, p: float) -> tuple[Tensor
     """
     v = _vectors(factor.shape[-1], factor.dtype, factor.device).expand(len(factor), -1, -1)
     # Everything in units of the largest entries: squares must not leave the range of float32.
-    size = torch.linalg.vector_norm(factor, torch.inf, dim=(1, 2)).double() + ridge
+    size = largest_entry(factor) + ridge
     size = torch.where(size > 0, size, 1.0)
-    reach = torch.linalg.vector_norm(root, torch.inf, dim=(1, 2)).double()
+    reach = largest_entry(root)
     reach = torch.where(reach > 0, reach, 1.0)
     down, shift, across = (
         x.to(factor.dtype)[:, None, None] for x in (1 / size, ridge / size, 1 / reach)
     )
 
     def times_factor(w: Tensor) -> Tensor:
-        return torch.bmm(factor, w * down) + w * shift
+        return torch.baddbmm(w * shift, factor, w * down)
 
     def times_root(w: Tensor) -> Tensor:
         return torch.bmm(root, w * across)
 
     xv = times_root(v)
     xav = times_root(times_factor(v))
-    commutator = _norm(xav - times_factor(xv)) / _norm(xav)
+    commutator = frobenius(xav - times_factor(xv)) / frobenius(xav)
     if p != int(p):
         return commutator, torch.full_like(commutator, torch.nan)
     left, right = v, xv  # X^floor(p/2) v and X^ceil(p/2) v
@@ -76,7 +78,7 @@ def healthy(root: Tensor, factor: Tensor, ridge: Tensor, p: float) -> Tensor:
     """
     commutator, form = probe(root, factor, ridge, p)
     smallest = root.diagonal(dim1=1, dim2=2).amin(dim=1)
-    largest = torch.linalg.vector_norm(root, torch.inf, dim=(1, 2)).double()
+    largest = largest_entry(root)
     damped = ridge > 0
     ok = largest.isfinite() & torch.where(damped, smallest > 0, smallest >= 0)
     ok &= ~(damped & (largest > _MAGNITUDE * ridge ** (-1 / p)))
@@ -87,10 +89,6 @@ def healthy(root: Tensor, factor: Tensor, ridge: Tensor, p: float) -> Tensor:
     if p == int(p):
         ok &= ~damped | ((form >= _QUADRATIC[0]) & (form <= _QUADRATIC[1]))
     return ok
-
-
-def _norm(stack: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(stack, dim=(1, 2)).double()
 
 
 @functools.lru_cache(maxsize=64)

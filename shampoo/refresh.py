@@ -38,7 +38,7 @@ class PendingFlags:
             return
         self._outcome = torch.empty(outcome.shape, dtype=outcome.dtype, pin_memory=True)
         self._outcome.copy_(outcome, non_blocking=True)
-        self._arrived = torch.cuda.Event()
+        self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._arrived.record()
 
     def receive(self, count: int) -> Tensor:
@@ -48,7 +48,7 @@ class PendingFlags:
         outcome = self._outcome
         if outcome is None or len(outcome) != count:
             return self._rung
-        if self._arrived is not None and not self._arrived.query():
+        if self._arrived is not None and not self._arrived.query():  # type: ignore[no-untyped-call]
             return self._rung
         self._outcome = None
         _warn(int((outcome == _FAILED).sum()), count)
@@ -102,7 +102,7 @@ def refresh_roots_(
         step = next(chunks(factor)).stop
         growth = _RIDGE_GROWTH if rung < _EIGH else 1.0
         solver = method if rung < _EIGH else "eigh"
-        for part in which.split(step):
+        for part in torch.split(which, step):
             candidate = root[part]
             ridges = eps * growth, relative_eps * growth
             ok = _attempt(candidate, factor[part], p, correction, *ridges, solver)
@@ -153,8 +153,8 @@ def _attempt(
 def _warn(failed: int, count: int) -> None:
     if failed:
         logger.warning(
-            "%d of %d inverse roots failed the probe with every solver (a factor that is not finite "
-            "or far from positive definite): they keep their previous root.",
+            "%d of %d inverse roots failed the probe with every solver (factor not finite, or "
+            "far from positive definite): they keep their previous root.",
             failed,
             count,
         )

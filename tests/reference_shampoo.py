@@ -130,7 +130,7 @@ class ReferenceShampoo:
             method = "adagrad"
         else:
             method = "shampoo"
-        diagonal = h["large_dim_method"] == "diagonal"
+        diagonal = h["large_dim_method"] == "diagonal" and method == "shampoo"
         state = ParamState(merged, method, block_slices(merged, limit, diagonal))
         zeros = torch.zeros(merged, dtype=torch.float64)
         state.M = torch.zeros(shape, dtype=torch.float64)

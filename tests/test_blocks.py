@@ -208,6 +208,36 @@ def test_g4_long_dimensions_follow_the_reference(shape, method, grafting):
     )
 
 
+@pytest.mark.parametrize("method", ["adagrad", "diagonal"])
+@pytest.mark.parametrize("grafting", ["none", "sgd"])
+def test_g4_a_long_vector_follows_the_reference(method, grafting):
+    compare(
+        [(9,), (3,)],
+        6,
+        large_dim_method=method,
+        grafting=grafting,
+        max_preconditioner_dim=4,
+        precondition_1d=True,
+        eps=1e-4,
+        **LONG,
+    )
+
+
+@pytest.mark.parametrize("grafting", ["lars", "lamb"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_g4_the_adagrad_method_is_never_rescaled_by_layer(grafting, momentum):
+    compare(
+        [(7, 3), (4, 3)],
+        5,
+        large_dim_method="adagrad",
+        grafting=grafting,
+        momentum=momentum,
+        max_preconditioner_dim=4,
+        eps=1e-4,
+        **{**LONG, "weight_decay": 0.0},
+    )
+
+
 @pytest.mark.parametrize("beta2", [0.9, 1.0])
 @pytest.mark.parametrize("bias_correction", [True, False])
 def test_g4_the_adagrad_method_divides_by_the_root_of_the_accumulator(beta2, bias_correction):

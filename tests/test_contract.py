@@ -97,6 +97,28 @@ def test_k2_groups_have_their_own_hyper_parameters():
             assert_relative(param, reference.params[0])
 
 
+def test_k2_equal_shapes_in_different_groups_do_not_mix():
+    """Their blocks could share one stack."""
+    params = random_params(*[(5, 4)] * 5)
+    own: list[dict[str, Any]] = [
+        {},
+        {"lr": 0.3, "betas": (0.5, 0.8), "weight_decay": 0.0, "momentum": 0.9},
+        {"eps": 0.1, "relative_eps": 1e-2, "grafting_eps": 1e-2, "nesterov": True},
+        {"exponent_override": 2, "precondition_frequency": 3, "bias_correction": False},
+        {"betas": (0.9, 1.0), "decoupled_weight_decay": False, "start_preconditioning_step": 5},
+    ]
+    groups = [{"params": [p], **hyper} for p, hyper in zip(params, own, strict=True)]
+    opt = double_shampoo(groups, **RICH)
+    references = [
+        ReferenceShampoo([p], **{**RICH, **hyper}) for p, hyper in zip(params, own, strict=True)
+    ]
+    for grads in random_grads(params, 8):
+        apply(opt, params, grads)
+        for i, (param, reference) in enumerate(zip(params, references, strict=True)):
+            reference.step([grads[i]])
+            assert_relative(param, reference.params[0], what=f"group {i}:")
+
+
 def test_k2_precondition_false_on_a_group_is_the_graft_alone():
     params = random_params((5, 4), (5, 4))
     twins = twins_of(params[:1])

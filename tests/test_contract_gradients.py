@@ -11,6 +11,7 @@ from trajectory import (
     apply,
     assert_relative,
     assert_same_bits,
+    compare,
     double_shampoo,
     random_grads,
     random_params,
@@ -47,6 +48,19 @@ def test_a_missing_gradient_leaves_its_parameter_bit_identical():
             assert torch.equal(after[i, key], before[i, key]), (i, key)
         assert after[i, "step"] == 3, "time passes for a parameter without a gradient"
     assert not torch.equal(after[1, "weight"], before[1, "weight"])
+
+
+@pytest.mark.parametrize("grafting", ["adam", "lamb", "adagrad_normalized", "none"])
+@pytest.mark.parametrize("method", ["blocking", "diagonal", "adagrad"])
+def test_gradients_that_come_and_go_follow_the_reference(grafting, method):
+    """Equal shapes, so that stacks are partly idle, also at refreshes (steps 2, 4, 6)."""
+    idle = {(1, 0), (2, 0), (2, 3), (4, 1), (4, 3), (5, 0), (5, 1), (5, 2), (6, 2), (7, 0)}
+    compare(
+        [(5, 4), (5, 4), (4,), (5, 4), (3, 2)],
+        9,
+        mask=lambda t, i: (t, i) not in idle,
+        **{**RICH, "grafting": grafting, "large_dim_method": method, "eps": 1e-6},
+    )
 
 
 def test_a_step_without_any_gradient_changes_and_counts_nothing():
