@@ -1,4 +1,4 @@
-"""The layout map: ``kernels/`` installs as ``shampoo.kernels`` and ``csrc/`` as ``shampoo.csrc``."""
+"""The layout map: ``kernels/`` becomes ``shampoo.kernels`` and ``csrc/`` ``shampoo.csrc``."""
 
 from setuptools import setup
 

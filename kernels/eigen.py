@@ -18,8 +18,8 @@ def eigen_root_(
     Eigenvalues below -0.2 ridge have no place in a factor: the whole spectrum is then shifted up to
     zero, and the shift is part of the ridge that was used. What rounding leaves above that bound
     stays, so that it does not blur the small eigenvalues. Without any ridge the root is that of the
-    pseudo-inverse: eigenvalues up to n * machine epsilon * lambda_max become 0. A matrix that is not finite, or that LAPACK gives up
-    on, comes out as NaN and leaves the others alone.
+    pseudo-inverse: eigenvalues up to n * machine epsilon * lambda_max become 0. A matrix that is
+    not finite, or that LAPACK gives up on, comes out as NaN and leaves the others alone.
 
     Args:
         root: [B, n, n], written; bitwise symmetric.
@@ -49,7 +49,7 @@ def _decompose(stack: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors, NaN for the matrices that do not converge."""
     try:
         return eigh(stack)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         if len(stack) == 1:
             return torch.full_like(stack[:, 0], torch.nan), torch.full_like(stack, torch.nan)
     # Halving finds the failing matrices in few calls.

@@ -24,7 +24,7 @@ def schatten4(values: Tensor) -> Tensor:
     """``(sum lambda^4)^(1/4)``, [B], of eigenvalues [B, n] in float64."""
     largest = values.abs().amax(dim=1)
     unit = torch.where(largest > 0, largest, 1.0)
-    return unit * torch.linalg.vector_norm(values / unit[:, None], ord=4, dim=1)
+    return torch.as_tensor(unit * torch.linalg.vector_norm(values / unit[:, None], ord=4, dim=1))
 
 
 def power_of_two(largest: Tensor) -> Tensor:

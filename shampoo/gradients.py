@@ -21,6 +21,7 @@ def largest_magnitudes(grads: Sequence[Tensor]) -> list[float]:
     One pass over the gradients; on a GPU, the one point at which a step waits for it.
     """
     norms = torch._foreach_norm(list(grads), ord=float("inf"))
-    return torch.stack(
-        [norm.to("cpu", torch.float64, non_blocking=True) for norm in norms]
-    ).tolist()
+    if len({(norm.device, norm.dtype) for norm in norms}) > 1:
+        norms = tuple(norm.to("cpu", torch.float64) for norm in norms)
+    magnitudes: list[float] = torch.stack(norms).tolist()
+    return magnitudes

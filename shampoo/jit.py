@@ -172,7 +172,7 @@ def _loads(library: Path) -> bool:
     if not library.exists():
         return False
     try:
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except OSError:
         return False
     return True

@@ -17,7 +17,7 @@ import torch
 from shampoo import jit
 from shampoo.kernels import reference
 
-_library = torch.library.Library("shampoo", "DEF")
+_library = torch.library.Library("shampoo", "DEF")  # type: ignore[no-untyped-call]
 _names: list[str] = []
 
 
@@ -28,8 +28,8 @@ def _no_output(*_: object) -> None:
 def _define(schema: str, meaning: Callable[..., None]) -> Callable[..., Any]:
     name = schema.partition("(")[0]
     _names.append(name)
-    _library.define(schema)
-    _library.impl(name, meaning, "CompositeExplicitAutograd")
+    _library.define(schema)  # type: ignore[no-untyped-call]
+    _library.impl(name, meaning, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"shampoo::{name}", _no_output, lib=_library)
     return getattr(torch.ops.shampoo, name).default  # type: ignore[no-any-return]
 

@@ -13,6 +13,7 @@ import logging
 import torch
 from torch import Tensor
 
+from shampoo.precision import full_precision
 from shampoo.probe import healthy
 from shampoo.solver import chunks, solve_
 
@@ -145,7 +146,8 @@ def _attempt(
     candidate = torch.empty_like(root)
     ridge = torch.empty(len(factor), dtype=torch.float64, device=factor.device)
     solve_(candidate, ridge, factor, p, eps, relative_eps, method)
-    ok = healthy(candidate, factor, ridge, p)
+    with full_precision(factor.device):
+        ok = healthy(candidate, factor, ridge, p)
     root.copy_(torch.where(ok[:, None, None], candidate, root))
     return ok
 

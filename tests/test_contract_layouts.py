@@ -101,6 +101,25 @@ def test_statistics_have_the_dtype_that_was_asked_for(preconditioner_dtype):
         assert state["block0.failures0"].dtype == torch.int32
 
 
+def test_momentum_and_weights_work_in_the_dtype_of_the_parameter_or_better():
+    """Section 1.3, from step 7 on: a float64 run is not rounded to the dtype of the factors."""
+    (param,) = random_params((4, 3), dtype=torch.float64)
+    (twin,) = [Parameter(param.detach().clone())]
+    hyper: dict[str, Any] = {"lr": 0.1, "momentum": 0.9}
+    ours = Shampoo(
+        [param],
+        **{**hyper, "grafting": "sgd", "betas": (0.0, 0.9), "weight_decay": 0.1},
+        start_preconditioning_step=float("inf"),
+    )
+    # the directions are the gradients, exact in float32; decay flows through the momentum
+    theirs = torch.optim.SGD([twin], weight_decay=0.1, **hyper)
+    for _ in range(5):
+        grad = torch.randn(4, 3).double()
+        apply(ours, [param], [grad])
+        apply(theirs, [twin], [grad])
+    assert_relative(param, twin, 1e-12)
+
+
 @pytest.mark.parametrize("root_method", ["auto", "eigh", "coupled_newton", "minimax"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_float32_run_stays_near_its_float64_twin(dtype, root_method):
@@ -201,7 +220,9 @@ def refusal(name: str | None, param: Parameter, grad: Tensor) -> str:
 
 @pytest.mark.parametrize("name", ["embed.weight", None])
 def test_sparse_gradients_are_refused_with_the_remedy(name):
-    grad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.ones(1, 3), (4, 3), check_invariants=True)
+    grad = torch.sparse_coo_tensor(
+        torch.tensor([[1]]), torch.ones(1, 3), (4, 3), check_invariants=True
+    )
     message = refusal(name, Parameter(torch.randn(4, 3)), grad)
     assert "sparse" in message
     assert "SparseAdam" in message

@@ -60,6 +60,24 @@ def test_probe_flags_injected_failures(p: int, scale: float) -> None:
     assert got == expected
 
 
+@pytest.mark.parametrize("p", [2, 3, 4, 7])
+def test_probe_flags_a_rotated_root(p: int) -> None:
+    """Only the commutator sees it: the quadratic form stays near 1."""
+    A = stack(1, 64, decades=4.0)
+    reference = Exact(A[0])
+    ridge = torch.tensor([1e-6 * reference.norm], dtype=torch.float64)
+    vectors = reference.vectors.clone()
+    angle = torch.tensor(0.4)
+    first, second = reference.vectors[:, -1], reference.vectors[:, -12]
+    vectors[:, -1] = angle.cos() * first + angle.sin() * second
+    vectors[:, -12] = angle.cos() * second - angle.sin() * first
+    X = (vectors * (reference.values + ridge) ** (-1 / p) @ vectors.mT).float()[None]
+    commutator, form = probe(X, A, ridge, p)
+    assert 0.9 <= form.item() <= 1.1
+    assert commutator.item() > (2e-2 if p >= 4 else 8e-2)
+    assert not healthy(X, A, ridge, p).any()
+
+
 def test_probe_flags_a_negative_mode() -> None:
     """An eigenvalue of -10 ridge: the coupled iteration diverges on it."""
     spectrum = torch.logspace(0, -6, 48)

@@ -145,7 +145,8 @@ def test_newton_that_diverges_stops_with_a_finite_iterate() -> None:
     """A negative mode makes the residual grow by more than 1.2: the iterate before is returned."""
     spectrum = torch.logspace(0, -3, 24)
     spectrum[-1] = -0.1
-    X, _, count = coupled_newton(spd(spectrum, dtype=torch.float64)[None], 4, 1e-10, 100, True)
+    X, M, count = coupled_newton(spd(spectrum, dtype=torch.float64)[None], 4, 1e-10, 100, True)
+    assert (M - torch.eye(24, dtype=torch.float64)).norm() <= 24**0.5
     assert X.isfinite().all()
     assert int(count) < 30
 

@@ -1,0 +1,71 @@
+# `make test` and `make bench` set up all they need, in .venv, and are quick the second time.
+#
+# TORCH is what to install where .venv has no torch yet, as pip takes it; for a CPU wheel alone,
+# which is a tenth of the size, name its index: PIP_EXTRA_INDEX_URL=... make test
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+
+BIN := $(abspath $(VENV))/bin
+CLEAN := $(abspath $(VENV))/clean
+WHEELS := $(abspath $(VENV))/wheels
+SOURCES := shampoo kernels tests benchmarks examples setup.py
+
+.PHONY: test bench lint types pytest wheel clean
+
+test: lint pytest types
+
+bench: $(VENV)/installed
+	$(BIN)/python -m benchmarks.step_time
+	$(BIN)/python examples/digits.py
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+# Not `python -m pytest`: that puts the checkout, which has no shampoo/kernels, before the package.
+pytest: $(VENV)/installed
+	$(BIN)/pytest -q --durations=10
+
+# Builds the wheel and uses it as a stranger would: in an environment of its own, from elsewhere.
+# torch is lent to it by a path file, which does not make the development install visible.
+wheel: $(VENV)/installed
+	rm -rf build $(WHEELS) $(CLEAN)
+	$(BIN)/pip wheel -q --no-deps --no-build-isolation -w $(WHEELS) .
+	rm -rf build
+	$(PYTHON) -m venv $(CLEAN)
+	$(CLEAN)/bin/pip install -q --no-deps --no-index $(WHEELS)/*.whl
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$($(CLEAN)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/lent.pth"
+	mkdir -p $(CLEAN)/elsewhere
+	cd $(CLEAN)/elsewhere && $(CLEAN)/bin/python -c "$$ONE_STEP"
+
+types: wheel
+	cd $(CLEAN)/elsewhere && \
+	  $(BIN)/mypy --strict --cache-dir=$(CLEAN)/mypy --python-executable=$(CLEAN)/bin/python -p shampoo
+
+define ONE_STEP
+import sys, torch, shampoo
+assert shampoo.__file__.startswith(sys.prefix), shampoo.__file__
+model = torch.nn.Linear(8, 4)
+before = model.weight.detach().clone()
+optimizer = shampoo.Shampoo(model.parameters(), lr=0.1)
+model(torch.ones(2, 8)).square().sum().backward()
+optimizer.step()
+assert (model.weight != before).all()
+print("the installed wheel takes a step:", shampoo.__file__)
+endef
+export ONE_STEP
+
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install "$(TORCH)"
+	touch $@
+
+$(VENV)/installed: $(VENV)/torch pyproject.toml setup.py
+	$(BIN)/pip install -q -e ".[dev,bench]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

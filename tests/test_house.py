@@ -1,0 +1,163 @@
+"""The shape of the code base: what ships, how long files are, and which module may import which."""
+
+import ast
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Every module and what it may import of the package. Nothing imports upwards.
+LAYERS = {
+    # the mathematics on stacks, which knows torch alone
+    "kernels": "",
+    "kernels.reference": "",
+    "kernels.norms": "",
+    "kernels.eigen": "kernels.norms",
+    "kernels.newton": "kernels.norms",
+    "kernels.minimax": "kernels.norms",
+    "kernels.diagonal": "kernels.norms kernels.eigen",
+    # the op table
+    "jit": "",
+    "ops": "jit kernels.reference",
+    # inverse roots
+    "precision": "",
+    "generate_coefficients": "",
+    "schedule": "kernels.minimax",
+    "probe": "kernels.norms",
+    "solver": "kernels.diagonal kernels.eigen kernels.minimax kernels.newton precision schedule",
+    "refresh": "precision probe solver",
+    "roots": "refresh solver",
+    # what is where
+    "errors": "",
+    "blocking": "",
+    "grafting": "",
+    "hyperparameters": "blocking grafting",
+    "layout": "blocking hyperparameters",
+    "stacks": "blocking layout",
+    "segments": "roots stacks",
+    "plan": "errors grafting hyperparameters layout segments stacks",
+    "checkpoint": "errors hyperparameters layout plan",
+    # the step
+    "gradients": "",
+    "direction": "hyperparameters layout ops segments",
+    "layerwise": "ops segments",
+    "optimizer": "checkpoint direction errors gradients hyperparameters layerwise layout ops plan"
+    " roots segments",
+    "__init__": "errors optimizer roots",
+    "__main__": "jit ops",
+}
+
+FOLDERS = {"shampoo": ROOT / "shampoo", "shampoo.kernels": ROOT / "kernels"}
+
+
+def modules() -> dict[str, Path]:
+    found = {path.stem: path for path in FOLDERS["shampoo"].glob("*.py")}
+    for path in FOLDERS["shampoo.kernels"].glob("*.py"):
+        found["kernels" if path.stem == "__init__" else f"kernels.{path.stem}"] = path
+    return found
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of the package that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} has a relative import on line {node.lineno}"
+            if node.module == "shampoo":
+                found |= {alias.name for alias in node.names}
+            elif node.module == "shampoo.kernels":
+                found |= {f"kernels.{alias.name}" for alias in node.names}
+            elif (node.module or "").startswith("shampoo."):
+                found.add(node.module.removeprefix("shampoo."))
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+            found |= {name.removeprefix("shampoo.") for name in names if name.startswith("shampoo")}
+    return found
+
+
+@pytest.mark.parametrize("module", modules())
+def test_module_imports_only_what_lies_below_it(module):
+    assert module in LAYERS, f"{module} has no place in LAYERS"
+    assert imports_of(modules()[module]) <= set(LAYERS[module].split())
+
+
+def test_every_layer_is_a_module():
+    assert set(LAYERS) == set(modules())
+
+
+def test_layers_have_no_cycle():
+    below = {name: set(allowed.split()) for name, allowed in LAYERS.items()}
+    while below:
+        lowest = {name for name, allowed in below.items() if not allowed & set(below)}
+        assert lowest, f"these import each other: {sorted(below)}"
+        below = {name: allowed for name, allowed in below.items() if name not in lowest}
+
+
+SOURCES = [
+    path
+    for folder in ("shampoo", "kernels", "csrc", "tests", "benchmarks", "examples")
+    for path in sorted((ROOT / folder).rglob("*"))
+    if path.suffix in {".py", ".cpp", ".h", ".cu", ".cuh"}
+]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_is_long(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A copy of what is written, so that no build leaves anything in the checkout, or meets it."""
+    copy = tmp_path_factory.mktemp("tree") / "checkout"
+    ignored = shutil.ignore_patterns(
+        ".*", "build", "dist", "*.egg-info", "__pycache__", "tests", "peers"
+    )
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    return copy
+
+
+def build(tree: Path, out: Path) -> Path:
+    command = [*(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps"), "--no-build-isolation"]
+    subprocess.run([*command, "--no-index", "-w", out, tree], check=True, cwd=out)
+    [wheel] = out.glob("*.whl")
+    return wheel
+
+
+@pytest.mark.slow
+def test_wheel_ships_every_source_and_nothing_else(tree, tmp_path):
+    wheel = build(tree, tmp_path)
+    shipped = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    homes = {"shampoo": "shampoo", "kernels": "shampoo/kernels", "csrc": "shampoo/csrc"}
+    written = {
+        f"{home}/{path.relative_to(ROOT / folder)}"
+        for folder, home in homes.items()
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert shipped == written
+    assert wheel.name.endswith("-py3-none-any.whl")
+
+
+@pytest.mark.slow
+def test_wheel_from_the_sdist_is_the_same(tree, tmp_path):
+    script = "from setuptools import build_meta as b; import sys; print(b.build_sdist(sys.argv[1]))"
+    subprocess.run(
+        [sys.executable, "-c", script, tmp_path], check=True, cwd=tree, stdout=subprocess.DEVNULL
+    )
+    [sdist] = tmp_path.glob("*.tar.gz")
+    shutil.unpack_archive(sdist, tmp_path / "unpacked", filter="data")
+    [unpacked] = (tmp_path / "unpacked").iterdir()
+    wheels = []
+    for name, source in (("direct", tree), ("through", unpacked)):
+        (tmp_path / name).mkdir()
+        wheels.append(build(source, tmp_path / name))
+    direct, through = (
+        {n for n in zipfile.ZipFile(w).namelist() if ".dist-info/" not in n} for w in wheels
+    )
+    assert direct == through
