@@ -19,12 +19,18 @@ def describe(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit(),
+        "load": os.getloadavg()[0],
     }
     if device.type == "cuda":
         facts["cuda"] = torch.version.cuda
         facts["triton"] = version_of("triton")
         facts["clock_khz"] = getattr(torch.cuda.get_device_properties(device), "clock_rate", None)
     return facts
+
+
+def is_busy() -> bool:
+    """Whether other work takes a good part of the cores: an average load of a quarter of them."""
+    return os.getloadavg()[0] > 0.25 * (os.cpu_count() or 1)
 
 
 def device_name(device: torch.device) -> str:

@@ -9,6 +9,7 @@ All optimizers step in turn in one run, on equal parameters and gradients. *Ordi
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -94,13 +95,18 @@ def measure(
     plan = contest.Plan(
         device, options.refresh, options.grafted_embeddings, options.seconds, options.periods
     )
+    facts = {**machine.describe(device), "command": options.command}
+    if machine.is_busy():
+        console.print(
+            f"This machine is busy (load {facts['load']:.1f} on {os.cpu_count()} cores): times and"
+            " ratios will be noisy. Run again when it is idle."
+        )
     rates = floor.measure_rates(device, sorted({block for _, block in models}))
     console.print(
         f"{machine.device_name(device)}, {torch.get_num_threads()} threads, torch"
         f" {torch.__version__}: copy {rates.copy / 1e9:.1f} GB/s, in place"
         f" {rates.bandwidth / 1e9:.1f} GB/s, fp32 product {rates.flops / 1e9:.0f} GFLOP/s"
     )
-    facts = {**machine.describe(device), "command": options.command}
     rows = []
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress:
@@ -118,8 +124,8 @@ def measure(
             row = contest.row(model, block, factory, plan, rates, after_round=show)
             progress.remove_task(task)
             console.print(
-                f"{model.name}: ordinary {row['ordinary_s']['p50'] * 1e3:.3g} ms, root"
-                f" {row['root_s']['p50'] * 1e3:.3g} ms, over {row['root_s']['samples']} periods"
+                f"{model.name}: ordinary {_ms(row['ordinary_s']['p50'])} ms, root"
+                f" {_ms(row['root_s']['p50'])} ms, over {row['root_s']['samples']} periods"
             )
             rows.append({**row, "root_method": options.root_method, "machine": facts})
     return rows
@@ -128,8 +134,9 @@ def measure(
 def times_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Milliseconds of every kind of step."""
     table = Table(title="Time of a step in ms: p20 / median / p80")
-    for name in ("model", "parameters", "block", "ordinary step", "root step", "amortised"):
-        table.add_column(name, justify="left" if name == "model" else "right")
+    table.add_column("model", no_wrap=True)
+    for name in ("parameters", "block", "ordinary step", "root step", "amortised"):
+        table.add_column(name, justify="right")
     for name in contest.BASELINES:
         table.add_column(name, justify="right")
     for row in rows:
@@ -139,14 +146,19 @@ def times_table(rows: Sequence[dict[str, Any]]) -> Table:
             str(row["block"]),
             _spread(row["ordinary_s"]),
             _spread(row["root_s"]),
-            f"{row['amortised_s'] * 1e3:.4g}",
+            _ms(row["amortised_s"]),
             *(_spread(row["baselines_s"][name]) for name in contest.BASELINES),
         )
     return table
 
 
 def _spread(times: dict[str, float]) -> str:
-    return " / ".join(f"{times[level] * 1e3:.3g}" for level in ("p20", "p50", "p80"))
+    return " / ".join(_ms(times[level]) for level in ("p20", "p50", "p80"))
+
+
+def _ms(seconds: float) -> str:
+    """Milliseconds, three digits or all before the point."""
+    return f"{seconds * 1e3:.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.3g}"
 
 
 def ratios_table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -155,19 +167,20 @@ def ratios_table(rows: Sequence[dict[str, Any]]) -> Table:
         title=f"Against {rows[0]['base']}, and against the floor (floor: symmetric factor products;"
         " full: general ones; overlapped: bytes hidden behind products)"
     )
+    table.add_column("model", no_wrap=True)
     for name in (
-        *("model", "ordinary / AdamW", "root / AdamW", "amortised / AdamW", "state B/param"),
+        *("ordinary / AdamW", "root / AdamW", "amortised / AdamW", "state B/param"),
         *("all held B/param", "formula B/param", "floor ms", "time / floor", "/ full"),
         "/ overlapped",
     ):
-        table.add_column(name, justify="left" if name == "model" else "right")
+        table.add_column(name, justify="right")
     for row in rows:
         over = row["ordinary_over_floor"]
         table.add_row(
             row["model"],
             *(f"{row[f'{kind}_over_base']:.2f}" for kind in ("ordinary", "root", "amortised")),
             *(f"{row[f'{kind}_bytes_per_parameter']:.2f}" for kind in ("state", "held", "formula")),
-            f"{row['floor_s']['floor'] * 1e3:.3g}",
+            _ms(row["floor_s"]["floor"]),
             *(f"{over[bound]:.2f}" for bound in ("floor", "full", "overlapped")),
         )
     return table

@@ -1,6 +1,7 @@
 """What every test shares: one thread, one seed, and uninitialised memory on request."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -33,3 +34,13 @@ def nan_filled_empty() -> Iterator[None]:
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def said(recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
+    """All that was warned of so far, whether by `warnings` or by the log."""
+    logged = logging.WARNING
+    return lambda: "\n".join(
+        [str(w.message) for w in recwarn.list]
+        + [record.getMessage() for record in caplog.records if record.levelno >= logged]
+    )

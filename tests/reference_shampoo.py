@@ -191,8 +191,10 @@ class ReferenceShampoo:
             block.v = block.v + G**2 if beta2 == 1 else beta2 * block.v + (1 - beta2) * G**2
         else:
             self._update_graft(G, block)
-        block.m = beta1 * block.m + (1 - beta1) * G
-        Gt = block.m / c1 if beta1 > 0 else G
+        Gt = G
+        if beta1 > 0:
+            block.m = beta1 * block.m + (1 - beta1) * G
+            Gt = block.m / c1
 
         if method == "adagrad":
             return Gt / ((block.v / c2).sqrt() + h["eps"])

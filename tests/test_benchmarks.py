@@ -192,6 +192,23 @@ def test_bad_arguments_are_refused(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_targets_judge_only_rows_run_as_the_targets_state():
+    row = {
+        "model": "transformer-512",
+        "block": 256,
+        "refresh": 10,
+        "machine": {"device": "cpu"},
+        "ordinary_over_base": 5.4,
+        "ordinary_over_floor": {"floor": 1.6},
+    }
+    first, second = step_time.targets([row])
+    assert first.endswith("<= 5.5: 5.40, met")
+    assert second.endswith("<= 1.5: 1.60, NOT MET")
+    assert step_time.targets([{**row, "refresh": 20}, {**row, "block": 1024}]) == []
+    mlp = {**row, "model": "mlp", "amortised_over_base": 12.5}
+    assert step_time.targets([mlp])[0].endswith("<= 12.0: 12.50, NOT MET")
+
+
 def test_command_writes_json_and_png(tmp_path):
     target = tmp_path / "out" / "steps.json"
     arguments = ["--device", "cpu", "--threads", "1", "--small", "--refresh", "3", "--models"]

@@ -61,8 +61,11 @@ def test_a_hyper_parameter_changed_mid_run_equals_a_twin(change):
     compare(SHAPES, 9, change={6: change}, **{**RICH, "start_preconditioning_step": 4})
 
 
-def test_momentum_may_be_switched_on_mid_run():
-    compare(SHAPES, 8, change={5: {"momentum": 0.9}}, **{**RICH, "momentum": 0.0})
+def test_momentum_and_the_first_moment_may_be_switched_on_mid_run():
+    """Their buffers start at zero then."""
+    off = {**RICH, "momentum": 0.0, "betas": (0.0, 0.95)}
+    compare(SHAPES, 8, change={5: {"momentum": 0.9}}, **off)
+    compare(SHAPES, 8, change={5: {"betas": (0.9, 0.95)}}, **off)
 
 
 def test_betas_may_be_tensors():
@@ -241,9 +244,8 @@ def test_parameters_swapped_before_the_first_step_are_the_ones_that_train():
         assert_relative(param, expected)
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("shape", [(5, 4), (4, 6)])
-def test_parameters_swapped_after_steps_start_fresh_and_spare_their_neighbours(shape):
+def test_parameters_swapped_after_steps_start_fresh_and_spare_their_neighbours(shape, said):
     params = random_params((5, 4), (4, 3))
     opt = double_shampoo(params, **RICH)
     kept = ReferenceShampoo(params[1:], **RICH)
@@ -262,6 +264,7 @@ def test_parameters_swapped_after_steps_start_fresh_and_spare_their_neighbours(s
         assert_relative(params[1], kept.params[0], what="its neighbour:")
     assert torch.equal(gone, old)
     assert gone not in opt.state, "state of a parameter that left is dropped"
+    assert "replaced" in said()
 
 
 def test_a_frozen_parameter_is_left_alone_and_may_be_unfrozen():

@@ -2,9 +2,7 @@
 
 import copy
 import io
-import logging
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -279,16 +277,6 @@ def test_a_checkpoint_of_another_merge_is_refused():
     _, source = trained(4, merge_dims="none", max_preconditioner_dim=6)
     params, opt = trained(2, merge_dims="matrix", max_preconditioner_dim=6)
     assert_refused(opt, params, source.state_dict(), shampoo.BlockGridMismatchError)
-
-
-@pytest.fixture
-def said(recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
-    """All that was warned of so far, whether by `warnings` or by the log."""
-    logged = logging.WARNING
-    return lambda: "\n".join(
-        [str(w.message) for w in recwarn.list]
-        + [record.getMessage() for record in caplog.records if record.levelno >= logged]
-    )
 
 
 def test_unknown_state_keys_are_named_in_a_warning_and_ignored(said):
