@@ -6,8 +6,10 @@
 #include <optional>
 
 #include "check.h"
+#include "eigen.h"
 #include "gram.h"
 #include "kernels.h"
+#include "precondition.h"
 
 namespace shampoo {
 namespace {
@@ -201,12 +203,68 @@ void gram_ema_(const at::Tensor& factor, const at::Tensor& grad, int64_t k, doub
   gram_ema(factor, grad, k, beta, weight);
 }
 
+void magnitudes_(const at::Tensor& out, at::TensorList tensors) {
+  TORCH_CHECK(out.device().is_cpu() && out.dim() == 1 && out.is_contiguous() &&
+                  out.scalar_type() == at::kDouble &&
+                  out.numel() == static_cast<int64_t>(tensors.size()),
+              "out is ", out.scalar_type(), " of shape ", out.sizes(),
+              ". Must be contiguous float64 of shape [", tensors.size(), "] on the CPU.");
+  for (size_t i = 0; i < tensors.size(); ++i)
+    TORCH_CHECK(tensors[i].numel() > 0, "tensors[", i, "] is empty. Must have an element.");
+  magnitudes(pointer<double>(out), sources_of("tensors", tensors));
+}
+
+void precondition_(const at::Tensor& out, const at::Tensor& norm, const at::Tensor& grad,
+                   at::TensorList roots) {
+  const int64_t order = grad.dim() - 1;
+  TORCH_CHECK(order == static_cast<int64_t>(roots.size()), "roots has ", roots.size(),
+              " tensors. Must have one for each of the ", order, " modes of grad of shape ",
+              grad.sizes(), ".");
+  TORCH_CHECK(out.sizes() == grad.sizes() && out.is_contiguous(), "out has shape ", out.sizes(),
+              " with strides ", out.strides(), ". Must be contiguous ", grad.sizes(),
+              ", the shape of grad.");
+  check_flat("norm", norm);
+  TORCH_CHECK(norm.numel() == grad.size(0), "norm has ", norm.numel(), " elements. Must have ",
+              grad.size(0), ", one for each block of grad.");
+  const auto check_dtype = [&](const char* name, const at::Tensor& tensor) {
+    TORCH_CHECK(tensor.scalar_type() == grad.scalar_type(), name, " has dtype ",
+                tensor.scalar_type(), " but grad has ", grad.scalar_type(), ". Both must be the same.");
+  };
+  check_dtype("out", out);
+  check_dtype("norm", norm);
+  for (int64_t mode = 0; mode < order; ++mode) {
+    const at::Tensor& root = roots[mode];
+    const int64_t size = grad.size(mode + 1);
+    check_dtype("roots", root);
+    TORCH_CHECK((root.dim() == 2 || (root.dim() == 3 && root.size(2) == size)) &&
+                    root.size(0) == grad.size(0) && root.size(1) == size,
+                "roots[", mode, "] has shape ", root.sizes(), ". Must be [", grad.size(0), ", ",
+                size, ", ", size, "], or [", grad.size(0), ", ", size, "] for a diagonal.");
+  }
+  if (grad.numel() == 0) return;
+  precondition(out, norm, grad, roots);
+}
+
+void eigh_(const at::Tensor& values, const at::Tensor& vectors, const at::Tensor& stack) {
+  TORCH_CHECK(stack.dim() == 3 && stack.size(1) == stack.size(2), "stack has shape ",
+              stack.sizes(), ". Must be [B, n, n].");
+  TORCH_CHECK(values.sizes() == stack.sizes().slice(0, 2), "values has shape ", values.sizes(),
+              ". Must be ", stack.sizes().slice(0, 2), ".");
+  TORCH_CHECK(vectors.sizes() == stack.sizes(), "vectors has shape ", vectors.sizes(),
+              ". Must be ", stack.sizes(), ".");
+  if (stack.numel() == 0) return;
+  eigh(values, vectors, stack);
+}
+
 }  // namespace
 }  // namespace shampoo
 
 TORCH_LIBRARY_IMPL(shampoo, CPU, m) {
   m.impl("gather_blocks_", &shampoo::gather_blocks_);
   m.impl("graft_moments_", &shampoo::graft_moments_);
+  m.impl("magnitudes_", &shampoo::magnitudes_);
   m.impl("gram_ema_", &shampoo::gram_ema_);
+  m.impl("precondition_", &shampoo::precondition_);
+  m.impl("eigh_", &shampoo::eigh_);
   m.impl("update_blocks_", &shampoo::update_blocks_);
 }

@@ -55,6 +55,13 @@ template <class Flat, class Norm>
 void graft_moments(Flat* exp_avg, Flat* exp_avg_sq, Flat* direction, Norm* norm, const Flat* grad,
                    const std::vector<Run>& runs, const Moments& moments);
 
+// out[i] = max |x| of source i, NaN or Inf if it holds one.
+void magnitudes(double* out, const std::vector<Source>& sources);
+
+// The Euclidean norm of every block of a run.
+template <class Flat>
+void block_norms(Flat* norm, const Flat* blocks, const Run& run);
+
 // `momentum` may be null.
 template <class Flat>
 void update_blocks(const std::vector<Source>& params, Flat* momentum, const Flat* direction,

@@ -168,6 +168,23 @@ void graft_moments(Flat* exp_avg, Flat* exp_avg_sq, Flat* direction, Norm* norm,
   chunks.lengths(sums, norm);
 }
 
+template <class Flat>
+void block_norms(Flat* norm, const Flat* blocks, const Run& run) {
+  const std::vector<Run> runs{run};
+  const Chunks chunks(runs);
+  const int64_t total = chunks.first.back();
+  std::vector<double> sums(total);
+  at::parallel_for(0, total, kGrain / kChunk, [&](int64_t begin, int64_t end) {
+    chunks.visit(begin, end, [&](int64_t chunk, int64_t, int64_t start, int64_t count) {
+      sums[chunk] = sum_of_squares(blocks + start, count);
+    });
+  });
+  chunks.lengths(sums, norm);
+}
+
+template void block_norms(float*, const float*, const Run&);
+template void block_norms(double*, const double*, const Run&);
+
 #define INSTANTIATE(Flat, Norm)                                                    \
   template void graft_moments(Flat*, Flat*, Flat*, Norm*, const Flat*,             \
                               const std::vector<Run>&, const Moments&);

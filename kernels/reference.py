@@ -55,6 +55,12 @@ def gather_blocks_(
                 region.mul_(alpha)
 
 
+def magnitudes_(out: Tensor, tensors: Sequence[Tensor]) -> None:
+    """``out[i] <- max |x|`` of every tensor, float64: NaN or Inf if it holds one; none is empty."""
+    norms = torch._foreach_norm(list(tensors), ord=math.inf)
+    out.copy_(torch.stack([norm.to(out) for norm in norms]))
+
+
 def graft_moments_(
     exp_avg: Tensor | None,
     exp_avg_sq: Tensor | None,
@@ -145,6 +151,24 @@ def precondition_(out: Tensor, norm: Tensor, grad: Tensor, roots: Sequence[Tenso
             product = torch.bmm(root, _unfold(blocks, mode))
             blocks = product.view(count, size, before, after).transpose(1, 2).reshape(sizes)
     norm.copy_(torch.linalg.vector_norm(out.view(count, -1), dim=1, dtype=torch.float64))
+
+
+def eigh_(values: Tensor, vectors: Tensor, stack: Tensor) -> None:
+    """Eigenvalues ``[B, n]`` and eigenvectors ``[B, n, n]`` of symmetric matrices ``[B, n, n]``.
+
+    NaN for a matrix that LAPACK gives up on.
+    """
+    try:
+        torch.linalg.eigh(stack, out=(values, vectors))
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        if len(stack) == 1:
+            values.fill_(torch.nan)
+            vectors.fill_(torch.nan)
+            return
+        # Halving finds the failing matrices in few calls.
+        middle = len(stack) // 2
+        for half in (slice(None, middle), slice(middle, None)):
+            eigh_(values[half], vectors[half], stack[half])
 
 
 def update_blocks_(

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from shampoo import ops
+
 
 def check_dense(grad: Tensor, name: str) -> None:
     """Raises RuntimeError for a sparse gradient, naming the parameter and the remedy."""
@@ -20,8 +22,7 @@ def largest_magnitudes(grads: Sequence[Tensor]) -> list[float]:
 
     One pass over the gradients; on a GPU, the one point at which a step waits for it.
     """
-    norms = torch._foreach_norm(list(grads), ord=float("inf"))
-    if len({(norm.device, norm.dtype) for norm in norms}) > 1:
-        norms = tuple(norm.to("cpu", torch.float64) for norm in norms)
-    magnitudes: list[float] = torch.stack(norms).tolist()
-    return magnitudes
+    magnitudes = torch.empty(len(grads), dtype=torch.float64, device=grads[0].device)
+    ops.magnitudes_(magnitudes, grads)
+    values: list[float] = magnitudes.tolist()
+    return values

@@ -282,7 +282,7 @@ def _start(group: dict[str, Any]) -> float:
     start, frequency = group["start_preconditioning_step"], group["precondition_frequency"]
     if start == -1:
         return float(frequency)
-    is_step = isinstance(start, (int, float)) and (start == math.inf or start == int(start))
+    is_step = isinstance(start, (int, float)) and (start == math.inf or start % 1 == 0)
     _require(
         is_step and start >= frequency,
         "start_preconditioning_step",

@@ -39,6 +39,10 @@ gather_blocks_ = _define(
     " -> ()",
     reference.gather_blocks_,
 )
+magnitudes_ = _define(
+    "magnitudes_(Tensor(a!) out, Tensor[] tensors) -> ()",
+    reference.magnitudes_,
+)
 graft_moments_ = _define(
     "graft_moments_(Tensor(a!)? exp_avg, Tensor(b!)? exp_avg_sq, Tensor(c!)? direction,"
     " Tensor(d!) norm, Tensor grad, Tensor runs, float beta1, float correction1, float beta2,"
@@ -53,6 +57,10 @@ gram_ema_ = _define(
 precondition_ = _define(
     "precondition_(Tensor(a!) out, Tensor(b!) norm, Tensor grad, Tensor[] roots) -> ()",
     reference.precondition_,
+)
+eigh_ = _define(
+    "eigh_(Tensor(a!) values, Tensor(b!) vectors, Tensor stack) -> ()",
+    reference.eigh_,
 )
 update_blocks_ = _define(
     "update_blocks_(Tensor(a!)[] params, Tensor(b!)? momentum, Tensor direction, Tensor scale,"

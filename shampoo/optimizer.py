@@ -292,11 +292,13 @@ class Shampoo(Optimizer):
         segment: Segment, hyper: Hyperparameters, params: list[Tensor], weight_decay: float
     ) -> None:
         """M <- mu M + P, W <- W - lr D, with decoupled weight decay."""
+        momentum = segment.moments.get("momentum") if hyper.momentum > 0 else None
+        dtype = segment.direction.dtype if momentum is None else momentum.dtype
         ops.update_blocks_(
             [params[member] for member in segment.members],
-            segment.moments.get("momentum") if hyper.momentum > 0 else None,
-            segment.direction,
-            segment.scale,
+            momentum,
+            segment.direction.to(dtype),  # wider only for float64 parameters
+            segment.scale.to(dtype),
             segment.tiles,
             hyper.lr,
             weight_decay,

@@ -93,7 +93,7 @@ class Plan:
         self._seen: list[list[_Seen]] = []
         self._workspaces: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._selections: dict[tuple[bool, ...], list[Selection]] = {}
-        arenas: dict[tuple[int, str, torch.device, int], Arena] = {}
+        arenas: dict[tuple[int, str, torch.dtype, torch.device, int], Arena] = {}
         params: list[Tensor] = []
         for index, (group, geometry) in enumerate(zip(groups, self._geometries, strict=True)):
             seen = []
@@ -105,9 +105,10 @@ class Plan:
                 layout = Layout.of(param.shape, geometry)
                 place = torch.device(device) if device else param.device
                 step = int(state[param]["step"]) if "step" in state.get(param, {}) else 0
-                key = (index, layout.rule, place, step)
+                wide = torch.promote_types(param.dtype, geometry.dtype)
+                key = (index, layout.rule, wide, place, step)
                 if key not in arenas:
-                    arenas[key] = Arena(index, layout.rule, geometry.dtype, place, step)
+                    arenas[key] = Arena(index, layout.rule, geometry.dtype, wide, place, step)
                 arenas[key].add(len(self.members), layout, _segment_limit(place))
                 self.members.append(Member(index, position, parameter_name(group, index, position)))
                 params.append(param)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from shampoo.kernels.diagonal import diagonal_root_
-from shampoo.kernels.eigen import eigen_root_
+from shampoo.diagonal import diagonal_root_
+from shampoo.eigen import eigen_root_
 from shampoo.kernels.minimax import minimax_root_
 from shampoo.kernels.newton import newton_root_
 from shampoo.precision import full_precision

@@ -87,15 +87,24 @@ class Arena:
     Args:
         group: index of the parameter group.
         rule: ``factored``, ``grafted`` or ``adagrad`` (:mod:`shampoo.layout`).
+        dtype: of statistics and directions.
+        update_dtype: of momentum, at least as wide as the parameters.
         step: steps these blocks have taken.
     """
 
     def __init__(
-        self, group: int, rule: str, dtype: torch.dtype, device: torch.device, step: int
+        self,
+        group: int,
+        rule: str,
+        dtype: torch.dtype,
+        update_dtype: torch.dtype,
+        device: torch.device,
+        step: int,
     ) -> None:
         self.group = group
         self.rule = rule
         self.dtype = dtype
+        self.update_dtype = update_dtype
         self.device = device
         self.step = torch.tensor(step, dtype=torch.int64)  # on the host: it decides the schedule
         self.moments: dict[str, Tensor] = {}
@@ -137,7 +146,8 @@ class Arena:
     def add_moment(self, name: str) -> None:
         """Makes one kind of elementwise state, zero, unless it is there."""
         if name not in self.moments:
-            self.moments[name] = torch.zeros(self.numel, dtype=self.dtype, device=self.device)
+            dtype = self.update_dtype if name == "momentum" else self.dtype
+            self.moments[name] = torch.zeros(self.numel, dtype=dtype, device=self.device)
 
     @property
     def stacks(self) -> list[BlockStack]:

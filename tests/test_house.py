@@ -17,10 +17,8 @@ LAYERS = {
     "kernels": "",
     "kernels.reference": "",
     "kernels.norms": "",
-    "kernels.eigen": "kernels.norms",
     "kernels.newton": "kernels.norms",
     "kernels.minimax": "kernels.norms",
-    "kernels.diagonal": "kernels.norms kernels.eigen",
     # the op table
     "jit": "",
     "ops": "jit kernels.reference",
@@ -29,7 +27,9 @@ LAYERS = {
     "generate_coefficients": "",
     "schedule": "kernels.minimax",
     "probe": "kernels.norms",
-    "solver": "kernels.diagonal kernels.eigen kernels.minimax kernels.newton precision schedule",
+    "eigen": "kernels.norms ops",
+    "diagonal": "eigen kernels.norms",
+    "solver": "diagonal eigen kernels.minimax kernels.newton precision schedule",
     "refresh": "precision probe solver",
     "roots": "refresh solver",
     # what is where
@@ -43,7 +43,7 @@ LAYERS = {
     "plan": "errors grafting hyperparameters layout segments stacks",
     "checkpoint": "errors hyperparameters layout plan",
     # the step
-    "gradients": "",
+    "gradients": "ops",
     "direction": "hyperparameters layout ops segments",
     "layerwise": "ops segments",
     "optimizer": "checkpoint direction errors gradients hyperparameters layerwise layout ops plan"

@@ -2,10 +2,10 @@
 
 import itertools
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
+from op_arguments import good_arguments
 from torch import Tensor
 
 from shampoo import jit, ops
@@ -318,69 +318,6 @@ def test_gram_ema_and_precondition(impl, flat, shape):
         torch.testing.assert_close(norm.double(), truth.flatten(1).norm(dim=1), rtol=0, atol=near)
 
 
-def good_arguments() -> SimpleNamespace:
-    """Arguments that every op takes: two blocks of [2, 3] from one matrix."""
-    rows = torch.tensor([[0, 0, 4, 3, 0, 0, 2, 1, 2, 3]])
-
-    def make_flat() -> Tensor:
-        return torch.rand(12)
-
-    gather = {
-        "out": make_flat(),
-        "sources": [torch.randn(4, 3)],
-        "tiles": rows,
-        "alpha": 0.5,
-        "accumulate": False,
-    }
-    moments = {
-        "exp_avg": make_flat(),
-        "exp_avg_sq": make_flat(),
-        "direction": make_flat(),
-        "norm": torch.rand(2),
-        "grad": make_flat(),
-        "runs": torch.tensor([[2, 6]]),
-        "beta1": 0.9,
-        "correction1": 0.1,
-        "beta2": 0.99,
-        "weight2": 0.01,
-        "correction2": 0.01,
-        "eps": 1e-8,
-        "normalized": False,
-    }
-    update = {
-        "params": [torch.randn(4, 3)],
-        "momentum": make_flat(),
-        "direction": make_flat(),
-        "scale": torch.rand(2),
-        "tiles": rows,
-        "lr": 0.1,
-        "weight_decay": 0.1,
-        "mu": 0.9,
-        "nesterov": True,
-    }
-    gram = {
-        "factor": torch.eye(4).repeat(2, 1, 1),
-        "grad": torch.randn(2, 4, 3),
-        "k": 0,
-        "beta": 0.9,
-        "weight": 0.1,
-    }
-    roots = [torch.eye(4).repeat(2, 1, 1), torch.eye(3).repeat(2, 1, 1)]
-    precondition = {
-        "out": torch.empty(2, 4, 3),
-        "norm": torch.empty(2),
-        "grad": torch.randn(2, 4, 3),
-        "roots": roots,
-    }
-    return SimpleNamespace(
-        gather_blocks_=gather,
-        graft_moments_=moments,
-        update_blocks_=update,
-        gram_ema_=gram,
-        precondition_=precondition,
-    )
-
-
 @pytest.mark.parametrize("op", vars(good_arguments()))
 def test_opcheck(compiled, op):
     arguments = tuple(vars(good_arguments())[op].values())
@@ -437,6 +374,17 @@ WRONG = [
     ("gram_ema_", "factor", torch.ones(2, 3, 3), r"factor has shape \[2, 3, 3\]. Must be \[2, 4,"),
     ("gram_ema_", "factor", torch.ones(2, 4).double(), r"factor has dtype Double but grad has"),
     (UPDATE, "params", [torch.ones(12, dtype=torch.int8)], r"params\[0\] has dtype Char"),
+    ("magnitudes_", "out", torch.empty(2), r"out is Float of shape \[2\]. Must be"),
+    ("magnitudes_", "tensors", [torch.ones(3)], r"Must be contiguous float64 of shape \[1\]"),
+    ("magnitudes_", "tensors", [torch.ones(3), torch.ones(0)], r"tensors\[1\] is empty"),
+    ("precondition_", "roots", [torch.ones(2, 4)], r"roots has 1 tensors. Must have one"),
+    ("precondition_", "roots", [torch.ones(2, 4)] * 2, r"roots\[1\] has shape \[2, 4\]"),
+    ("precondition_", "out", torch.ones(2, 3, 4), r"out has shape \[2, 3, 4\].*Must be contiguous"),
+    ("precondition_", "norm", torch.ones(3), r"norm has 3 elements. Must have 2"),
+    ("precondition_", "norm", torch.ones(2).double(), r"norm has dtype Double but grad has Float"),
+    ("eigh_", "stack", torch.ones(2, 4, 3), r"stack has shape \[2, 4, 3\]. Must be \[B, n, n\]"),
+    ("eigh_", "values", torch.ones(2, 3), r"values has shape \[2, 3\]. Must be \[2, 4\]"),
+    ("eigh_", "vectors", torch.ones(1, 4, 4), r"vectors has shape \[1, 4, 4\]. Must be"),
 ]  # fmt: skip
 
 
@@ -488,5 +436,8 @@ def test_compiled_kernels_are_registered_for_the_cpu(compiled):
         "gather_blocks_",
         "graft_moments_",
         "gram_ema_",
+        "precondition_",
+        "magnitudes_",
+        "eigh_",
         "update_blocks_",
     }

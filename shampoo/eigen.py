@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shampoo import ops
 from shampoo.kernels.norms import schatten4
 
 NEGLIGIBLE = 0.2  # of the ridge: the slack that the minimax schedules have for negative eigenvalues
@@ -31,7 +32,10 @@ def eigen_root_(
 
     """
     finite = factor.isfinite().all(dim=2).all(dim=1)
-    values, vectors = _decompose(torch.where(finite[:, None, None], factor, 0.0).double())
+    stack = torch.where(finite[:, None, None], factor, 0.0).double()
+    vectors = torch.empty_like(stack)
+    values = stack.new_empty(stack.shape[:2])
+    ops.eigh_(values, vectors, stack)
     torch.clamp(relative_eps * schatten4(values), min=eps, out=ridge)
     if eps == 0 and relative_eps == 0:
         cutoff = factor.shape[-1] * torch.finfo(factor.dtype).eps * values.amax(dim=1)
@@ -43,23 +47,3 @@ def eigen_root_(
     powers.masked_fill_(~finite[:, None], torch.nan)
     product = torch.bmm(vectors * powers[:, None, :], vectors.mT)
     root.copy_(torch.add(product, product.mT).mul_(0.5))
-
-
-def _decompose(stack: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors, NaN for the matrices that do not converge."""
-    try:
-        return eigh(stack)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        if len(stack) == 1:
-            return torch.full_like(stack[:, 0], torch.nan), torch.full_like(stack, torch.nan)
-    # Halving finds the failing matrices in few calls.
-    middle = len(stack) // 2
-    halves = _decompose(stack[:middle]), _decompose(stack[middle:])
-    values, vectors = zip(*halves, strict=True)
-    return torch.cat(values), torch.cat(vectors)
-
-
-def eigh(stack: Tensor) -> tuple[Tensor, Tensor]:
-    """``torch.linalg.eigh`` of a stack."""
-    values, vectors = torch.linalg.eigh(stack)
-    return values, vectors

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shampoo.kernels.eigen import NEGLIGIBLE
+from shampoo.eigen import NEGLIGIBLE
 from shampoo.kernels.norms import largest_entry, schatten4
 
 

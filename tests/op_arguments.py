@@ -1,0 +1,81 @@
+"""Arguments that every op takes."""
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+
+def good_arguments() -> SimpleNamespace:
+    """Arguments that every op takes: two blocks of [2, 3] from one matrix."""
+    rows = torch.tensor([[0, 0, 4, 3, 0, 0, 2, 1, 2, 3]])
+
+    def make_flat() -> Tensor:
+        return torch.rand(12)
+
+    gather = {
+        "out": make_flat(),
+        "sources": [torch.randn(4, 3)],
+        "tiles": rows,
+        "alpha": 0.5,
+        "accumulate": False,
+    }
+    moments = {
+        "exp_avg": make_flat(),
+        "exp_avg_sq": make_flat(),
+        "direction": make_flat(),
+        "norm": torch.rand(2),
+        "grad": make_flat(),
+        "runs": torch.tensor([[2, 6]]),
+        "beta1": 0.9,
+        "correction1": 0.1,
+        "beta2": 0.99,
+        "weight2": 0.01,
+        "correction2": 0.01,
+        "eps": 1e-8,
+        "normalized": False,
+    }
+    update = {
+        "params": [torch.randn(4, 3)],
+        "momentum": make_flat(),
+        "direction": make_flat(),
+        "scale": torch.rand(2),
+        "tiles": rows,
+        "lr": 0.1,
+        "weight_decay": 0.1,
+        "mu": 0.9,
+        "nesterov": True,
+    }
+    gram = {
+        "factor": torch.eye(4).repeat(2, 1, 1),
+        "grad": torch.randn(2, 4, 3),
+        "k": 0,
+        "beta": 0.9,
+        "weight": 0.1,
+    }
+    roots = [torch.eye(4).repeat(2, 1, 1), torch.eye(3).repeat(2, 1, 1)]
+    precondition = {
+        "out": torch.empty(2, 4, 3),
+        "norm": torch.empty(2),
+        "grad": torch.randn(2, 4, 3),
+        "roots": roots,
+    }
+    stack = torch.randn(2, 4, 4)
+    eigh = {
+        "values": torch.empty(2, 4),
+        "vectors": torch.empty(2, 4, 4),
+        "stack": stack + stack.mT,
+    }
+    magnitudes = {
+        "out": torch.empty(2, dtype=torch.float64),
+        "tensors": [torch.randn(4, 3), torch.randn(5)],
+    }
+    return SimpleNamespace(
+        gather_blocks_=gather,
+        graft_moments_=moments,
+        update_blocks_=update,
+        gram_ema_=gram,
+        precondition_=precondition,
+        eigh_=eigh,
+        magnitudes_=magnitudes,
+    )
