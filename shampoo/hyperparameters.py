@@ -18,6 +18,7 @@ from shampoo.grafting import GRAFTING, SecondMoment, second_moment
 LARGE_DIM_METHODS = ("blocking", "adagrad", "diagonal")
 ROOT_METHODS = ("auto", "eigh", "coupled_newton", "minimax")
 NONFINITE = ("skip", "raise")
+REFRESH_SCHEDULES = ("together", "staggered")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
@@ -62,6 +63,7 @@ class Geometry:
     large_dim_method: str
     preconditioner_dtype: str
     grafting: str
+    refresh_schedule: str
 
     @classmethod
     def of(cls, group: dict[str, Any]) -> "Geometry":
@@ -196,10 +198,23 @@ class Hyperparameters:
             override = override[order - 1] if order <= len(override) else 0
         return (override or 2 * order) / self.exponent_multiplier
 
-    def refreshes_at(self, step: int) -> bool:
-        """Whether ``step`` is a root step (1.3, step 4)."""
-        start = self.start_preconditioning_step
-        return step == start or (step > start and step % self.precondition_frequency == 0)
+    @property
+    def is_staggered(self) -> bool:
+        """Whether refreshes are spread over the steps of a period."""
+        return self.geometry.refresh_schedule == "staggered"
+
+    def due_slot(self, step: int) -> int | None:
+        """The slot whose roots are refreshed at ``step``, None at an ordinary step.
+
+        Together, all factors are in slot 0 (1.3, step 4); staggered, slot r has its first root at
+        ``start_preconditioning_step + r`` and then one every ``precondition_frequency`` steps.
+        """
+        start, frequency = self.start_preconditioning_step, self.precondition_frequency
+        if step < start:
+            return None
+        if self.is_staggered:
+            return int(step - start) % frequency
+        return 0 if step == start or step % frequency == 0 else None
 
     def correction1(self, step: int) -> float:
         """``c1`` of 2.3; 1 without a gradient EMA, which has nothing to correct."""
@@ -263,6 +278,7 @@ def _check_choices(group: dict[str, Any]) -> None:
         ("large_dim_method", LARGE_DIM_METHODS),
         ("root_method", ROOT_METHODS),
         ("nonfinite", NONFINITE),
+        ("refresh_schedule", REFRESH_SCHEDULES),
         ("preconditioner_dtype", tuple(DTYPES)),
     ):
         _require(group[name] in choices, name, group[name], f"one of {', '.join(choices)}")

@@ -83,6 +83,10 @@ class Shampoo(Optimizer):
         preconditioner_dtype: float32 or float64, of all statistics whatever the parameters are.
         nonfinite: what a NaN or Inf in a gradient does: ``"skip"`` leaves everything as it was and
             counts the step in ``skipped_steps``, ``"raise"`` raises.
+        refresh_schedule: ``"together"`` refreshes all roots in the same step, as the paper does;
+            ``"staggered"`` spreads them over the steps of a period by cost, so that the worst step
+            is close to the mean. A block then follows the grafted method until its first root, at
+            most a period after ``start_preconditioning_step``.
         maximize: ascend instead of descend.
         foreach: accepted for compatibility; work is always batched over blocks.
         fused: True insists on the compiled kernels; None and False take what there is.
@@ -99,8 +103,8 @@ class Shampoo(Optimizer):
 
     State, flat under each parameter, k the row-major index in its grid of blocks and m the
     dimension: ``step``, ``block{k}.factor{m}``, ``block{k}.root{m}`` (zero before the first
-    refresh), ``block{k}.failures{m}``, ``block{k}.exp_avg``, ``block{k}.exp_avg_sq`` (the grafted
-    method's) and ``block{k}.momentum``.
+    refresh), ``block{k}.failures{m}``, ``block{k}.slot{m}`` (staggered only),
+    ``block{k}.exp_avg``, ``block{k}.exp_avg_sq`` (the grafted method's), ``block{k}.momentum``.
     """
 
     # On the class, so that an unpickled or copied optimizer, which has neither, starts without.
@@ -135,6 +139,7 @@ class Shampoo(Optimizer):
         root_method: str = "auto",
         preconditioner_dtype: torch.dtype = torch.float32,
         nonfinite: str = "skip",
+        refresh_schedule: str = "together",
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -210,6 +215,7 @@ class Shampoo(Optimizer):
         if not self._accepts(plan, grads, values):
             return loss
         plan.add_missing_moments(self.param_groups, values, self.state)
+        plan.assign_slots(self.param_groups, values)
         for arena in plan.arenas:
             arena.step += 1
         for selection in plan.select(tuple(grad is not None for grad in grads)):
@@ -227,18 +233,19 @@ class Shampoo(Optimizer):
         layerwise: bool,
     ) -> None:
         arena, step = selection.arena, int(selection.arena.step)
-        is_root_step = bool(selection.factors) and hyper.refreshes_at(step)
+        slot = hyper.due_slot(step)
+        due = [] if slot is None else selection.factors.get(slot, [])
         decay = hyper.weight_decay if hyper.decoupled_weight_decay else 0.0
-        if is_root_step:
+        if due:
             # Roots see the factors of all blocks, so these move first; gradients are packed again.
             for segment in selection.segments:
                 self._gather(segment, hyper, params, grads)
                 self._accumulate(segment, hyper)
-            for factors in selection.factors:
+            for factors in due:
                 self._refresh(factors, hyper, step)
         for segment in selection.segments:
             self._gather(segment, hyper, params, grads)
-            if not is_root_step:
+            if not due:
                 self._accumulate(segment, hyper)
             direct(segment, arena.rule, hyper, step)
             if not layerwise:

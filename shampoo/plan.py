@@ -108,7 +108,10 @@ class Plan:
                 wide = torch.promote_types(param.dtype, geometry.dtype)
                 key = (index, layout.rule, wide, place, step)
                 if key not in arenas:
-                    arenas[key] = Arena(index, layout.rule, geometry.dtype, wide, place, step)
+                    staggered = geometry.refresh_schedule == "staggered"
+                    arenas[key] = Arena(
+                        index, layout.rule, geometry.dtype, wide, place, step, staggered
+                    )
                 arenas[key].add(len(self.members), layout, _segment_limit(place))
                 self.members.append(Member(index, position, parameter_name(group, index, position)))
                 params.append(param)
@@ -118,6 +121,8 @@ class Plan:
         for arena in self.arenas:
             arena.allocate(_moments_of(arena, groups[arena.group], params, state))
             self._publish(arena, params, state, MOMENTS, published)
+            if int(arena.step) > 0:  # its slots came with its state
+                arena.period = groups[arena.group].get("extra", {}).get("refresh_period")
             for factors in arena.factor_stacks:
                 factors.mark_rooted()
         for param, keys in zip(params, published, strict=True):
@@ -160,6 +165,17 @@ class Plan:
                     published = [set[str]() for _ in self.members]
                     self._publish(arena, self.params(groups), state, (name,), published)
                     self._selections.clear()
+
+    def assign_slots(
+        self, groups: Sequence[dict[str, Any]], hyperparameters: Sequence[Hyperparameters]
+    ) -> None:
+        """Spreads the refreshes of staggered groups anew if their period is not the one it was."""
+        for arena in self.arenas:
+            period = hyperparameters[arena.group].precondition_frequency
+            if arena.is_staggered and arena.period != period:
+                arena.assign_slots(period)
+                groups[arena.group]["extra"]["refresh_period"] = period
+                self._selections.clear()
 
     def select(self, present: tuple[bool, ...]) -> list[Selection]:
         """The segments of every arena in which some parameter has a gradient."""

@@ -72,7 +72,7 @@ class Selection:
 
     arena: Arena
     segments: list[Segment]
-    factors: list[FactorRange]
+    factors: dict[int, list[FactorRange]]  # by the slot in which their roots are refreshed
 
 
 def select(
@@ -170,24 +170,25 @@ def _by_stack(
     return grouped
 
 
-def _factor_ranges(runs: list[list[tuple[BlockStack, Placement]]]) -> list[FactorRange]:
-    """The present factors of every stack, neighbours joined, so that solvers get long batches."""
-    rows: dict[int, tuple[FactorStack, list[tuple[int, int]]]] = {}
+def _factor_ranges(
+    runs: list[list[tuple[BlockStack, Placement]]],
+) -> dict[int, list[FactorRange]]:
+    """The present factors by slot, neighbours joined, so that solvers get long batches."""
+    rows: dict[int, tuple[FactorStack, list[int]]] = {}
     for run in runs:
         for stack, placed in run:
             for factors, base in stack.factors:
                 if not factors.diagonal:
                     start = base + placed.slot
-                    entry = rows.setdefault(id(factors), (factors, []))
-                    entry[1].append((start, start + placed.tile.blocks))
-    ranges = []
-    for factors, pieces in rows.values():
-        start, stop = -1, -1
-        for low, high in sorted(pieces):
-            if low != stop:
-                if stop >= 0:
-                    ranges.append(FactorRange(factors, start, stop))
-                start = low
-            stop = high
-        ranges.append(FactorRange(factors, start, stop))
+                    _, present = rows.setdefault(id(factors), (factors, []))
+                    present.extend(range(start, start + placed.tile.blocks))
+    ranges: dict[int, list[FactorRange]] = {}
+    for factors, present in rows.values():
+        slots = factors.slot.tolist()
+        ordered = sorted(present)
+        start = ordered[0]
+        for row, following in zip(ordered, [*ordered[1:], -1], strict=True):
+            if following != row + 1 or slots[following] != slots[row]:
+                ranges.setdefault(slots[row], []).append(FactorRange(factors, start, row + 1))
+                start = following
     return ranges

@@ -17,6 +17,7 @@ from shampoo.blocking import Tile
 from shampoo.layout import Layout
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum")  # the elementwise state an arena may have
+FACTOR_STATE = ("factor", "root", "failures", "slot")  # of a factor; a diagonal one has the first
 
 
 @dataclass
@@ -34,6 +35,7 @@ class FactorStack:
     root: Tensor = field(init=False)  # [K, d, d], all zero where there has been no root yet
     failures: Tensor = field(init=False)  # [K] int32, refreshes in a row without a valid root
     rooted: Tensor = field(init=False)  # [K] bool, derived from root
+    slot: Tensor = field(init=False)  # [K] int32 on the host, when in a period roots are refreshed
 
     def allocate(self, dtype: torch.dtype, device: torch.device) -> None:
         """Makes the state, zero, once ``count`` is final."""
@@ -43,6 +45,7 @@ class FactorStack:
             self.root = torch.zeros(shape, dtype=dtype, device=device)
             self.failures = torch.zeros(self.count, dtype=torch.int32, device=device)
             self.rooted = torch.zeros(self.count, dtype=torch.bool, device=device)
+            self.slot = torch.zeros(self.count, dtype=torch.int32)
 
     def mark_rooted(self) -> None:
         """Derives ``rooted`` from ``root``: a valid root has a positive diagonal."""
@@ -90,6 +93,7 @@ class Arena:
         dtype: of statistics and directions.
         update_dtype: of momentum, at least as wide as the parameters.
         step: steps these blocks have taken.
+        is_staggered: whether the slots of the factors are state.
     """
 
     def __init__(
@@ -100,6 +104,7 @@ class Arena:
         update_dtype: torch.dtype,
         device: torch.device,
         step: int,
+        is_staggered: bool,
     ) -> None:
         self.group = group
         self.rule = rule
@@ -107,6 +112,8 @@ class Arena:
         self.update_dtype = update_dtype
         self.device = device
         self.step = torch.tensor(step, dtype=torch.int64)  # on the host: it decides the schedule
+        self.is_staggered = is_staggered
+        self.period: int | None = None  # over which the slots of the factors are spread
         self.moments: dict[str, Tensor] = {}
         self.factor_stacks: list[FactorStack] = []
         self._stacks: dict[tuple[tuple[int, ...], tuple[bool, ...]], BlockStack] = {}
@@ -118,6 +125,24 @@ class Arena:
             stack = self._stacks.setdefault(key, BlockStack(*key))
             for part in tile.split(max(1, max_numel // tile.block_numel)):
                 stack.tiles.append((member, part))
+
+    def assign_slots(self, period: int) -> None:
+        """Spreads the refreshes of a period evenly over its steps, by cost, d^3 for a root.
+
+        Neighbours share a slot, so that a step still refreshes them in one batch. No step costs
+        more than the mean and the dearest factor.
+        """
+        self.period = period
+        stacks = [stack for stack in self.factor_stacks if not stack.diagonal]
+        if not stacks:
+            return
+        costs = torch.cat(
+            [torch.full((stack.count,), float(stack.size) ** 3).double() for stack in stacks]
+        )
+        middles = costs.cumsum(0) - costs / 2
+        slots = (middles / costs.sum() * period).int()
+        for stack, slot in zip(stacks, slots.split([stack.count for stack in stacks]), strict=True):
+            stack.slot.copy_(slot)
 
     def allocate(self, moments: Sequence[str]) -> None:
         """Places every tile and makes the state, zero."""
@@ -171,16 +196,7 @@ class Arena:
                             view = self.moments[name][start : start + size].view(stack.extent)
                             yield placed.member, f"block{block}.{name}", view
                     for mode, (factors, first) in enumerate(stack.factors):
-                        yield (
-                            placed.member,
-                            f"block{block}.factor{mode}",
-                            factors.factor[first + slot],
-                        )
-                        if not factors.diagonal:
-                            yield (
-                                placed.member,
-                                f"block{block}.root{mode}",
-                                factors.root[first + slot],
-                            )
-                            failures = factors.failures[first + slot]
-                            yield placed.member, f"block{block}.failures{mode}", failures
+                        for name in FACTOR_STATE[: 1 if factors.diagonal else len(FACTOR_STATE)]:
+                            if name != "slot" or self.is_staggered:
+                                view = getattr(factors, name)[first + slot]
+                                yield placed.member, f"block{block}.{name}{mode}", view
