@@ -199,8 +199,25 @@ void gram_ema_(const at::Tensor& factor, const at::Tensor& grad, int64_t k, doub
               " of grad of shape ", grad.sizes(), ".");
   TORCH_CHECK(factor.scalar_type() == grad.scalar_type(), "factor has dtype ",
               factor.scalar_type(), " but grad has ", grad.scalar_type(), ". Both must be the same.");
+  TORCH_CHECK(factor.scalar_type() == at::kFloat || factor.scalar_type() == at::kDouble,
+              "factor has dtype ", factor.scalar_type(), ". Must be float32 or float64.");
   if (factor.numel() == 0) return;
-  gram_ema(factor, grad, k, beta, weight);
+  int64_t before = 1, after = 1;
+  for (int64_t mode = 0; mode < k; ++mode) before *= grad.size(mode + 1);
+  for (int64_t mode = k + 1; mode < grad.dim() - 1; ++mode) after *= grad.size(mode + 1);
+  const at::Tensor packed = grad.contiguous();
+  if (diagonal) {
+    const at::Tensor squares = packed.view({blocks, before, size, after}).square();
+    factor.mul_(beta).add_(squares.sum(at::IntArrayRef{1, 3}), weight);
+    return;
+  }
+  TORCH_CHECK(factor.is_contiguous(), "factor of shape ", factor.sizes(), " has strides ",
+              factor.strides(), ". Must be contiguous.");
+  with_flat(factor, [&](auto flat) {
+    using Flat = decltype(flat);
+    gram_ema(pointer<Flat>(factor), const_pointer<Flat>(packed), blocks, before, size, after,
+             static_cast<Flat>(beta), static_cast<Flat>(weight));
+  });
 }
 
 void magnitudes_(const at::Tensor& out, at::TensorList tensors) {

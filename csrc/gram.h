@@ -1,13 +1,14 @@
-// The factors. Unlike the other kernels this one is made of torch's own products.
+// The factors.
 #pragma once
-
-#include <ATen/core/Tensor.h>
 
 #include <cstdint>
 
 namespace shampoo {
 
-void gram_ema(const at::Tensor& factor, const at::Tensor& grad, int64_t mode, double beta,
-              double weight);
+// factor[b] <- beta factor[b] + weight sum over (x, z) of grad[b, x, i, z] grad[b, x, j, z]
+// factor: [count, size, size], grad: [count, before, size, after]
+template <class Flat>
+void gram_ema(Flat* factor, const Flat* grad, int64_t count, int64_t before, int64_t size,
+              int64_t after, Flat beta, Flat weight);
 
 }  // namespace shampoo
