@@ -10,6 +10,7 @@
 #include "gram.h"
 #include "kernels.h"
 #include "precondition.h"
+#include "symmetric.h"
 
 namespace shampoo {
 namespace {
@@ -262,6 +263,38 @@ void precondition_(const at::Tensor& out, const at::Tensor& norm, const at::Tens
   precondition(out, norm, grad, roots);
 }
 
+void symmetric_product_(const at::Tensor& out, const at::Tensor& left, const at::Tensor& right,
+                        const std::optional<at::Tensor>& addend, double alpha, double beta,
+                        double diagonal) {
+  TORCH_CHECK(out.dim() == 3 && out.size(1) == out.size(2), "out has shape ", out.sizes(),
+              ". Must be [B, n, n].");
+  TORCH_CHECK(out.scalar_type() == at::kFloat || out.scalar_type() == at::kDouble,
+              "out has dtype ", out.scalar_type(), ". Must be float32 or float64.");
+  const auto check_operand = [&](const char* name, const at::Tensor& tensor) {
+    TORCH_CHECK(tensor.sizes() == out.sizes() && tensor.is_contiguous() &&
+                    tensor.scalar_type() == out.scalar_type(),
+                name, " is ", tensor.scalar_type(), " of shape ", tensor.sizes(),
+                " with strides ", tensor.strides(), ". Must be contiguous ", out.scalar_type(),
+                " of shape ", out.sizes(), ".");
+  };
+  check_operand("out", out);
+  check_operand("left", left);
+  check_operand("right", right);
+  if (addend) check_operand("addend", *addend);
+  TORCH_CHECK(out.const_data_ptr() != left.const_data_ptr() &&
+                  out.const_data_ptr() != right.const_data_ptr(),
+              "out is one of its operands. Must be other memory.");
+  if (out.numel() == 0) return;
+  with_flat(out, [&](auto flat) {
+    using Flat = decltype(flat);
+    const Polynomial<Flat> polynomial{static_cast<Flat>(alpha), static_cast<Flat>(beta),
+                                      static_cast<Flat>(diagonal)};
+    symmetric_product(pointer<Flat>(out), const_pointer<Flat>(left), const_pointer<Flat>(right),
+                      addend ? const_pointer<Flat>(*addend) : nullptr, out.size(0), out.size(1),
+                      polynomial);
+  });
+}
+
 void eigh_(const at::Tensor& values, const at::Tensor& vectors, const at::Tensor& stack) {
   TORCH_CHECK(stack.dim() == 3 && stack.size(1) == stack.size(2), "stack has shape ",
               stack.sizes(), ". Must be [B, n, n].");
@@ -283,5 +316,6 @@ TORCH_LIBRARY_IMPL(shampoo, CPU, m) {
   m.impl("gram_ema_", &shampoo::gram_ema_);
   m.impl("precondition_", &shampoo::precondition_);
   m.impl("eigh_", &shampoo::eigh_);
+  m.impl("symmetric_product_", &shampoo::symmetric_product_);
   m.impl("update_blocks_", &shampoo::update_blocks_);
 }

@@ -2,19 +2,25 @@
 
 T = c0 I + c1 M + c2 M^2;  X <- X T;  M <- T^p M, from X = I and M = (A + ridge I) / bound. The
 coefficients are cushioned minimax polynomials (shampoo/coefficients.json), so the length is known
-before the first product: no convergence test, and nothing to read back from the device. Products
-are full ones, and one decides the accuracy of the root: the first update of M is taken in float64
-and symmetrised by averaging.
+before the first product: no convergence test, and nothing to read back from the device. All
+matrices are polynomials of one, so every product is symmetric and half of it is enough; but
+rounding makes operands commute only nearly, and in step 0, which decides the accuracy of the root,
+that error must not be mirrored: there products are averaged over both orders of their operands,
+and the first update of M is taken in float64.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from shampoo.kernels.norms import frobenius, largest_entry, power_of_two
+from shampoo.kernels.reference import symmetric_product_
 
 Schedule = tuple[tuple[float, float, float], ...]
+Multiply = Callable[[Tensor, Tensor, Tensor, Tensor | None, float, float, float], None]
 
 
 def minimax_root_(
@@ -25,6 +31,7 @@ def minimax_root_(
     eps: float,
     relative_eps: float,
     schedule: Schedule,
+    multiply: Multiply = symmetric_product_,
 ) -> None:
     """``root = (A + ridge I)^(-1/p)`` with ``ridge = max(eps, relative_eps * ||A||_S4)``.
 
@@ -36,12 +43,13 @@ def minimax_root_(
         eps: Absolute ridge.
         relative_eps: Relative ridge; the schedule must reach down to it.
         schedule: (c0, c1, c2) of every step.
+        multiply: the op ``symmetric_product_``.
 
     """
-    pool = _Pool(factor)
+    pool = _Pool(factor, multiply)
     scale = power_of_two(largest_entry(factor))  # neither A^2 nor its norm can overflow
     S = torch.div(factor, _column(scale, factor), out=pool.take())
-    X = torch.bmm(S, S, out=pool.take())
+    X = pool.product(S, S)
     norm = frobenius(X).sqrt()
     rho = torch.maximum(relative_eps * norm, eps / scale)
     ridge.copy_(rho * scale)
@@ -55,16 +63,15 @@ def minimax_root_(
     M = _first_update(X, p, S, bound, low, pool)
 
     for k, (c0, c1, c2) in enumerate(schedule[1:], 1):
-        T = pool.take()
         if c2 != 0.0:
-            torch.baddbmm(M, M, M, beta=c1, alpha=c2, out=T)
+            T = pool.product(M, M, c2, M, c1, c0)
         else:
-            torch.mul(M, c1, out=T)
-        _add_identity_(T, c0)
-        X = pool.product(X, T, spent=X)
+            T = torch.mul(M, c1, out=pool.take())
+            _add_identity_(T, c0)
+        X = pool.give(X, pool.product(X, T))
         if k + 1 < len(schedule):
             P = _power(T, p, pool)
-            M = pool.product(P, M, spent=M)
+            M = pool.give(M, pool.product(P, M))
             if P is not T:
                 pool.give(P)
         pool.give(T)
@@ -76,50 +83,70 @@ def minimax_root_(
 class _Pool:
     """Buffers of one shape that are written again and again, so that they stay in the cache."""
 
-    def __init__(self, like: Tensor) -> None:
+    def __init__(self, like: Tensor, multiply: Multiply) -> None:
         self.like = like
+        self.multiply = multiply
         self.free: list[Tensor] = []
 
     def take(self) -> Tensor:
         return self.free.pop() if self.free else torch.empty_like(self.like)
 
-    def give(self, buffer: Tensor) -> None:
-        self.free.append(buffer)
+    def give(self, spent: Tensor, successor: Tensor | None = None) -> Tensor:
+        """Takes a buffer back; returns what replaces it, if anything does."""
+        self.free.append(spent)
+        return spent if successor is None else successor
 
-    def product(self, left: Tensor, right: Tensor, spent: Tensor | None = None) -> Tensor:
-        out = torch.bmm(left, right, out=self.take())
-        if spent is not None:
-            self.give(spent)
+    def product(
+        self,
+        left: Tensor,
+        right: Tensor,
+        alpha: float = 1.0,
+        addend: Tensor | None = None,
+        beta: float = 0.0,
+        diagonal: float = 0.0,
+    ) -> Tensor:
+        out = self.take()
+        self.multiply(out, left, right, addend, alpha, beta, diagonal)
+        return out
+
+    def average(self, left: Tensor, right: Tensor) -> Tensor:
+        """(left right + right left) / 2."""
+        out = self.product(left, right, 0.5)
+        self.multiply(out, right, left, out, 0.5, 1.0, 0.0)
         return out
 
 
-def _power(T: Tensor, p: int, pool: _Pool) -> Tensor:
+def _power(T: Tensor, p: int, pool: _Pool, is_first: bool = False) -> Tensor:
     """T^p by binary powering: a new buffer, or T itself for p = 1. T is left as it is."""
+    multiply = pool.average if is_first else pool.product
     out, square = None, T
     while True:
         if p & 1:
-            spent = None if out is None or out is T else out
-            out = square if out is None else pool.product(out, square, spent)
+            product = square if out is None else multiply(out, square)
+            if out is not None and out is not T:
+                pool.give(out)
+            out = product
         p >>= 1
         if not p:
             assert out is not None
             if square is not out and square is not T:
                 pool.give(square)
             return out
-        kept = square is T or square is out
-        square = pool.product(square, square, None if kept else square)
+        following = pool.product(square, square)
+        if square is not T and square is not out:
+            pool.give(square)
+        square = following
 
 
 def _first_update(T: Tensor, p: int, S: Tensor, bound: Tensor, low: Tensor, pool: _Pool) -> Tensor:
     """(T^p M + M T^p) / 2 in float64, M = S / bound + low I unrounded. S is given up."""
-    P = _power(T, p, pool)
-    M = S.double().mul_((0.5 / bound)[:, None, None])
-    _add_identity_(M, 0.5 * low)
-    product = torch.bmm(P.double(), M)
-    torch.add(product, product.mT, out=M)
+    P = _power(T, p, pool, is_first=True)
+    M = S.double().div_(bound[:, None, None])
+    _add_identity_(M, low)
+    S.copy_(_Pool(M, pool.multiply).average(P.double(), M))
     if P is not T:
         pool.give(P)
-    return S.copy_(M)
+    return S
 
 
 def _add_identity_(stack: Tensor, value: float | Tensor) -> None:

@@ -90,6 +90,7 @@ def _check_complete(groups: Sequence[dict[str, Any]], found: dict[Tensor, dict[s
     """Compares with a plan of the same groups that has shapes only; drops what it does not know."""
     expected = {param: dict(entries) for param, entries in found.items()}
     plan = Plan(groups, expected, device="meta")
+    plan.check_methods([Hyperparameters.read(group) for group in groups])
     missing, total, first = 0, 0, ""
     for member, param in zip(plan.members, plan.params(groups), strict=True):
         if param not in found:

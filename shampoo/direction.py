@@ -32,7 +32,8 @@ def direct(segment: Segment, rule: str, hyper: Hyperparameters, step: int) -> No
         moment.beta,
         moment.weight,
         moment.correction,
-        moment.eps,
+        # Where nothing was ever seen, 0 / eps must be 0 even for an eps that float32 cannot hold.
+        max(moment.eps, torch.finfo(segment.grad.dtype).tiny),
         moment.normalized,
     )
     segment.scale.fill_(1.0)

@@ -1,5 +1,6 @@
 """What must hold of gradients before a step may change anything."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -26,3 +27,11 @@ def largest_magnitudes(grads: Sequence[Tensor]) -> list[float]:
     ops.magnitudes_(magnitudes, grads)
     values: list[float] = magnitudes.tolist()
     return values
+
+
+def can_square(magnitude: float, numel: int, dtype: torch.dtype) -> bool:
+    """Whether statistics of ``dtype`` can hold the squares of a gradient: not if it is not finite.
+
+    One finite gradient beyond that would leave Inf in the factors and moments for ever.
+    """
+    return magnitude * math.sqrt(numel) < math.sqrt(torch.finfo(dtype).max)

@@ -5,9 +5,11 @@ what stands there when ``step()`` is called is what counts.
 """
 
 import math
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -37,7 +39,7 @@ def _number(group: dict[str, Any], name: str) -> float:
     if isinstance(value, torch.Tensor):
         _require(value.numel() == 1, name, value, "a number or a tensor of one element")
         return float(value)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
     _require(is_number, name, value, "a number")
     return float(value)
 
@@ -54,7 +56,10 @@ def _betas(group: dict[str, Any]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Geometry:
-    """What decides how tensors are cut and what state they have; fixed once training began."""
+    """What decides how tensors are cut and what state they have.
+
+    Where a change of it while training would cut other blocks, the step refuses it.
+    """
 
     max_preconditioner_dim: int
     merge_dims: str
@@ -258,7 +263,8 @@ def _check_flags(group: dict[str, Any]) -> None:
     ):
         _require(isinstance(group[name], bool), name, group[name], "True or False")
     for name in ("foreach", "fused"):
-        _require(group[name] in (None, True, False), name, group[name], "None, True or False")
+        is_choice = group[name] is None or isinstance(group[name], bool)
+        _require(is_choice, name, group[name], "None, True or False")
     if group["differentiable"]:
         raise RuntimeError(
             "Shampoo does not support differentiable=True: roots are computed without autograd."
@@ -284,7 +290,7 @@ def _check_choices(group: dict[str, Any]) -> None:
         _require(group[name] in choices, name, group[name], f"one of {', '.join(choices)}")
     for name in ("max_preconditioner_dim", "precondition_frequency"):
         value = group[name]
-        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        is_count = isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
         _require(is_count, name, value, "an integer >= 1")
     override = group["exponent_override"]
     powers = [override] if isinstance(override, int) else override
@@ -298,7 +304,8 @@ def _start(group: dict[str, Any]) -> float:
     start, frequency = group["start_preconditioning_step"], group["precondition_frequency"]
     if start == -1:
         return float(frequency)
-    is_step = isinstance(start, (int, float)) and (start == math.inf or start % 1 == 0)
+    is_number = isinstance(start, Real) and not isinstance(start, bool)
+    is_step = is_number and (start == math.inf or start % 1 == 0)
     _require(
         is_step and start >= frequency,
         "start_preconditioning_step",
@@ -310,6 +317,9 @@ def _start(group: dict[str, Any]) -> float:
 
 
 def warn_about(group: dict[str, Any]) -> None:
-    """Says once, when a group is made, what has no effect."""
+    """Says once, when a group is made, what has no effect, at the line outside that made it."""
     if group["nesterov"] and _number(group, "momentum") == 0.0:
-        warnings.warn("nesterov=True has no effect with momentum=0.0.", stacklevel=3)
+        frame, depth = sys._getframe(), 1
+        while frame.f_back and frame.f_globals["__name__"].split(".")[0] in ("shampoo", "torch"):
+            frame, depth = frame.f_back, depth + 1
+        warnings.warn("nesterov=True has no effect with momentum=0.0.", stacklevel=depth)

@@ -1,6 +1,5 @@
 """How one tensor is treated: its merged shape, its blocks, and the rule that moves them."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,8 +43,3 @@ class Layout:
             sizes = [max(limit, size) for size in merged]
             diagonal = [size > limit for size in merged]
         return cls(rule, tuple(cut(merged, sizes)), tuple(diagonal))
-
-    @property
-    def numel(self) -> int:
-        """Elements of the tensor."""
-        return math.prod(self.tiles[0].dims)

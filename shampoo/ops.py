@@ -58,6 +58,11 @@ precondition_ = _define(
     "precondition_(Tensor(a!) out, Tensor(b!) norm, Tensor grad, Tensor[] roots) -> ()",
     reference.precondition_,
 )
+symmetric_product_ = _define(
+    "symmetric_product_(Tensor(a!) out, Tensor left, Tensor right, Tensor? addend, float alpha,"
+    " float beta, float diagonal) -> ()",
+    reference.symmetric_product_,
+)
 eigh_ = _define(
     "eigh_(Tensor(a!) values, Tensor(b!) vectors, Tensor stack) -> ()",
     reference.eigh_,

@@ -1,7 +1,7 @@
 """The optimizer: ``step()`` reads as the algorithm, everything below it acts on whole stacks."""
 
+import inspect
 import logging
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,17 +13,21 @@ from torch.optim.optimizer import Optimizer
 from shampoo import checkpoint, ops
 from shampoo.direction import direct
 from shampoo.errors import NonFiniteGradientError
-from shampoo.gradients import check_dense, largest_magnitudes
+from shampoo.gradients import can_square, check_dense, largest_magnitudes
 from shampoo.hyperparameters import Hyperparameters, dtype_name, warn_about
 from shampoo.layerwise import rescale
 from shampoo.layout import FACTORED, Layout
-from shampoo.plan import Plan, parameter_name
-from shampoo.roots import check_method, refresh_roots_
+from shampoo.plan import Member, Plan, parameter_name
+from shampoo.precision import full_precision
+from shampoo.refresh import refresh_roots_
 from shampoo.segments import FactorRange, Segment, Selection
+from shampoo.solver import check_method
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1  # of the state, in every group's ``extra``
+# What a group carries besides its hyper-parameters: under one key, since a flattened checkpoint
+# cannot be loaded into groups that have got a new one.
+_EXTRA = {"skipped_steps": 0, "refresh_period": 0}
 
 
 class Shampoo(Optimizer):
@@ -81,15 +85,17 @@ class Shampoo(Optimizer):
         root_method: ``"eigh"``, ``"coupled_newton"``, ``"minimax"``, or ``"auto"`` for what
             measures fastest at equal accuracy on the device.
         preconditioner_dtype: float32 or float64, of all statistics whatever the parameters are.
-        nonfinite: what a NaN or Inf in a gradient does: ``"skip"`` leaves everything as it was and
-            counts the step in ``skipped_steps``, ``"raise"`` raises.
+        nonfinite: what a NaN or Inf in a gradient does, or a value too large to square:
+            ``"skip"`` leaves everything as it was and counts the step in ``skipped_steps``,
+            ``"raise"`` raises.
         refresh_schedule: ``"together"`` refreshes all roots in the same step, as the paper does;
             ``"staggered"`` spreads them over the steps of a period by cost, so that the worst step
             is close to the mean. A block then follows the grafted method until its first root, at
             most a period after ``start_preconditioning_step``.
         maximize: ascend instead of descend.
         foreach: accepted for compatibility; work is always batched over blocks.
-        fused: True insists on the compiled kernels; None and False take what there is.
+        fused: True raises if the compiled kernels, so far those for a CPU, cannot be built; None
+            and False take what there is.
         capturable: not supported yet, must be False.
         differentiable: not supported, must be False.
 
@@ -97,9 +103,10 @@ class Shampoo(Optimizer):
         ValueError: for a value out of range, naming it, its bound and the remedy.
         RuntimeError: for complex parameters, ``differentiable=True`` and ``capturable=True``.
 
-    ``step()`` counts from 1 for every parameter since it joined the optimizer, with or without a
-    gradient; a call in which no parameter has one changes nothing. A first step whose gradients are
-    all zero only allocates state, because torch.distributed.checkpoint makes such a step.
+    ``step()`` counts from 1 for every parameter since it joined the optimizer or was first
+    unfrozen, with or without a gradient; a call in which no parameter has one changes nothing. A
+    first step whose gradients are all zero only allocates state, because
+    torch.distributed.checkpoint makes such a step.
 
     State, flat under each parameter, k the row-major index in its grid of blocks and m the
     dimension: ``step``, ``block{k}.factor{m}``, ``block{k}.root{m}`` (zero before the first
@@ -146,8 +153,8 @@ class Shampoo(Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:
-        values = dict(locals())
-        defaults = {k: v for k, v in values.items() if k not in ("self", "params", "__class__")}
+        given = locals()
+        defaults = {name: given[name] for name in _DEFAULTS}
         defaults["preconditioner_dtype"] = dtype_name(preconditioner_dtype)
         Hyperparameters.read(defaults)
         super().__init__(params, defaults)
@@ -170,7 +177,7 @@ class Shampoo(Optimizer):
     def _check_group(self, index: int) -> None:
         group = self.param_groups[index]
         group["preconditioner_dtype"] = dtype_name(group["preconditioner_dtype"])
-        group["extra"] = {"format": _FORMAT, "skipped_steps": 0}
+        group["extra"] = dict(_EXTRA)
         values = Hyperparameters.read(group)
         warn_about(group)
         for position, param in enumerate(group["params"]):
@@ -210,18 +217,21 @@ class Shampoo(Optimizer):
                 loss = closure()
         values = [Hyperparameters.read(group) for group in self.param_groups]
         plan = self._current_plan()
+        plan.check_methods(values)
         params = plan.params(self.param_groups)
         grads = [param.grad for param in params]
         if not self._accepts(plan, grads, values):
             return loss
         plan.add_missing_moments(self.param_groups, values, self.state)
         plan.assign_slots(self.param_groups, values)
-        for arena in plan.arenas:
-            arena.step += 1
-        for selection in plan.select(tuple(grad is not None for grad in grads)):
-            hyper = values[selection.arena.group]
-            layerwise = plan.is_layerwise(selection.arena)
-            self._step_arena(selection, hyper, params, grads, layerwise)
+        selections = plan.select(tuple(grad is not None for grad in grads))
+        for selection in selections:
+            arena = selection.arena
+            arena.count_step()
+            with full_precision(arena.device):
+                self._step_arena(
+                    selection, values[arena.group], params, grads, plan.is_layerwise(arena)
+                )
         return loss
 
     def _step_arena(
@@ -232,21 +242,24 @@ class Shampoo(Optimizer):
         grads: list[Tensor | None],
         layerwise: bool,
     ) -> None:
-        arena, step = selection.arena, int(selection.arena.step)
+        arena, step = selection.arena, selection.arena.step
         slot = hyper.due_slot(step)
         due = [] if slot is None else selection.factors.get(slot, [])
         decay = hyper.weight_decay if hyper.decoupled_weight_decay else 0.0
         if due:
-            # Roots see the factors of all blocks, so these move first; gradients are packed again.
+            # Roots see the factors of all blocks, so these move first. Segments share a workspace:
+            # their gradients are packed again, unless there is only one.
             for segment in selection.segments:
                 self._gather(segment, hyper, params, grads)
                 self._accumulate(segment, hyper)
             for factors in due:
                 self._refresh(factors, hyper, step)
         for segment in selection.segments:
-            self._gather(segment, hyper, params, grads)
             if not due:
+                self._gather(segment, hyper, params, grads)
                 self._accumulate(segment, hyper)
+            elif len(selection.segments) > 1:
+                self._gather(segment, hyper, params, grads)
             direct(segment, arena.rule, hyper, step)
             if not layerwise:
                 self._update(segment, hyper, params, decay)
@@ -339,25 +352,42 @@ class Shampoo(Optimizer):
         magnitudes = largest_magnitudes([grad for _, grad in present])
         bad = [
             member
-            for (member, _), m in zip(present, magnitudes, strict=True)
-            if not math.isfinite(m)
+            for (member, grad), magnitude in zip(present, magnitudes, strict=True)
+            if not can_square(magnitude, grad.numel(), values[member.group].geometry.dtype)
         ]
         if bad:
-            if any(values[member.group].nonfinite == "raise" for member in bad):
-                raise NonFiniteGradientError(
-                    f"The gradient of {bad[0].name} is not finite ({len(bad)} of {len(present)}"
-                    " gradients are not). Nothing was changed. Lower lr or clip gradients, or pass"
-                    ' nonfinite="skip" to leave such steps out.'
-                )
-            for group in self.param_groups:
-                group["extra"]["skipped_steps"] += 1
-            logger.warning(
-                "shampoo: step skipped, the gradient of %s is not finite (%d skipped so far)",
-                bad[0].name,
-                self.skipped_steps,
-            )
+            self._refuse(bad, len(present), values)
             return False
         return any(magnitudes) or not plan.is_fresh
+
+    def _refuse(self, bad: Sequence[Member], total: int, values: Sequence[Hyperparameters]) -> None:
+        """Counts a skipped step, or raises if one of the groups says so."""
+        what = (
+            f"the gradient of {bad[0].name} is not finite, or too large to square"
+            f" ({len(bad)} of {total} gradients are)"
+        )
+        if any(values[member.group].nonfinite == "raise" for member in bad):
+            raise NonFiniteGradientError(
+                f"{what[0].upper()}{what[1:]}. Nothing was changed. Lower lr or clip gradients,"
+                ' or pass nonfinite="skip" to leave such steps out.'
+            )
+        for group in self.param_groups:
+            group["extra"]["skipped_steps"] += 1
+        count = self.skipped_steps
+        if count & (count - 1) == 0:  # 1, 2, 4, 8 ...: a run that skips for ever stays readable
+            logger.warning("shampoo: step skipped, %s; %d skipped so far", what, count)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Called by torch when it copies and pickles.
+
+        Published state are views, each of which would be pickled with all of its arena.
+        """
+        state = super().__getstate__()
+        state["state"] = {
+            param: {key: view.clone() for key, view in entries.items()}
+            for param, entries in self.state.items()
+        }
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what ``state_dict()`` returned; training continues bit for bit.
@@ -391,13 +421,23 @@ class Shampoo(Optimizer):
         """Called by torch when it loads, copies and unpickles; the plan is made anew."""
         super().__setstate__(state)
         ops.load_kernels()
+        # A pickle of an older version has none of the arguments that came after it, not even in
+        # its defaults.
+        self.defaults = {**_DEFAULTS, **self.defaults}
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
             group["preconditioner_dtype"] = dtype_name(group["preconditioner_dtype"])
-            group["extra"] = {"format": _FORMAT, "skipped_steps": 0, **group.get("extra", {})}
+            group["extra"] = {**_EXTRA, **group.get("extra", {})}
         self._plan = None
         if self._incoming is not None:
             self.state = defaultdict(dict, self._incoming)
             if self._incoming:
                 self._current_plan()
+
+
+_DEFAULTS: dict[str, Any] = {
+    name: parameter.default
+    for name, parameter in inspect.signature(Shampoo.__init__).parameters.items()
+    if parameter.default is not inspect.Parameter.empty
+}

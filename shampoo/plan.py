@@ -6,7 +6,6 @@ local and deterministic: groups, parameters and blocks in their order decide eve
 """
 
 import logging
-import weakref
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from shampoo.grafting import GRAFTING
 from shampoo.hyperparameters import Geometry, Hyperparameters
 from shampoo.layout import ADAGRAD, Layout
 from shampoo.segments import Selection, select
+from shampoo.solver import check_method
 from shampoo.stacks import MOMENTS, Arena
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ GPU_SEGMENT = 1 << 24
 _PATTERNS = 16  # of present gradients, whose selections are kept
 
 State = MutableMapping[Tensor, dict[str, Any]]
+Published = list[tuple[Tensor, str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,21 @@ class Member:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a parameter was when the plan was built; weak, so that a dead one is not kept alive."""
+    """What a parameter was when the plan was built."""
 
-    reference: weakref.ref[Tensor]
+    param: Tensor
     planned: bool
     device: torch.device
+    dtype: torch.dtype
+    shape: torch.Size
 
     def still(self, param: Tensor) -> bool:
-        if self.reference() is not param:
+        if self.param is not param:
             return False
         if not self.planned:
             return not _is_trained(param)
-        return param.device == self.device
+        is_same = param.device == self.device and param.dtype == self.dtype
+        return is_same and param.shape == self.shape
 
 
 def _is_trained(param: Tensor) -> bool:
@@ -99,7 +103,7 @@ class Plan:
             seen = []
             for position, param in enumerate(group["params"]):
                 planned = _is_trained(param) or (param.numel() > 0 and bool(state.get(param)))
-                seen.append(_Seen(weakref.ref(param), planned, param.device))
+                seen.append(_Seen(param, planned, param.device, param.dtype, param.shape))
                 if not planned:
                     continue
                 layout = Layout.of(param.shape, geometry)
@@ -117,17 +121,21 @@ class Plan:
                 params.append(param)
             self._seen.append(seen)
         self.arenas = list(arenas.values())
-        published: list[set[str]] = [{"step"} for _ in self.members]
+        published: Published = []
         for arena in self.arenas:
-            arena.allocate(_moments_of(arena, groups[arena.group], params, state))
-            self._publish(arena, params, state, MOMENTS, published)
-            if int(arena.step) > 0:  # its slots came with its state
-                arena.period = groups[arena.group].get("extra", {}).get("refresh_period")
+            group = groups[arena.group]
+            arena.allocate(_moments_of(arena, group, params, state))
+            views = self._fill(arena, params, state, MOMENTS)
+            if arena.is_staggered and _brings(arena, params, state, "slot"):
+                arena.period = group.get("extra", {}).get("refresh_period")
             for factors in arena.factor_stacks:
                 factors.mark_rooted()
-        for param, keys in zip(params, published, strict=True):
-            for unknown in state[param].keys() - keys:
-                del state[param][unknown]
+            published += views
+        # Only now, when all of it is known to fit: a plan that cannot be built leaves no trace.
+        for param in params:
+            state[param] = {}
+        for param, key, view in published:
+            state[param][key] = view
 
     def is_current(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Whether the plan still describes these groups: same parameters, same geometry."""
@@ -144,7 +152,7 @@ class Plan:
     @property
     def is_fresh(self) -> bool:
         """Whether no block has taken a step yet."""
-        return all(int(arena.step) == 0 for arena in self.arenas)
+        return all(arena.step == 0 for arena in self.arenas)
 
     def params(self, groups: Sequence[dict[str, Any]]) -> list[Tensor]:
         """The planned parameters, in plan order."""
@@ -162,9 +170,16 @@ class Plan:
             for name, needed in (("exp_avg", values.beta1 > 0), ("momentum", values.momentum > 0)):
                 if needed and name not in arena.moments:
                     arena.add_moment(name)
-                    published = [set[str]() for _ in self.members]
-                    self._publish(arena, self.params(groups), state, (name,), published)
+                    for param, key, view in self._fill(arena, self.params(groups), state, (name,)):
+                        state[param][key] = view
                     self._selections.clear()
+
+    def check_methods(self, hyperparameters: Sequence[Hyperparameters]) -> None:
+        """Raises ValueError if a root method cannot take the power that it would meet."""
+        for arena in self.arenas:
+            values = hyperparameters[arena.group]
+            for order in {factors.order for factors in arena.factor_stacks}:
+                check_method(values.root_method, values.root_power(order))
 
     def assign_slots(
         self, groups: Sequence[dict[str, Any]], hyperparameters: Sequence[Hyperparameters]
@@ -201,46 +216,42 @@ class Plan:
 
     def _workspace(self, arena: Arena) -> Tensor:
         """``[2, W]``, shared by all arenas of a device and dtype."""
+        sharers = [
+            other
+            for other in self.arenas
+            if (other.device, other.dtype) == (arena.device, arena.dtype)
+        ]
         needed = max(
-            arena.numel
-            if self.is_layerwise(arena)
-            else max(
-                _segment_limit(arena.device),
-                *(placed.numel for stack in arena.stacks for placed in stack.placements),
-            )
-            for arena in self.arenas
+            other.numel
+            if self.is_layerwise(other)
+            else min(other.numel, max(_segment_limit(other.device), other.largest_tile))
+            for other in sharers
         )
-        needed = min(needed, max(arena.numel for arena in self.arenas))
         key = (arena.device, arena.dtype)
         if key not in self._workspaces:
             self._workspaces[key] = torch.empty(2, needed, dtype=arena.dtype, device=arena.device)
         return self._workspaces[key]
 
-    def _publish(
-        self,
-        arena: Arena,
-        params: Sequence[Tensor],
-        state: State,
-        moments: Sequence[str],
-        published: list[set[str]],
-    ) -> None:
-        """Copies what ``state`` holds into the arena and puts views of the arena in its place."""
-        for member in arena.members:
-            state.setdefault(params[member], {})["step"] = arena.step
+    def _fill(
+        self, arena: Arena, params: Sequence[Tensor], state: State, moments: Sequence[str]
+    ) -> Published:
+        """Copies what ``state`` holds into the arena; returns the views to publish in its place."""
+        published: Published = []
         for member, key, view in arena.views(moments):
-            entries = state[params[member]]
-            if key in entries:
-                if entries[key].shape != view.shape:
+            param = params[member]
+            value = state.get(param, {}).get(key)
+            if value is not None and value is not view:
+                if value.shape != view.shape:
                     raise BlockGridMismatchError(
-                        f"{self.members[member].name}: {key} has shape"
-                        f" {tuple(entries[key].shape)}, but this optimizer cuts it to"
-                        f" {tuple(view.shape)}. max_preconditioner_dim, merge_dims and the other"
-                        " arguments that decide the blocks cannot change once training has begun:"
-                        " set them back, or build a new optimizer."
+                        f"{self.members[member].name}: {key} has shape {tuple(value.shape)}, but"
+                        f" this optimizer cuts it to {tuple(view.shape)}. The shape of the"
+                        " parameter, max_preconditioner_dim and the other arguments that decide"
+                        " the blocks cannot change once training has begun: set them back, or"
+                        " build a new optimizer."
                     )
-                view.copy_(entries[key])
-            entries[key] = view
-            published[member].add(key)
+                view.copy_(value)
+            published.append((param, key, view))
+        return published
 
 
 def _segment_limit(device: torch.device) -> int:
@@ -256,7 +267,11 @@ def _moments_of(
         "exp_avg_sq": arena.rule == ADAGRAD or GRAFTING[group["grafting"]].second_moment,
         "momentum": float(group["momentum"]) > 0,
     }
-    brought = {
-        key.rpartition(".")[2] for member in arena.members for key in state.get(params[member], {})
-    }
-    return [name for name in MOMENTS if is_needed[name] or name in brought]
+    return [
+        name for name in MOMENTS if is_needed[name] or _brings(arena, params, state, f".{name}")
+    ]
+
+
+def _brings(arena: Arena, params: Sequence[Tensor], state: State, part: str) -> bool:
+    """Whether the state of some parameter of the arena has a key that contains ``part``."""
+    return any(part in key for member in arena.members for key in state.get(params[member], {}))

@@ -37,7 +37,9 @@ class PendingFlags:
         if outcome.device.type != "cuda":
             self._outcome, self._arrived = outcome.clone(), None
             return
-        self._outcome = torch.empty(outcome.shape, dtype=outcome.dtype, pin_memory=True)
+        self._outcome = torch.empty(
+            outcome.shape, dtype=outcome.dtype, device="cpu", pin_memory=True
+        )
         self._outcome.copy_(outcome, non_blocking=True)
         self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._arrived.record()
@@ -45,7 +47,7 @@ class PendingFlags:
     def receive(self, count: int) -> Tensor:
         """The rung on which each of ``count`` matrices must be retried, [K] on the host."""
         if self._rung is None or len(self._rung) != count:
-            self._rung = torch.zeros(count, dtype=torch.int64)
+            self._rung = torch.zeros(count, dtype=torch.int64, device="cpu")
         outcome = self._outcome
         if outcome is None or len(outcome) != count:
             return self._rung
@@ -56,6 +58,14 @@ class PendingFlags:
         climbed = (self._rung + (outcome == _FAILED).long()).clamp(min=1, max=_EIGH)
         self._rung = torch.where(outcome == _PASSED, 0, climbed)
         return self._rung
+
+
+def is_root(root: Tensor) -> Tensor:
+    """Which matrices of a stack are roots, [K] bool: all zero means that there is none yet.
+
+    Every root has a positive entry on its diagonal; the root of a pseudo-inverse may have zeros.
+    """
+    return root.diagonal(dim1=1, dim2=2).amax(dim=1) > 0
 
 
 @torch.no_grad()
@@ -128,7 +138,7 @@ def refresh_roots_(
 
     failed = outcome == _FAILED
     failures.copy_(torch.where(failed, failures + 1, 0))
-    rooted.logical_or_(~failed)
+    rooted.copy_(is_root(root))
 
 
 def _attempt(

@@ -5,10 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shampoo.refresh import PendingFlags, refresh_roots_
 from shampoo.solver import check_damping, check_method, check_stack, chunks, solve_
-
-__all__ = ["PendingFlags", "check_method", "inverse_root", "refresh_roots_"]
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from shampoo.roots import PendingFlags
+from shampoo.refresh import PendingFlags
 from shampoo.stacks import Arena, BlockStack, FactorStack, Placement
 
 
@@ -147,8 +147,8 @@ def _segment(
         block += count
     return Segment(
         members,
-        torch.tensor(rows, dtype=torch.int64),
-        torch.tensor(runs, dtype=torch.int64),
+        torch.tensor(rows, dtype=torch.int64, device="cpu"),
+        torch.tensor(runs, dtype=torch.int64, device="cpu"),
         torch.tensor(owners, dtype=torch.int64, device=arena.device),
         grad,
         direction,

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from shampoo import ops
 from shampoo.diagonal import diagonal_root_
 from shampoo.eigen import eigen_root_
 from shampoo.kernels.minimax import minimax_root_
@@ -38,7 +39,8 @@ def solve_(
     with full_precision(factor.device):
         if method == "minimax":
             schedule = minimax_schedule(int(p), relative_eps)
-            minimax_root_(root, ridge, factor, int(p), eps, relative_eps, schedule)
+            multiply = ops.symmetric_product_
+            minimax_root_(root, ridge, factor, int(p), eps, relative_eps, schedule, multiply)
         elif method == "coupled_newton":
             newton_root_(root, ridge, factor, int(p), eps, relative_eps)
         else:

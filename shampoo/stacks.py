@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from shampoo.blocking import Tile
-from shampoo.layout import Layout
+from shampoo.layout import FACTORED, Layout
+from shampoo.refresh import is_root
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum")  # the elementwise state an arena may have
 FACTOR_STATE = ("factor", "root", "failures", "slot")  # of a factor; a diagonal one has the first
@@ -45,12 +46,12 @@ class FactorStack:
             self.root = torch.zeros(shape, dtype=dtype, device=device)
             self.failures = torch.zeros(self.count, dtype=torch.int32, device=device)
             self.rooted = torch.zeros(self.count, dtype=torch.bool, device=device)
-            self.slot = torch.zeros(self.count, dtype=torch.int32)
+            self.slot = torch.zeros(self.count, dtype=torch.int32, device="cpu")
 
     def mark_rooted(self) -> None:
-        """Derives ``rooted`` from ``root``: a valid root has a positive diagonal."""
+        """Derives ``rooted`` from ``root``."""
         if not self.diagonal:
-            self.rooted.copy_(self.root.diagonal(dim1=1, dim2=2).amin(1) > 0)
+            self.rooted.copy_(is_root(self.root))
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,10 @@ class Arena:
         self.dtype = dtype
         self.update_dtype = update_dtype
         self.device = device
-        self.step = torch.tensor(step, dtype=torch.int64)  # on the host: it decides the schedule
+        self.step = step
         self.is_staggered = is_staggered
         self.period: int | None = None  # over which the slots of the factors are spread
+        self.steps = torch.empty(0)  # [members], what state publishes of ``step``
         self.moments: dict[str, Tensor] = {}
         self.factor_stacks: list[FactorStack] = []
         self._stacks: dict[tuple[tuple[int, ...], tuple[bool, ...]], BlockStack] = {}
@@ -137,7 +139,10 @@ class Arena:
         if not stacks:
             return
         costs = torch.cat(
-            [torch.full((stack.count,), float(stack.size) ** 3).double() for stack in stacks]
+            [
+                torch.full((stack.count,), stack.size**3, dtype=torch.float64, device="cpu")
+                for stack in stacks
+            ]
         )
         middles = costs.cumsum(0) - costs / 2
         slots = (middles / costs.sum() * period).int()
@@ -154,7 +159,7 @@ class Arena:
                 stack.placements.append(Placement(member, tile, element, slot))
                 element += tile.blocks * tile.block_numel
                 slot += tile.blocks
-            if self.rule == "factored":
+            if self.rule == FACTORED:
                 order = len(stack.extent)
                 for size, diagonal in zip(stack.extent, stack.diagonal, strict=True):
                     key = (size, order, diagonal)
@@ -162,6 +167,9 @@ class Arena:
                     stack.factors.append((factors, factors.count))
                     factors.count += stack.count
         self.numel = element
+        # On the host, since they decide the schedule, and one for each parameter: loaders write in
+        # place into what is published, and the parameters of a checkpoint may differ in it.
+        self.steps = torch.full((len(self.members),), self.step, dtype=torch.int64, device="cpu")
         self.factor_stacks = list(by_size.values())
         for factors in self.factor_stacks:
             factors.allocate(self.dtype, self.device)
@@ -180,12 +188,24 @@ class Arena:
         return list(self._stacks.values())
 
     @property
-    def members(self) -> set[int]:
+    def members(self) -> list[int]:
         """Indices of the parameters that have blocks here."""
-        return {member for stack in self.stacks for member, _ in stack.tiles}
+        return sorted({member for stack in self.stacks for member, _ in stack.tiles})
+
+    @property
+    def largest_tile(self) -> int:
+        """Elements of the largest tile, the least that a segment holds."""
+        return max(placed.numel for stack in self.stacks for placed in stack.placements)
+
+    def count_step(self) -> None:
+        """Every block here has taken one more step."""
+        self.step += 1
+        self.steps.add_(1)
 
     def views(self, moments: Sequence[str]) -> Iterator[tuple[int, str, Tensor]]:
-        """Every state tensor of every block as ``member, key, view``, the moments as named."""
+        """Every state tensor as ``member, key, view``, the moments as named."""
+        for index, member in enumerate(self.members):
+            yield member, "step", self.steps[index]
         for stack in self.stacks:
             for placed in stack.placements:
                 size = placed.tile.block_numel

@@ -66,6 +66,15 @@ def good_arguments() -> SimpleNamespace:
         "vectors": torch.empty(2, 4, 4),
         "stack": stack + stack.mT,
     }
+    product = {
+        "out": torch.empty(2, 4, 4),
+        "left": torch.eye(4).repeat(2, 1, 1),
+        "right": torch.eye(4).repeat(2, 1, 1),
+        "addend": torch.eye(4).repeat(2, 1, 1),
+        "alpha": 0.5,
+        "beta": 0.3,
+        "diagonal": 0.1,
+    }
     magnitudes = {
         "out": torch.empty(2, dtype=torch.float64),
         "tensors": [torch.randn(4, 3), torch.randn(5)],
@@ -78,4 +87,5 @@ def good_arguments() -> SimpleNamespace:
         precondition_=precondition,
         eigh_=eigh,
         magnitudes_=magnitudes,
+        symmetric_product_=product,
     )

@@ -158,8 +158,7 @@ def test_the_report_names_library_and_kernels(cold):
     facts = json.loads(process.communicate(timeout=300)[0])
     assert process.returncode == 0
     assert facts["torch"] == torch.__version__
-    assert facts["cpu_kernels"]["gather_blocks_"] == "compiled"
-    assert facts["cpu_kernels"]["precondition_"] == "reference"
+    assert set(facts["cpu_kernels"].values()) == {"compiled"}
     assert Path(facts["library"]).is_file()
     assert Path(facts["library"]).is_relative_to(folder / "cache")
 

@@ -15,7 +15,7 @@ import shampoo.solver
 from shampoo import inverse_root, ops
 from shampoo.kernels import reference
 from shampoo.probe import healthy, probe
-from shampoo.roots import PendingFlags, refresh_roots_
+from shampoo.refresh import PendingFlags, refresh_roots_
 
 OPTIONS: dict[str, Any] = {
     "p": 4, "correction": 1.0, "eps": 1e-12, "relative_eps": 1e-6, "method": "minimax",
