@@ -17,14 +17,16 @@ def frobenius(stack: Tensor) -> Tensor:
     By rows first: one float32 sum over a large matrix is wrong by up to a per cent.
     """
     rows = torch.linalg.vector_norm(stack, dim=2).double()
-    return torch.as_tensor(torch.linalg.vector_norm(rows, dim=1))
+    norm: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norm
 
 
 def schatten4(values: Tensor) -> Tensor:
     """``(sum lambda^4)^(1/4)``, [B], of eigenvalues [B, n] in float64."""
     largest = values.abs().amax(dim=1)
     unit = torch.where(largest > 0, largest, 1.0)
-    return torch.as_tensor(unit * torch.linalg.vector_norm(values / unit[:, None], ord=4, dim=1))
+    norm: Tensor = unit * torch.linalg.vector_norm(values / unit[:, None], ord=4, dim=1)
+    return norm
 
 
 def power_of_two(largest: Tensor) -> Tensor:

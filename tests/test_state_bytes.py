@@ -20,11 +20,12 @@ def expected_bytes(
     opt: Shampoo, factor_numbers: int, elements: int, per_element: int, factor_size: int
 ) -> int:
     """Formula 7.1, with 8 bytes for each counter of steps and 4 for each counter of failures."""
-    tensors = state_tensors(opt)
-    steps = {v.untyped_storage().data_ptr() for (_, key), v in tensors.items() if key == "step"}
-    failures = sum(".failures" in key for _, key in tensors)
-    assert steps
-    return factor_size * factor_numbers + per_element * elements + 8 * len(steps) + 4 * failures
+    keys = [key for _, key in state_tensors(opt)]
+    steps, failures = keys.count("step"), sum(".failures" in key for key in keys)
+    assert steps == sum(
+        param.numel() > 0 for group in opt.param_groups for param in group["params"]
+    )
+    return factor_size * factor_numbers + per_element * elements + 8 * steps + 4 * failures
 
 
 GRIDS = [
