@@ -1,1 +1,1 @@
-"""Every op in plain PyTorch, and the Triton kernels that replace it on a GPU."""
+"""The mathematics on stacks, in plain PyTorch: every op's reference and the root solvers."""

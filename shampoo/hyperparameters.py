@@ -16,9 +16,9 @@ import torch
 
 from shampoo.blocking import MERGE_MODES
 from shampoo.grafting import GRAFTING, SecondMoment, second_moment
+from shampoo.solver import ROOT_METHODS
 
 LARGE_DIM_METHODS = ("blocking", "adagrad", "diagonal")
-ROOT_METHODS = ("auto", "eigh", "coupled_newton", "minimax")
 NONFINITE = ("skip", "raise")
 REFRESH_SCHEDULES = ("together", "staggered")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}

@@ -45,7 +45,7 @@ COMPILER_ENVIRONMENT = (
 
 
 class BuildError(RuntimeError):
-    """The C++/CUDA sources could not be built or loaded."""
+    """The sources could not be built or loaded."""
 
 
 def source_dir() -> Path:
@@ -211,7 +211,7 @@ def _build(library: Path) -> None:
         shutil.rmtree(abandoned, ignore_errors=True)
     seconds = 60 if has_cuda_sources() else 15
     print(
-        f"shampoo: building C++/CUDA kernels for torch {torch.__version__}, once, "
+        f"shampoo: building kernels for torch {torch.__version__}, once, "
         f"about {seconds} s ({folder})",
         file=sys.stderr,
         flush=True,

@@ -20,7 +20,7 @@ ROOT_METHODS = ("auto", "eigh", "coupled_newton", "minimax")
 
 _CPU_CHUNK = 2 << 20  # bytes of a stack worked on at a time: its buffers stay in the cache
 _GPU_CHUNK = 256 << 20  # bounds the temporary memory
-_CPU_EIGH_FROM = 96  # from this n, float64 LAPACK measures as fast as the float32 chain
+_CPU_EIGH_FROM = 384  # from this n, float64 LAPACK, a matrix a thread, measures faster
 
 
 def solve_(

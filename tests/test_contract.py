@@ -196,7 +196,9 @@ def test_foreach_and_fused_are_accepted_as_group_keys():
     opt = Shampoo([{"params": random_params((3, 2)), "foreach": False, "fused": True}])
     opt.add_param_group({"params": random_params((3, 2)), "foreach": None, "fused": None})
     params = [p for group in opt.param_groups for p in group["params"]]
+    before = [param.clone() for param in params]
     apply(opt, params, random_grads(params, 1)[0])
+    assert not any(torch.equal(param, old) for param, old in zip(params, before, strict=True))
 
 
 @pytest.mark.parametrize("decoupled", [True, False])

@@ -36,7 +36,7 @@ LAYERS = {
     "errors": "",
     "blocking": "",
     "grafting": "",
-    "hyperparameters": "blocking grafting",
+    "hyperparameters": "blocking grafting solver",
     "layout": "blocking hyperparameters",
     "stacks": "blocking layout refresh",
     "segments": "refresh stacks",
