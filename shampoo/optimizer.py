@@ -17,7 +17,7 @@ from shampoo.gradients import can_square, check_dense, largest_magnitudes
 from shampoo.hyperparameters import Hyperparameters, dtype_name, warn_about
 from shampoo.layerwise import rescale
 from shampoo.layout import FACTORED, Layout
-from shampoo.plan import Member, Plan, parameter_name
+from shampoo.plan import Member, Plan, check_parameter, parameter_name
 from shampoo.precision import full_precision
 from shampoo.refresh import refresh_roots_
 from shampoo.segments import FactorRange, Segment, Selection
@@ -101,7 +101,8 @@ class Shampoo(Optimizer):
 
     Raises:
         ValueError: for a value out of range, naming it, its bound and the remedy.
-        RuntimeError: for complex parameters, ``differentiable=True`` and ``capturable=True``.
+        RuntimeError: for complex or sharded parameters, ``differentiable=True`` and
+            ``capturable=True``.
 
     ``step()`` counts from 1 for every parameter since it joined the optimizer or was first
     unfrozen, with or without a gradient; a call in which no parameter has one changes nothing. A
@@ -181,12 +182,7 @@ class Shampoo(Optimizer):
         values = Hyperparameters.read(group)
         warn_about(group)
         for position, param in enumerate(group["params"]):
-            if param.is_complex():
-                raise RuntimeError(
-                    "Shampoo does not support complex parameters"
-                    f" ({parameter_name(group, index, position)}). Optimize"
-                    " torch.view_as_real(parameter) instead."
-                )
+            check_parameter(param, parameter_name(group, index, position))
             if param.numel() > 0:
                 layout = Layout.of(param.shape, values.geometry)
                 if layout.rule == FACTORED:

@@ -65,6 +65,30 @@ def _is_trained(param: Tensor) -> bool:
     return param.numel() > 0 and (param.requires_grad or param.grad is not None)
 
 
+def check_parameter(param: Tensor, name: str) -> None:
+    """Refuses what cannot be cut into blocks, naming the parameter and the remedy.
+
+    Raises:
+        RuntimeError: for a complex or sharded parameter.
+    """
+    if param.is_complex():
+        raise RuntimeError(
+            f"Shampoo does not support complex parameters ({name}). Optimize"
+            " torch.view_as_real(parameter) instead."
+        )
+    if hasattr(param, "device_mesh"):
+        raise RuntimeError(
+            f"Shampoo does not support DTensor parameters yet ({name}): its blocks would be cut"
+            " from a shard. Train without fully_shard or tensor parallelism, for example with"
+            " DistributedDataParallel."
+        )
+    if getattr(param, "_fsdp_flattened", False) or hasattr(param, "_is_flat_param"):
+        raise RuntimeError(
+            f"Shampoo got a flat parameter of {param.numel()} elements ({name}). FSDP1 and"
+            " DeepSpeed ZeRO >= 1 hide the shapes of matrices: use DistributedDataParallel."
+        )
+
+
 def parameter_name(group: Mapping[str, Any], group_index: int, position: int) -> str:
     """The name a user knows the parameter by, or where it stands."""
     names = group.get("param_names")
@@ -106,6 +130,8 @@ class Plan:
                 seen.append(_Seen(param, planned, param.device, param.dtype, param.shape))
                 if not planned:
                     continue
+                name = parameter_name(group, index, position)
+                check_parameter(param, name)
                 layout = Layout.of(param.shape, geometry)
                 place = torch.device(device) if device else param.device
                 step = int(state[param]["step"]) if "step" in state.get(param, {}) else 0
@@ -117,7 +143,7 @@ class Plan:
                         index, layout.rule, geometry.dtype, wide, place, step, staggered
                     )
                 arenas[key].add(len(self.members), layout, _segment_limit(place))
-                self.members.append(Member(index, position, parameter_name(group, index, position)))
+                self.members.append(Member(index, position, name))
                 params.append(param)
             self._seen.append(seen)
         self.arenas = list(arenas.values())

@@ -62,10 +62,11 @@ def choose_method(factor: Tensor, p: float, eps: float, relative_eps: float, met
 
 
 def chunks(stack: Tensor) -> Iterator[slice]:
-    """Rows of a stack that are worked on together."""
+    """Rows of a stack that are worked on together; on a CPU at least one for each thread."""
     count, n, _ = stack.shape
-    size = _CPU_CHUNK if stack.device.type == "cpu" else _GPU_CHUNK
-    length = max(1, size // max(1, n * n * stack.element_size()))
+    on_cpu = stack.device.type == "cpu"
+    size, least = (_CPU_CHUNK, torch.get_num_threads()) if on_cpu else (_GPU_CHUNK, 1)
+    length = max(least, size // max(1, n * n * stack.element_size()))
     for start in range(0, count, length):
         yield slice(start, min(start + length, count))
 

@@ -195,7 +195,9 @@ def test_k1_nesterov_without_momentum_warns_and_is_ignored():
     assert torch.equal(ours[0], theirs[0])
 
 
-@pytest.mark.parametrize(("name", "remedy"), [("differentiable", "autograd"), ("capturable", "capturable=False")])
+@pytest.mark.parametrize(
+    ("name", "remedy"), [("differentiable", "autograd"), ("capturable", "capturable=False")]
+)
 def test_k1_what_is_not_available_says_so(name, remedy):
     kinds = RuntimeError if name == "differentiable" else (RuntimeError, ValueError)
     with pytest.raises(kinds, match=f"(?s){name}.*{remedy}"):
