@@ -270,9 +270,6 @@ def test_sharded_and_flat_parameters_are_refused_with_the_remedy(late):
         param = Parameter(torch.randn(2, 3))
         opt = Shampoo([param]) if late else None
         setattr(param, attribute, True)
+        param.grad = torch.ones(2, 3)
         with pytest.raises(RuntimeError, match=message):
-            if opt is None:
-                Shampoo([param])
-            else:
-                param.grad = torch.ones(2, 3)
-                opt.step()
+            (opt or Shampoo([param])).step()
