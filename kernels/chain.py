@@ -15,7 +15,7 @@ import functools
 import math
 from dataclasses import dataclass
 
-Schedule = tuple[tuple[float, float, float], ...]
+from shampoo.kernels.minimax import Schedule
 
 ROOT = -1  # the output of the last product
 _TOP = 12  # scaled operands stay below 2^12: 16 times what fits fp16, for what rounding adds
@@ -96,7 +96,8 @@ class _Builder:
         M = _Value(self._take(), 1.0)
         X = _Value(self._take(), self.schedule[0][0])
         start = M, X
-        for self.step, (c0, c1, c2) in enumerate(self.schedule):
+        for step, (c0, c1, c2) in enumerate(self.schedule):
+            self.step = step
             last = self.step == count - 1
             turns = self.step == growth - 1  # from here on M holds I - M
             if self.step < growth:
@@ -164,9 +165,7 @@ class _Builder:
                 if out is None:
                     out = square
                 else:
-                    product = self._multiply(
-                        out, square, None, c0**done, doubled=self.step == 0
-                    )
+                    product = self._multiply(out, square, None, c0**done, doubled=self.step == 0)
                     self._give_unless(out, T, square)
                     out = product
             rest >>= 1

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls, ignore-missing-imports
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,import-untyped,import-not-found,untyped-decorator"
 """What the Triton launchers must know of the machine, and the arithmetic their kernels share.
 
 A launcher never asks whether a tensor is on a GPU: under ``TRITON_INTERPRET=1`` the same call runs

@@ -9,12 +9,14 @@ its coefficients to the device.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from shampoo.kernels.chain import ROOT as FINAL
-from shampoo.kernels.chain import SQUARED, Chain, Schedule, plane_scale, root_chain
+from shampoo.kernels.chain import SQUARED, Chain, plane_scale, root_chain
+from shampoo.kernels.minimax import triples
 from shampoo.kernels.planes import measure_, normalize_, peak_, start_
 from shampoo.kernels.symmetric_gemm import (
     PLANES,
@@ -28,7 +30,15 @@ from shampoo.kernels.symmetric_gemm import (
 )
 
 
-def supports(root: Tensor, factor: Tensor) -> bool:
+def supports(
+    root: Tensor,
+    ridge: Tensor,
+    factor: Tensor,
+    p: int,
+    eps: float,
+    relative_eps: float,
+    schedule: Sequence[float],
+) -> bool:
     """Whether :func:`minimax_root_` takes these: float32 with unit column strides, not empty."""
     return (
         root.dtype == factor.dtype == torch.float32
@@ -44,7 +54,7 @@ def minimax_root_(
     p: int,
     eps: float,
     relative_eps: float,
-    schedule: Schedule,
+    schedule: Sequence[float],
     *,
     sizes: Tensor | None = None,
     cut: Tiles | None = None,
@@ -61,7 +71,7 @@ def minimax_root_(
         p: The root, an integer.
         eps: Absolute ridge.
         relative_eps: Relative ridge; the schedule must reach down to it.
-        schedule: (c0, c1, c2) of every step.
+        schedule: c0, c1, c2 of every step, one after another.
         sizes: [B] int32: the real size of each matrix of a class of sizes. What is beyond is not
             read, and not written to the root. All n by default.
         cut: The tiles; by the table of :func:`tiles` by default.
@@ -69,7 +79,7 @@ def minimax_root_(
     batch, n, _ = factor.shape
     device = factor.device
     cut = tiles(n, device) if cut is None else cut
-    chain = root_chain(p, schedule, relative_eps)
+    chain = root_chain(p, triples(schedule), relative_eps)
     constants, table = _tables(chain, eps, relative_eps, device)
     if sizes is None:
         sizes = torch.full((batch,), n, dtype=torch.int32, device=device)

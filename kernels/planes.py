@@ -1,4 +1,4 @@
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls, ignore-missing-imports
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,import-untyped,import-not-found,untyped-decorator"
 """From float32 matrices to the fp16 planes that the root iteration works on.
 
 Replaces some ten elementwise calls and reductions of torch. Norms are partial results reduced in a
@@ -7,7 +7,6 @@ fixed order: no float atomics, so that roots do not change from run to run or wi
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-decorators, allow-untyped-defs, allow-untyped-calls, ignore-missing-imports
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,import-untyped,import-not-found,untyped-decorator"
 """Products of commuting symmetric matrices in split precision, upper tiles only.
 
 Replaces ``torch.bmm`` on float32 in the root iteration: three fp16 products for one in float32,
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shampoo.kernels.chip import capability, mirrored, triangle
+from shampoo.kernels.chip import HOPPER, capability, mirrored, triangle
 
 PLANES, ROOT, SQUARE = 0, 1, 2  # what a product writes
 
@@ -40,13 +40,14 @@ class Tiles(NamedTuple):
 def tiles(n: int, device: torch.device) -> Tiles:
     """The cut for matrices of size n: a table, as kernels that accumulate cannot be tuned live.
 
-    64 x 64 tiles where 128 x 128 ones would be mostly padding. A stage of the large cut holds 64
-    KiB on Hopper and Blackwell (227 KiB) and half of it on the A100 (163 KiB).
+    64 x 64 tiles where 128 x 128 ones would be mostly padding, and on the A100, whose fragments of
+    four planes leave no registers for larger ones. A stage of the large cut holds 64 KiB.
     """
-    new = capability(device) >= 90
-    if n <= 64 or (n <= 320 and n % 128 not in range(65, 128) and n % 128 != 0):
-        return Tiles(64, 64 if new else 32, 4, 3)
-    return Tiles(128, 64 if new else 32, 8, 3)
+    if capability(device) < HOPPER:
+        return Tiles(64, 32, 4, 3)
+    if n <= 320 and padded(n, 64) < padded(n, 128):
+        return Tiles(64, 64, 4, 3)
+    return Tiles(128, 64, 8, 3)
 
 
 def padded(n: int, block: int) -> int:
@@ -89,10 +90,7 @@ def _accumulate(
             partial = tl.dot(a_lo, tl.trans(b_hi), partial)
             partial = tl.dot(a_hi, tl.trans(b_lo), partial)
         partial = tl.dot(a_hi, tl.trans(b_hi), partial)
-        if PROMOTE <= BLOCK_K:
-            total += partial
-            partial = tl.zeros((BLOCK, BLOCK), tl.float32)
-        elif (step + 1) % (PROMOTE // BLOCK_K) == 0:
+        if (step + 1) % (PROMOTE // BLOCK_K) == 0:
             total += partial
             partial = tl.zeros((BLOCK, BLOCK), tl.float32)
         a += BLOCK_K

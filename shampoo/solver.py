@@ -10,8 +10,8 @@ from torch import Tensor
 
 from shampoo.kernels.diagonal import diagonal_root_
 from shampoo.kernels.eigen import eigen_root_
-from shampoo.kernels.minimax import minimax_root_
 from shampoo.kernels.newton import newton_root_
+from shampoo.ops import minimax_root_
 from shampoo.precision import full_precision
 from shampoo.schedule import minimax_schedule, smallest_relative_eps, tabulated_powers
 
@@ -37,7 +37,7 @@ def solve_(
     method = choose_method(factor, p, eps, relative_eps, method)
     with full_precision(factor.device):
         if method == "minimax":
-            schedule = minimax_schedule(int(p), relative_eps)
+            schedule = [c for step in minimax_schedule(int(p), relative_eps) for c in step]
             minimax_root_(root, ridge, factor, int(p), eps, relative_eps, schedule)
         elif method == "coupled_newton":
             newton_root_(root, ridge, factor, int(p), eps, relative_eps)

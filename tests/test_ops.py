@@ -372,7 +372,27 @@ def good_arguments() -> SimpleNamespace:
         "grad": torch.randn(2, 4, 3),
         "roots": roots,
     }
+    factor = torch.eye(4).repeat(2, 1, 1)
+    ridge = torch.ones(2, dtype=torch.float64)
+    root = {
+        "root": torch.empty(2, 4, 4),
+        "ridge": ridge.clone(),
+        "factor": factor,
+        "p": 4,
+        "eps": 0.0,
+        "relative_eps": 1e-2,
+        "schedule": [2.1, -3.8, 2.7, 1.25, -0.25, 0.0],
+    }
+    judge = {
+        "ok": torch.empty(2, dtype=torch.bool),
+        "root": factor.clone(),
+        "factor": factor,
+        "ridge": ridge,
+        "p": 4.0,
+    }
     return SimpleNamespace(
+        minimax_root_=root,
+        judge_roots_=judge,
         gather_blocks_=gather,
         graft_moments_=moments,
         update_blocks_=update,
