@@ -4,6 +4,9 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
+
+#include "kernels.h"
 
 struct CUstream_st;  // a cudaStream_t points to one
 
@@ -28,5 +31,32 @@ constexpr int64_t kMaxRootSize = 128;
 //   factor  [batch, n, n]
 void small_root(float* root, double* ridge, const float* factor, int64_t n, int64_t batch, int p,
                 double eps, double relative_eps, const RootSchedule& schedule, Stream stream);
+
+// Whether bfloat16 parameters are rounded up or down at random, with the mean in between. The
+// random number of an element depends on these two and its place in the segment alone.
+struct Rounding {
+  bool stochastic = false;
+  uint64_t seed = 0;
+  uint64_t offset = 0;  // another one for every step
+};
+
+// As the functions of kernels.h of the same names. `nonfinite` may be null: it gets a 1 for every
+// block of the segment with an element that is NaN or infinite in Flat, and else stays as it is.
+template <class Flat>
+void gather_blocks(Flat* out, const std::vector<Source>& sources, const std::vector<Tile>& tiles,
+                   double alpha, bool accumulate, uint8_t* nonfinite, Stream stream);
+
+// Doubles of scratch memory that graft_moments needs on the device.
+int64_t moments_scratch(const std::vector<Run>& runs);
+
+template <class Flat, class Norm>
+void graft_moments(Flat* exp_avg, Flat* exp_avg_sq, Flat* direction, Norm* norm, const Flat* grad,
+                   const std::vector<Run>& runs, const Moments& moments, double* scratch,
+                   Stream stream);
+
+template <class Flat>
+void update_blocks(const std::vector<Source>& params, Flat* momentum, const Flat* direction,
+                   const Flat* scale, const std::vector<Tile>& tiles, const Move& move,
+                   const Rounding& rounding, Stream stream);
 
 }  // namespace shampoo::cuda

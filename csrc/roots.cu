@@ -253,7 +253,9 @@ struct Chain {
     sum_of_squares = over_block(sum_of_squares, scratch + kStrips,
                                 [](double a, double b) { return a + b; });
     const double norm = sqrt(sqrt(sum_of_squares));
-    const double rho = fmax(eps * unit, relative_eps * norm), bound = norm + rho;
+    const double absolute = eps * unit, relative = relative_eps * norm;
+    const double rho = absolute > relative ? absolute : relative;  // NaN if the norm is
+    const double bound = norm + rho;
     const auto inverse = static_cast<float>(1.0 / bound), low = static_cast<float>(rho / bound);
 
     // Step 0, written in S and S^2:  M = S / bound + low I

@@ -21,6 +21,8 @@
 #include <utility>
 #include <vector>
 
+struct CUstream_st;  // a cudaStream_t points to one; here all of them are null
+
 #define __global__
 #define __device__
 #define __host__
@@ -232,8 +234,11 @@ inline float round_sum(double sum) {
 #define blockDim emulation::block_size
 #define gridDim emulation::grid_size
 
+using std::fma;
+using std::isfinite;
 using std::max;
 using std::min;
+using std::sqrt;
 
 inline void __syncthreads() { emulation::current->barrier(); }
 
@@ -273,7 +278,7 @@ inline char* shared_memory() { return emulation::current->shared(); }
 
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), unsigned blocks, unsigned threads, size_t shared_bytes,
-            struct CUstream_st*, const Args&... args) {
+            ::CUstream_st*, const Args&... args) {
   emulation::launch(blocks, threads, shared_bytes, [&] { kernel(args...); });
 }
 
