@@ -310,6 +310,10 @@ struct Chain {
   }
 };
 
+// What a block may have without asking, on sm_86, sm_89 and sm_120, and on sm_80.
+static_assert(Chain<64>::kBytes <= 48 << 10 && Chain<96>::kBytes <= 99 << 10 &&
+              Chain<128>::kBytes <= 163 << 10);
+
 template <int kSize>
 __global__ void __launch_bounds__(2 * kSize, kBlocksPerProcessor<kSize>)
     small_root_kernel(float* root, double* ridge, const float* factor, int n, Power power,

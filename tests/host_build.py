@@ -79,7 +79,7 @@ class HostOps:
 
     def __init__(self, truncate: bool = False, backward: bool = False) -> None:
         self.module = host_build(truncate)
-        self.module.set_order(backward)
+        self.backward = backward
 
     def gather_blocks_(self, out, sources, tiles, alpha, accumulate, nonfinite=None):
         double = out.dtype == torch.float64
@@ -120,6 +120,7 @@ class HostOps:
             residual = 2 if p >= 4 else 1
         schedule = minimax_schedule(p, relative_eps)
         assert A.is_contiguous()
+        self.module.set_order(self.backward)
         self.module.small_root_(
             *map(_address, (memory, ridge, A)), n, batch, p, eps, relative_eps, schedule, residual
         )
