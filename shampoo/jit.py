@@ -54,9 +54,14 @@ def source_dir() -> Path:
 
 
 def sources() -> list[Path]:
-    """The translation units; headers count in the key but are not compiled on their own."""
-    suffixes = {".cpp", ".cu"} if torch.version.cuda else {".cpp"}
-    return sorted(path for path in source_dir().iterdir() if path.suffix in suffixes)
+    """The translation units; headers count in the key but are not compiled on their own.
+
+    ``*.cu`` and ``*_cuda.cpp`` are compiled for a torch with CUDA only.
+    """
+    units = sorted(path for path in source_dir().iterdir() if path.suffix in {".cpp", ".cu"})
+    if torch.version.cuda:
+        return units
+    return [path for path in units if path.suffix == ".cpp" and not path.stem.endswith("_cuda")]
 
 
 def has_cuda_sources() -> bool:
