@@ -59,6 +59,12 @@ minimax_root_ = _define(
     " float relative_eps, float[] schedule) -> ()",
     minimax.minimax_root_,
 )
+# The same for up to 128 rows, where one launch can hold the whole chain.
+small_root_ = _define(
+    "small_root_(Tensor(a!) root, Tensor(b!) ridge, Tensor factor, int p, float eps,"
+    " float relative_eps, float[] schedule) -> ()",
+    minimax.minimax_root_,
+)
 judge_roots_ = _define(
     "judge_roots_(Tensor(a!) ok, Tensor root, Tensor factor, Tensor ridge, float p) -> ()",
     health.judge_roots_,
