@@ -39,6 +39,9 @@ __device__ __forceinline__ char* shared_memory() {
   return memory;
 }
 
+// A GPU refuses an access that is not aligned; the emulation says which.
+__device__ __forceinline__ void expect_aligned(const void*, size_t) {}
+
 __device__ __forceinline__ float half_to_float(uint16_t bits) {
   return __half2float(__ushort_as_half(bits));
 }

@@ -63,6 +63,7 @@ struct alignas(4 * sizeof(Value)) Quad {
 template <class To, class From, int kCount>
 __device__ __forceinline__ void load(To (&to)[kCount], const From* from) {
   if constexpr (kCount == 4) {
+    expect_aligned(from, sizeof(Quad<From>));
     const Quad<From> quad = *reinterpret_cast<const Quad<From>*>(from);
 #pragma unroll
     for (int i = 0; i < 4; ++i) to[i] = static_cast<To>(widen(quad.values[i]));
@@ -74,6 +75,7 @@ __device__ __forceinline__ void load(To (&to)[kCount], const From* from) {
 template <class To, class From, int kCount>
 __device__ __forceinline__ void store(To* to, const From (&from)[kCount]) {
   if constexpr (kCount == 4) {
+    expect_aligned(to, sizeof(Quad<To>));
     Quad<To> quad;
 #pragma unroll
     for (int i = 0; i < 4; ++i) narrow(quad.values[i], from[i]);

@@ -103,7 +103,7 @@ struct Step {
 };
 
 template <class Flat>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     moments_kernel(const __grid_constant__ RunTable table, Step<Flat> step, bool quads) {
   const uint32_t chunk = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (chunk >= table.chunks) return;

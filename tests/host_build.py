@@ -96,9 +96,7 @@ class HostOps:
             *scalars,
         )
 
-    def update_blocks_(
-        self, params, momentum, direction, scale, tiles, *scalars, stochastic=None
-    ):
+    def update_blocks_(self, params, momentum, direction, scale, tiles, *scalars, stochastic=None):
         """``stochastic``: seed and offset, for stochastic rounding."""
         self.module.update_blocks_(
             _memory(params),

@@ -49,7 +49,8 @@ def resources(report: str) -> list[tuple[str, int, int, int]]:
         symbol = re.search(r"'(\w+)'", entry)
         memory = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", entry)
         registers = re.search(r"Used (\d+) registers", entry)
-        assert symbol and memory and registers, entry
+        if not (symbol and memory and registers):
+            raise AssertionError(entry)
         spilled = int(memory[2]) + int(memory[3])
         found.append((symbol[1], int(memory[1]), spilled, int(registers[1])))
     return found

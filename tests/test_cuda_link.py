@@ -17,7 +17,7 @@ import shampoo.kernels
 from shampoo import jit
 
 SCRIPT = """
-import json, os, time
+import json, time
 import torch
 from shampoo import jit, ops
 assert torch.version.cuda, "SHAMPOO_CUDA_TORCH_PYTHON has a torch without CUDA"
@@ -63,7 +63,9 @@ def test_the_extension_builds_and_loads_against_cuda(site: Path, tmp_path: Path)
     command = [python, "-c", SCRIPT]
     results = []
     for _ in range(2):
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         results.append((json.loads(done.stdout.splitlines()[-1]), done.stderr))
     (first, said), (second, said_again) = results

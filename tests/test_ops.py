@@ -392,6 +392,7 @@ def good_arguments() -> SimpleNamespace:
     }
     return SimpleNamespace(
         minimax_root_=root,
+        small_root_=root,
         judge_roots_=judge,
         gather_blocks_=gather,
         graft_moments_=moments,

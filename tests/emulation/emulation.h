@@ -282,6 +282,11 @@ void launch(void (*kernel)(Params...), unsigned blocks, unsigned threads, size_t
   emulation::launch(blocks, threads, shared_bytes, [&] { kernel(args...); });
 }
 
+inline void expect_aligned(const void* address, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes)
+    emulation::current->fail("an access of " + std::to_string(bytes) + " bytes is not aligned");
+}
+
 inline float half_to_float(uint16_t bits) {
   return static_cast<float>(emulation::half_to_double(bits));
 }
@@ -308,8 +313,7 @@ inline void load_matrices(uint32_t (&fragment)[4], const uint16_t* row) {
     const uint16_t* row;
     uint32_t out[4];
   } operand{row, {}};
-  if (reinterpret_cast<uintptr_t>(row) % 16)
-    emulation::current->fail("a row of ldmatrix is not aligned to 16 bytes");
+  expect_aligned(row, 16);
   emulation::current->collective("ldmatrix", operand, [](Operand** lanes) {
     for (int lane = 0; lane < emulation::kLanes; ++lane)
       for (int matrix = 0; matrix < 4; ++matrix) {
