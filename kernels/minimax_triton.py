@@ -81,6 +81,7 @@ def minimax_root_(
     cut = tiles(n, device) if cut is None else cut
     chain = root_chain(p, triples(schedule), relative_eps)
     constants, table = _tables(chain, eps, relative_eps, device)
+    mixed = sizes
     if sizes is None:
         sizes = torch.full((batch,), n, dtype=torch.int32, device=device)
     size = padded(n, cut.block)
@@ -98,7 +99,7 @@ def minimax_root_(
     grown, root_scale = chain.root
     S = next(buffers[k] for k in range(3) if k not in (first, grown))
 
-    peak_(peak, factor)
+    peak_(peak, factor, mixed)
     normalize_(S, factor, peak, sizes, scale)
     symmetric_gemm_(
         square,

@@ -12,11 +12,21 @@ import triton.language as tl
 from torch import Tensor
 
 _ELEMENTS = 4096  # of one program
-_TILE = 64
+_TILE = 32
 
 
 @triton.jit
-def peak_kernel(peak, values, count, stride_b, stride_row, columns, BLOCK: tl.constexpr):
+def peak_kernel(
+    peak,
+    values,
+    sizes,
+    count,
+    stride_b,
+    stride_row,
+    columns,
+    SIZED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Largest magnitude of rows x columns values of a matrix, as its float32 bits.
 
     The order of atomics does not matter to a maximum, and that of the bits of magnitudes is that of
@@ -26,17 +36,22 @@ def peak_kernel(peak, values, count, stride_b, stride_row, columns, BLOCK: tl.co
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     values += matrix.to(tl.int64) * stride_b
     offset = (at // columns).to(tl.int64) * stride_row + at % columns
-    value = tl.load(values + offset, mask=at < count, other=0.0).to(tl.float32)
+    inside = at < count
+    if SIZED:
+        n = tl.load(sizes + matrix)
+        inside = inside & (at // columns < n) & (at % columns < n)
+    value = tl.load(values + offset, mask=inside, other=0.0).to(tl.float32)
     bits = tl.abs(value).to(tl.int32, bitcast=True)
     tl.atomic_max(peak + matrix, tl.max(bits, axis=0), sem="relaxed")
 
 
-def peak_(peak: Tensor, values: Tensor) -> None:
+def peak_(peak: Tensor, values: Tensor, sizes: Tensor | None = None) -> None:
     """``peak[b] <- max(peak[b], max |values[b]|)`` as the bits of a float32.
 
     Args:
         peak: [B] int32.
         values: [B, rows, columns], any strides but unit ones for columns, or one column.
+        sizes: [B] int32: rows and columns that count. All of them by default.
     """
     batch, rows, columns = values.shape
     for first in range(0, batch, 65535):  # the second axis of a grid ends there
@@ -44,10 +59,12 @@ def peak_(peak: Tensor, values: Tensor) -> None:
         peak_kernel[(triton.cdiv(rows * columns, _ELEMENTS), len(part))](
             peak[first:],
             part,
+            peak if sizes is None else sizes[first:],
             rows * columns,
             part.stride(0),
             part.stride(1),
             columns,
+            SIZED=sizes is not None,
             BLOCK=_ELEMENTS,
             num_warps=8,
         )
@@ -99,7 +116,7 @@ def normalize_(planes: Tensor, factor: Tensor, peak: Tensor, sizes: Tensor, scal
     """``planes = scale * factor / s`` with s the power of two below the peak, zero padded.
 
     Args:
-        planes: [B, 2, N, N] float16, written; N a multiple of 64.
+        planes: [B, 2, N, N] float16, written; N a multiple of 32.
         factor: [B, n, n] float32 with unit column stride, n <= N.
         peak: [B] int32 from :func:`peak_`.
         sizes: [B] int32: rows and columns that count.
