@@ -18,7 +18,7 @@ using Stream = CUstream_st*;
 struct RootSchedule {
   static constexpr int kMaxSteps = 16;
   int32_t steps;
-  int32_t residual;  // of the last of them, in half precision and in terms of I - M
+  int32_t residual;  // of the last of them, fewer than all: in terms of I - M, single products
   float coefficients[kMaxSteps][3];
 };
 

@@ -279,7 +279,7 @@ struct Chain {
     x_bound = c[0];
     growth_step(0, c, schedule.steps == 1, power);
 
-    const int first_residual = max(1, schedule.steps - schedule.residual);
+    const int first_residual = schedule.steps - schedule.residual;
 #pragma unroll 1
     for (int k = 1; k < first_residual; ++k)
       growth_step(k, schedule.coefficients[k], k == schedule.steps - 1, power);

@@ -117,6 +117,7 @@ class HostOps:
         if residual is None:
             residual = 2 if p >= 4 else 1
         schedule = minimax_schedule(p, relative_eps)
+        residual = min(residual, len(schedule) - 1)
         assert A.is_contiguous()
         self.module.set_order(self.backward)
         self.module.small_root_(

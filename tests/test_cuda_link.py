@@ -72,7 +72,7 @@ def test_the_extension_builds_and_loads_against_cuda(site: Path, tmp_path: Path)
     print(f"{first['seconds']:.0f} s to build, {second['seconds']:.1f} s to load")
     assert "building C++/CUDA kernels" in said
     assert "building" not in said_again
-    assert first["flags"][0] == "-gencode=arch=compute_80,code=sm_80"
+    assert len(first["flags"]) == len(environment["SHAMPOO_CUDA_ARCH"].replace(";", " ").split())
     registered = {name for name, there in first["cuda"].items() if there}
-    assert registered >= IN_CUDA & first["cuda"].keys()
+    assert registered >= IN_CUDA
     assert first["cpu"]["gather_blocks_"]
