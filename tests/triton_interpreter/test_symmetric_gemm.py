@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from comparison import SIZES, error
 
+from shampoo.kernels.chip import triangle
 from shampoo.kernels.planes import measure_, normalize_, peak_, start_
 from shampoo.kernels.symmetric_gemm import (
     PLANES,
@@ -69,6 +72,20 @@ def multiply(left, right, sizes, coefficients, kind=PLANES, norms=None, out=None
     return out
 
 
+@triton.jit
+def list_tiles_kernel(out):
+    i, j = triangle(tl.program_id(0))
+    tl.store(out + 2 * tl.program_id(0), i)
+    tl.store(out + 2 * tl.program_id(0) + 1, j)
+
+
+def test_the_tile_map_names_every_upper_tile_once():
+    rows = 40
+    out = torch.empty(rows * (rows + 1) // 2, 2, dtype=torch.int32)
+    list_tiles_kernel[(len(out),)](out)
+    assert out.tolist() == [[i, j] for j in range(rows) for i in range(j + 1)]
+
+
 FORMS = {
     "plain": ((1.0, 0.0, 0.0, 0.0), {}),
     "square": ((1.0, 0.0, 0.0, 0.0), {"promote": 256}),
@@ -106,17 +123,32 @@ def test_single_products_use_the_leading_planes():
     assert not multiply(left, right, (65,), (1.0, 0.0, 0.0, 0.0), products=1)[:, 0].isnan().any()
 
 
-def test_a_fresh_accumulator_after_every_stretch_of_k():
-    """Large terms that cancel: what was promoted before is not rounded with what comes after."""
-    n, big = 256, 2.0**11
-    planes = torch.zeros(1, 2, n, n, dtype=torch.float16)
-    planes[0, 0, 0, 0], planes[0, 0, 0, 128] = big, 2.0**-10
-    planes[0, 0, 128, 0] = 2.0**-10
+# What rounding leaves of one sum, from (k, left, right): B^2 = 2^22 swallows 0.2, but not 0.4.
+PROMOTIONS = {
+    "small terms meet before they meet a large one": (
+        ((32, 2.0**11, 2.0**11), (64, 0.4453125, 0.4453125), (96, 0.4453125, 0.4453125)),
+        2.0**22 + 0.5,
+    ),
+    "both tiles of a stretch share an accumulator": (
+        ((0, 0.4453125, 0.4453125), (32, 2.0**11, 2.0**11), (64, -(2.0**11), 2.0**11)),
+        0.0,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PROMOTIONS)
+def test_a_fresh_accumulator_after_every_stretch_of_k(case):
+    terms, wanted = PROMOTIONS[case]
+    n = 256
+    left, right = torch.zeros(2, 1, 2, n, n, dtype=torch.float16)
+    for k, a, b in terms:
+        left[0, 0, 0, k], right[0, 0, 0, k] = a, b
     out = torch.empty(1, n, n)
     squares = torch.empty(1, tile_count(n, CUT.block), dtype=torch.float64)
-    multiply(planes, planes, (n,), (SCALE**2, 0.0, 0.0, 0.0), kind=SQUARE, norms=squares, out=out)
-    truth = planes[:, 0].double() @ planes[:, 0].double()
-    assert torch.equal(out.double(), truth.float().double())
+    coefficients = (SCALE**2, 0.0, 0.0, 0.0)
+    options = {"kind": SQUARE, "norms": squares, "out": out, "promote": 64}
+    multiply(left, right, (n,), coefficients, **options)
+    assert out[0, 0, 0] == wanted
 
 
 def test_the_symmetrised_product_sees_both_orders():
