@@ -108,6 +108,9 @@ def test_every_form_at_ragged_sizes(form):
     left, right = (split(stack) for stack in commuting(SIZES))
     out = merged(multiply(left[0], right[0], SIZES, coefficients, **options))
     for n, got, L, R in zip(SIZES, out, left[1], right[1], strict=True):
+        beyond = padded(n, CUT.block)
+        assert got[:beyond, beyond:].isnan().all()  # no work on padding
+        assert got[beyond:].isnan().all()
         got, L, R = got[:n, :n], L[:n, :n], R[:n, :n]
         truth = a * L @ R + b * L + c * R + d * torch.eye(n, dtype=torch.float64)
         assert torch.equal(got, got.mT)
