@@ -56,6 +56,32 @@ def test_tensors_of_every_order_in_one_launch(impl, flat, dtype, limit):
     torch.testing.assert_close(moved[0], moved[1], rtol=0, atol=0)
 
 
+def shifted(values, shift):
+    """The same values ``shift`` elements behind the start of their memory."""
+    memory = torch.empty(values.numel() + shift, dtype=values.dtype)
+    return memory[shift:].view(values.shape).copy_(values)
+
+
+@pytest.mark.parametrize("shifts", [(1, 0), (0, 1), (2, 2), (4, 4)], ids=str)
+@pytest.mark.parametrize("dtype", PARAM, ids=str)
+def test_memory_that_starts_anywhere(impl, dtype, shifts):
+    """Four elements may be moved at once only where a GPU allows it; the emulation insists."""
+    tiles, boxes, numel = table([(40, 64)], 16)
+    param = shifted(torch.randn(40, 64).to(dtype), shifts[0])
+    flat, moments = (shifted(torch.rand(numel), shifts[1]) for _ in range(2))
+    expected = [tensor.clone() for tensor in (flat, moments, param)]
+    scale, norm = torch.rand(len(boxes)), torch.empty(len(boxes))
+    runs = torch.tensor([[numel // 256, 256]])
+    for ops, (out, square, weight) in ((impl, (flat, moments, param)), (reference, expected)):
+        ops.gather_blocks_(out, [weight], tiles, 1.0, False)
+        ops.graft_moments_(
+            *(None, square, out, norm[: numel // 256], out, runs),
+            *(0.9, 1.0, 0.5, 0.5, 1.0, 1e-8, False),
+        )
+        ops.update_blocks_([weight], None, out, scale, tiles, 0.1, 0.5, 0.0, False)
+    torch.testing.assert_close([flat, moments, param], expected)
+
+
 @pytest.mark.parametrize("count", [96, 97, 200])
 def test_more_tiles_than_one_launch_takes(impl, count):
     shapes = [(1 + i % 7, 4) for i in range(count)]
