@@ -33,7 +33,7 @@ class Product:
     coefficients: tuple[float, float, float, float]
     products: int  # 3: split precision; 1: leading planes only; 0: no product, a = 0
     doubled: bool  # left right + right left instead, for half the coefficient
-    promote: int  # k after which the partial sum is added to the rounded total
+    promote: int  # k after which the partial sum of split products is added to the rounded total
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,import-untyped,import-not-found,untyped-decorator"
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: disable-error-code="import-untyped, import-not-found"
 """What the Triton launchers must know of the machine, and the arithmetic their kernels share.
 
 A launcher never asks whether a tensor is on a GPU: under ``TRITON_INTERPRET=1`` the same call runs

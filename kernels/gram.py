@@ -1,4 +1,5 @@
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,import-untyped,import-not-found,untyped-decorator"
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: disable-error-code="import-untyped, import-not-found"
 """Exponential averages of Gram matrices, upper tiles only.
 
 Replaces one ``baddbmm_`` per mode, and the copy that unfolding a middle mode costs. Every tile

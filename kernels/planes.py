@@ -1,4 +1,5 @@
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,import-untyped,import-not-found,untyped-decorator"
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: disable-error-code="import-untyped, import-not-found"
 """From float32 matrices to the fp16 planes that the root iteration works on.
 
 Replaces some ten elementwise calls and reductions of torch. Norms are partial results reduced in a

@@ -1,4 +1,5 @@
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,import-untyped,import-not-found,untyped-decorator"
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: disable-error-code="import-untyped, import-not-found"
 """Roots applied to every mode of a stack of blocks, three fp16 products for one in float32.
 
 Replaces one float32 ``bmm`` per mode, the copies around a middle mode, and a norm. A root has

@@ -1,4 +1,5 @@
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,import-untyped,import-not-found,untyped-decorator"
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: disable-error-code="import-untyped, import-not-found"
 """The verdict of :mod:`shampoo.kernels.health` on a stack of roots, flags left on the device.
 
 Replaces some thirty calls of torch. The factor and the root are each read once per product with 16
