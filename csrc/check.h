@@ -5,6 +5,7 @@
 #include <c10/util/Exception.h>
 
 #include <cstdint>
+#include <string>
 
 namespace shampoo {
 
@@ -12,10 +13,16 @@ inline void check_positive(const char* name, double value) {
   TORCH_CHECK(value > 0.0, "Invalid ", name, "=", value, ". Must be > 0.");
 }
 
+// A device as a message names it.
+inline std::string place_of(const at::Device& device) {
+  return device.is_cpu() ? "the CPU" : device.str();
+}
+
 // The memory of a segment, or one number for each of its blocks.
-inline void check_flat(const char* name, const at::Tensor& tensor) {
-  TORCH_CHECK(tensor.device().is_cpu(), name, " is on ", tensor.device(),
-              ", but this is the CPU kernel. Move it to the CPU.");
+inline void check_flat(const char* name, const at::Tensor& tensor,
+                       const at::Device& device = at::kCPU) {
+  TORCH_CHECK(tensor.device() == device, name, " is on ", tensor.device(), ", but this is the ",
+              at::DeviceTypeName(device.type()), " kernel. Move it to ", place_of(device), ".");
   TORCH_CHECK(tensor.dim() == 1 && tensor.is_contiguous(), name,
               " must be one-dimensional and contiguous, got shape ", tensor.sizes(),
               " with strides ", tensor.strides(), ".");
@@ -25,7 +32,7 @@ inline void check_flat(const char* name, const at::Tensor& tensor) {
 
 inline void check_same(const char* name, const at::Tensor& tensor, const char* other_name,
                        const at::Tensor& other) {
-  check_flat(name, tensor);
+  check_flat(name, tensor, other.device());
   TORCH_CHECK(tensor.scalar_type() == other.scalar_type(), name, " has dtype ",
               tensor.scalar_type(), " but ", other_name, " has ", other.scalar_type(),
               ". Both must be the same.");

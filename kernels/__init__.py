@@ -1,1 +1,1 @@
-"""The mathematics on stacks, in plain PyTorch: every op's reference and the root solvers."""
+"""The mathematics on stacks: every op's reference, the root solvers, and kernels in Triton."""

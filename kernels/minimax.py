@@ -11,7 +11,7 @@ and the first update of M is taken in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def minimax_root_(
     p: int,
     eps: float,
     relative_eps: float,
-    schedule: Schedule,
+    schedule: Sequence[float],
     multiply: Multiply = symmetric_product_,
 ) -> None:
     """``root = (A + ridge I)^(-1/p)`` with ``ridge = max(eps, relative_eps * ||A||_S4)``.
@@ -42,10 +42,11 @@ def minimax_root_(
         p: The root, an integer.
         eps: Absolute ridge.
         relative_eps: Relative ridge; the schedule must reach down to it.
-        schedule: (c0, c1, c2) of every step.
+        schedule: c0, c1, c2 of every step, one after another.
         multiply: the op ``symmetric_product_``.
 
     """
+    steps = triples(schedule)
     pool = _Pool(factor, multiply)
     scale = power_of_two(largest_entry(factor))  # neither A^2 nor its norm can overflow
     S = torch.div(factor, _column(scale, factor), out=pool.take())
@@ -57,19 +58,19 @@ def minimax_root_(
     low = rho / bound
 
     # Step 0, written in S and S^2:  M = S / bound + low I
-    c0, c1, c2 = schedule[0]
+    c0, c1, c2 = steps[0]
     X.mul_(_column(c2 / bound**2, X)).addcmul_(S, _column((c1 + 2 * c2 * low) / bound, S))
     _add_identity_(X, c0 + c1 * low + c2 * low**2)
     M = _first_update(X, p, S, bound, low, pool)
 
-    for k, (c0, c1, c2) in enumerate(schedule[1:], 1):
+    for k, (c0, c1, c2) in enumerate(steps[1:], 1):
         if c2 != 0.0:
             T = pool.product(M, M, c2, M, c1, c0)
         else:
             T = torch.mul(M, c1, out=pool.take())
             _add_identity_(T, c0)
         X = pool.give(X, pool.product(X, T))
-        if k + 1 < len(schedule):
+        if k + 1 < len(steps):
             P = _power(T, p, pool)
             M = pool.give(M, pool.product(P, M))
             if P is not T:
@@ -78,6 +79,11 @@ def minimax_root_(
 
     torch.add(X, X.mT, out=root)
     root.mul_(_column(0.5 * (bound * scale) ** (-1 / p), root))
+
+
+def triples(schedule: Sequence[float]) -> Schedule:
+    """The steps of a schedule that came as one list, as an op must take it."""
+    return tuple(zip(schedule[::3], schedule[1::3], schedule[2::3], strict=True))
 
 
 class _Pool:

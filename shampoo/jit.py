@@ -54,9 +54,14 @@ def source_dir() -> Path:
 
 
 def sources() -> list[Path]:
-    """The translation units; headers count in the key but are not compiled on their own."""
-    suffixes = {".cpp", ".cu"} if torch.version.cuda else {".cpp"}
-    return sorted(path for path in source_dir().iterdir() if path.suffix in suffixes)
+    """The translation units; headers count in the key but are not compiled on their own.
+
+    ``*.cu`` and ``*_cuda.cpp`` are compiled for a torch with CUDA, where they were asked for.
+    """
+    units = sorted(path for path in source_dir().iterdir() if path.suffix in {".cpp", ".cu"})
+    if torch.version.cuda and os.environ.get("SHAMPOO_BACKEND") == "compiled":
+        return units
+    return [path for path in units if path.suffix == ".cpp" and not path.stem.endswith("_cuda")]
 
 
 def has_cuda_sources() -> bool:
@@ -129,6 +134,7 @@ def library_path() -> Path:
     itself: a machine without one can so find what another has built.
     """
     parts = [torch.__version__, str(torch.version.cuda), *portable_flags(), *cuda_flags()]
+    parts += [path.name for path in sources()]
     for path in sorted(source_dir().iterdir()):
         if path.suffix in {".h", ".cuh", ".cpp", ".cu"}:
             parts += [path.name, path.read_text(encoding="utf-8")]

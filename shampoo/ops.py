@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from shampoo import jit
-from shampoo.kernels import reference
+from shampoo.kernels import health, minimax, reference
 
 _library = torch.library.Library("shampoo", "DEF")  # type: ignore[no-untyped-call]
-_names: list[str] = []
+_meanings: dict[str, Callable[..., None]] = {}
 
 
 def _no_output(*_: object) -> None:
@@ -27,7 +27,7 @@ def _no_output(*_: object) -> None:
 
 def _define(schema: str, meaning: Callable[..., None]) -> Callable[..., Any]:
     name = schema.partition("(")[0]
-    _names.append(name)
+    _meanings[name] = meaning
     _library.define(schema)  # type: ignore[no-untyped-call]
     _library.impl(name, meaning, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"shampoo::{name}", _no_output, lib=_library)
@@ -67,6 +67,28 @@ eigh_ = _define(
     "eigh_(Tensor(a!) values, Tensor(b!) vectors, Tensor stack) -> ()",
     reference.eigh_,
 )
+
+
+def _minimax_root_(*arguments: Any) -> None:
+    """The chain in plain PyTorch, around the op for its products."""
+    minimax.minimax_root_(*arguments, multiply=symmetric_product_)
+
+
+minimax_root_ = _define(
+    "minimax_root_(Tensor(a!) root, Tensor(b!) ridge, Tensor factor, int p, float eps,"
+    " float relative_eps, float[] schedule) -> ()",
+    _minimax_root_,
+)
+# The same for up to 128 rows, where one launch can hold the whole chain.
+small_root_ = _define(
+    "small_root_(Tensor(a!) root, Tensor(b!) ridge, Tensor factor, int p, float eps,"
+    " float relative_eps, float[] schedule) -> ()",
+    _minimax_root_,
+)
+judge_roots_ = _define(
+    "judge_roots_(Tensor(a!) ok, Tensor root, Tensor factor, Tensor ridge, float p) -> ()",
+    health.judge_roots_,
+)
 update_blocks_ = _define(
     "update_blocks_(Tensor(a!)[] params, Tensor(b!)? momentum, Tensor direction, Tensor scale,"
     " Tensor tiles, float lr, float weight_decay, float mu, bool nesterov) -> ()",
@@ -74,20 +96,24 @@ update_blocks_ = _define(
 )
 
 
-BACKENDS = ("auto", "compiled", "reference")
+BACKENDS = ("auto", "compiled", "triton", "reference")
 
 
 def load_kernels(required: bool = False) -> None:
-    """Registers the compiled kernels, or says once why the slower references stay.
+    """Registers the kernels, or says once why the slower references stay.
 
-    ``SHAMPOO_BACKEND`` chooses: ``auto`` (default) falls back to the references with one warning
-    for each process, ``compiled`` turns its reason into an error, ``reference`` does not even try.
+    ``SHAMPOO_BACKEND`` chooses: ``auto`` (default) takes the C++ kernels for the CPU, and warns
+    once for each process if they are not there; ``compiled`` insists on the kernels in C++ and
+    CUDA, ``triton`` on those in Triton, without the others; ``reference`` does not even try. The
+    kernels for a GPU have been compiled and emulated but never run on one, so ``auto`` leaves the
+    references there.
 
     Args:
-        required: as ``SHAMPOO_BACKEND=compiled``, for a caller that was asked for the kernels.
+        required: turns the reason why the chosen kernels are not there into an error, for a caller
+            that was asked for them.
 
     Raises:
-        ValueError: if ``SHAMPOO_BACKEND`` is none of the three.
+        ValueError: if ``SHAMPOO_BACKEND`` is none of the four.
         shampoo.jit.BuildError: if the kernels must be there and are not.
     """
     backend = os.environ.get("SHAMPOO_BACKEND", "auto")
@@ -97,20 +123,49 @@ def load_kernels(required: bool = False) -> None:
         if required:
             raise jit.BuildError("SHAMPOO_BACKEND=reference forbids the kernels. Unset it.")
         return
-    if reason := _load_once():
+    if backend != "triton" and (reason := _load_once()):
         if required or backend == "compiled":
             raise jit.BuildError(reason)
         _warn_once(reason)
+    if backend == "triton" and (reason := _load_triton_once()):
+        raise jit.BuildError(reason)
 
 
 @functools.cache
 def _load_once() -> str:
-    """Tries to load the kernels: the reason why not, or nothing."""
+    """Tries to load the compiled kernels: the reason why not, or nothing."""
     try:
         jit.load()
     except jit.BuildError as error:
         return str(error)
     return ""
+
+
+@functools.cache
+def _load_triton_once() -> str:
+    """Tries to register the Triton kernels: the reason why not, or nothing."""
+    if not torch.cuda.is_available():
+        return "no CUDA device for the Triton kernels. Unset SHAMPOO_BACKEND."
+    try:
+        # Not at import: a torch for the CPU brings no Triton.
+        from shampoo.kernels import gram, minimax_triton, precondition, probe
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}). Install triton."
+    _register("gram_ema_", gram.gram_ema_, gram.supports)
+    _register("precondition_", precondition.precondition_, precondition.supports)
+    _register("minimax_root_", minimax_triton.minimax_root_, minimax_triton.supports)
+    _register("judge_roots_", probe.judge_roots_, probe.supports)
+    return ""
+
+
+def _register(name: str, kernel: Callable[..., None], supports: Callable[..., bool]) -> None:
+    """Puts a kernel over the reference on CUDA devices, for the arguments that it supports."""
+    meaning = _meanings[name]
+
+    def choose(*arguments: Any) -> None:
+        (kernel if supports(*arguments) else meaning)(*arguments)
+
+    _library.impl(name, choose, "CUDA")  # type: ignore[no-untyped-call]
 
 
 @functools.cache
@@ -126,5 +181,5 @@ def kernels(device: str = "CPU") -> dict[str, bool]:
     """For every op, whether a kernel of its own is registered for a dispatch key."""
     return {
         name: torch._C._dispatch_has_kernel_for_dispatch_key(f"shampoo::{name}", device)
-        for name in _names
+        for name in _meanings
     }

@@ -11,7 +11,6 @@ from torch import Tensor
 from shampoo import ops
 from shampoo.diagonal import diagonal_root_
 from shampoo.eigen import eigen_root_
-from shampoo.kernels.minimax import minimax_root_
 from shampoo.kernels.newton import newton_root_
 from shampoo.precision import full_precision
 from shampoo.schedule import minimax_schedule, smallest_relative_eps, tabulated_powers
@@ -38,9 +37,8 @@ def solve_(
     method = choose_method(factor, p, eps, relative_eps, method)
     with full_precision(factor.device):
         if method == "minimax":
-            schedule = minimax_schedule(int(p), relative_eps)
-            multiply = ops.symmetric_product_
-            minimax_root_(root, ridge, factor, int(p), eps, relative_eps, schedule, multiply)
+            schedule = [c for step in minimax_schedule(int(p), relative_eps) for c in step]
+            ops.minimax_root_(root, ridge, factor, int(p), eps, relative_eps, schedule)
         elif method == "coupled_newton":
             newton_root_(root, ridge, factor, int(p), eps, relative_eps)
         else:

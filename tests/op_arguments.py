@@ -75,6 +75,24 @@ def good_arguments() -> SimpleNamespace:
         "beta": 0.3,
         "diagonal": 0.1,
     }
+    factor = torch.eye(4).repeat(2, 1, 1)
+    ridge = torch.ones(2, dtype=torch.float64)
+    root = {
+        "root": torch.empty(2, 4, 4),
+        "ridge": ridge.clone(),
+        "factor": factor,
+        "p": 4,
+        "eps": 0.0,
+        "relative_eps": 1e-2,
+        "schedule": [2.1, -3.8, 2.7, 1.25, -0.25, 0.0],
+    }
+    judge = {
+        "ok": torch.empty(2, dtype=torch.bool),
+        "root": factor.clone(),
+        "factor": factor,
+        "ridge": ridge,
+        "p": 4.0,
+    }
     magnitudes = {
         "out": torch.empty(2, dtype=torch.float64),
         "tensors": [torch.randn(4, 3), torch.randn(5)],
@@ -87,5 +105,8 @@ def good_arguments() -> SimpleNamespace:
         precondition_=precondition,
         eigh_=eigh,
         magnitudes_=magnitudes,
+        minimax_root_=root,
+        small_root_=root,
+        judge_roots_=judge,
         symmetric_product_=product,
     )

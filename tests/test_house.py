@@ -19,17 +19,28 @@ LAYERS = {
     "kernels.norms": "",
     "kernels.newton": "kernels.norms",
     "kernels.minimax": "kernels.norms kernels.reference",
+    "kernels.health": "kernels.norms",
+    # the same in Triton
+    "kernels.chip": "",
+    "kernels.planes": "",
+    "kernels.chain": "kernels.minimax",
+    "kernels.gram": "kernels.chip",
+    "kernels.precondition": "kernels.gram kernels.planes",
+    "kernels.probe": "kernels.health kernels.planes",
+    "kernels.symmetric_gemm": "kernels.chip",
+    "kernels.minimax_triton": "kernels.chain kernels.minimax kernels.planes kernels.symmetric_gemm",
     # the op table
     "jit": "",
-    "ops": "jit kernels.reference",
+    "ops": "jit kernels.gram kernels.health kernels.minimax kernels.minimax_triton"
+    " kernels.precondition kernels.probe kernels.reference",
     # inverse roots
     "precision": "",
     "generate_coefficients": "",
     "schedule": "kernels.minimax",
-    "probe": "kernels.norms",
+    "probe": "kernels.health ops",
     "eigen": "kernels.norms ops",
     "diagonal": "eigen kernels.norms",
-    "solver": "diagonal eigen kernels.minimax kernels.newton ops precision schedule",
+    "solver": "diagonal eigen kernels.newton ops precision schedule",
     "refresh": "precision probe solver",
     "roots": "solver",
     # what is where

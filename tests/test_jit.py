@@ -158,7 +158,8 @@ def test_the_report_names_library_and_kernels(cold):
     facts = json.loads(process.communicate(timeout=300)[0])
     assert process.returncode == 0
     assert facts["torch"] == torch.__version__
-    assert set(facts["cpu_kernels"].values()) == {"compiled"}
+    compiled = {name for name, kind in facts["cpu_kernels"].items() if kind == "compiled"}
+    assert compiled >= {"gather_blocks_", "gram_ema_", "precondition_", "update_blocks_"}
     assert Path(facts["library"]).is_file()
     assert Path(facts["library"]).is_relative_to(folder / "cache")
 
@@ -217,7 +218,7 @@ def test_the_reference_backend_does_not_try(tmp_path):
 
 def test_a_misspelt_backend_lists_the_choices(monkeypatch):
     monkeypatch.setenv("SHAMPOO_BACKEND", "complied")
-    with pytest.raises(ValueError, match=r"'complied'.*'auto', 'compiled', 'reference'"):
+    with pytest.raises(ValueError, match=r"'complied'.*'auto', 'compiled.*triton.*reference'"):
         ops.load_kernels()
 
 

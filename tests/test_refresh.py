@@ -161,7 +161,7 @@ def test_bad_factor_keeps_its_root_and_is_counted(caplog: pytest.LogCaptureFixtu
 
 def test_second_rung_is_a_larger_ridge_and_third_is_eigh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Injected: the fast solver ruins one matrix, first at the base ridge, then at every ridge."""
-    solver = shampoo.solver.minimax_root_
+    solver = ops.minimax_root_
     calls: list[tuple[int, float]] = []
     worst = [1e-6]
 
@@ -172,7 +172,7 @@ def test_second_rung_is_a_larger_ridge_and_third_is_eigh(monkeypatch: pytest.Mon
         if args[2] <= worst[0]:
             root[bad] = torch.randn(root.shape[1:])
 
-    monkeypatch.setattr(shampoo.solver, "minimax_root_", broken)
+    monkeypatch.setattr(ops, "minimax_root_", broken)
     A = stack(3, 40)
     A[1] *= 100 / A[1, 0, 0]
     norm = Exact(A[1]).norm

@@ -1,0 +1,127 @@
+// Checks the arguments of every op that csrc/ has CUDA kernels for, and starts those on the current
+// stream of the tensors' device. Built for a torch with CUDA only.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "arguments.h"
+#include "launch.h"
+
+namespace shampoo {
+namespace {
+
+// Makes the device of a tensor the current one, for as long as this lives.
+struct OnDeviceOf {
+  c10::cuda::CUDAGuard guard;
+  cuda::Stream stream;
+
+  explicit OnDeviceOf(const at::Tensor& tensor)
+      : guard(tensor.device()), stream(c10::cuda::getCurrentCUDAStream().stream()) {}
+};
+
+void gather_blocks_(const at::Tensor& out, at::TensorList sources, const at::Tensor& tiles,
+                    double alpha, bool accumulate) {
+  check_flat("out", out, out.device());
+  const auto table = tiles_of(tiles, "sources", sources, "out", out);
+  if (table.empty()) return;
+  const auto memory = sources_of("sources", sources, out.device());
+  const OnDeviceOf current(out);
+  with_flat(out, [&](auto flat) {
+    cuda::gather_blocks(pointer<decltype(flat)>(out), memory, table, alpha, accumulate, nullptr,
+                        current.stream);
+  });
+}
+
+void graft_moments_(const std::optional<at::Tensor>& exp_avg,
+                    const std::optional<at::Tensor>& exp_avg_sq,
+                    const std::optional<at::Tensor>& direction, const at::Tensor& norm,
+                    const at::Tensor& grad, const at::Tensor& runs, double beta1,
+                    double correction1, double beta2, double weight2, double correction2,
+                    double eps, bool normalized) {
+  const Moments moments{beta1, correction1, beta2, weight2, correction2, eps, normalized};
+  const auto table =
+      runs_of(runs, exp_avg, exp_avg_sq, direction, norm, grad, moments, grad.device());
+  if (table.empty()) return;
+  const OnDeviceOf current(grad);
+  const at::Tensor scratch =
+      at::empty({cuda::moments_scratch(table)}, grad.options().dtype(at::kDouble));
+  with_flat(grad, [&](auto flat) {
+    with_flat(norm, [&](auto length) {
+      using Flat = decltype(flat);
+      cuda::graft_moments(pointer<Flat>(exp_avg), pointer<Flat>(exp_avg_sq),
+                          pointer<Flat>(direction), pointer<decltype(length)>(norm),
+                          const_pointer<Flat>(grad), table, moments, pointer<double>(scratch),
+                          current.stream);
+    });
+  });
+}
+
+void update_blocks_(at::TensorList params, const std::optional<at::Tensor>& momentum,
+                    const at::Tensor& direction, const at::Tensor& scale, const at::Tensor& tiles,
+                    double lr, double weight_decay, double mu, bool nesterov) {
+  check_flat("direction", direction, direction.device());
+  check_same("scale", scale, "direction", direction);
+  const auto table = tiles_of(tiles, "params", params, "direction", direction);
+  if (table.empty()) return;
+  check_update(momentum, direction, scale, table);
+  const auto memory = sources_of("params", params, direction.device());
+  const OnDeviceOf current(direction);
+  with_flat(direction, [&](auto flat) {
+    using Flat = decltype(flat);
+    cuda::update_blocks(memory, pointer<Flat>(momentum), const_pointer<Flat>(direction),
+                        const_pointer<Flat>(scale), table, Move{lr, weight_decay, mu, nesterov},
+                        cuda::Rounding{}, current.stream);
+  });
+}
+
+void small_root_(const at::Tensor& root, const at::Tensor& ridge, const at::Tensor& factor,
+                 int64_t p, double eps, double relative_eps, at::ArrayRef<double> coefficients) {
+  const int64_t n = factor.dim() == 3 ? factor.size(2) : -1;
+  TORCH_CHECK(n >= 0 && factor.size(1) == n && n <= cuda::kMaxRootSize, "factor has shape ",
+              factor.sizes(), ". Must be [B, n, n] with n <= ", cuda::kMaxRootSize, ".");
+  TORCH_CHECK(root.sizes() == factor.sizes() && ridge.dim() == 1 &&
+                  ridge.size(0) == factor.size(0),
+              "root and ridge have shapes ", root.sizes(), " and ", ridge.sizes(), ". Must be ",
+              factor.sizes(), " and [", factor.size(0), "].");
+  const auto check = [&](const char* name, const at::Tensor& tensor, at::ScalarType dtype) {
+    TORCH_CHECK(tensor.device() == factor.device() && tensor.scalar_type() == dtype &&
+                    tensor.is_contiguous(),
+                name, " is ", tensor.scalar_type(), " on ", tensor.device(), " with strides ",
+                tensor.strides(), ". Must be ", dtype, " on ", factor.device(),
+                " and contiguous.");
+  };
+  check("root", root, at::kFloat);
+  check("ridge", ridge, at::kDouble);
+  check("factor", factor, at::kFloat);
+  TORCH_CHECK(p >= 2, "Invalid p=", p, ". Must be >= 2.");
+  constexpr int64_t kMaxSteps = cuda::RootSchedule::kMaxSteps;
+  const int64_t steps = static_cast<int64_t>(coefficients.size()) / 3;
+  TORCH_CHECK(coefficients.size() % 3 == 0 && 0 < steps && steps <= kMaxSteps,
+              "schedule has ", coefficients.size(), " elements. Must be 3 a step, 1 to ",
+              kMaxSteps, " steps.");
+  // As many steps in half precision as cost no accuracy.
+  const int64_t residual = std::min<int64_t>(p >= 4 ? 2 : 1, steps - 1);
+  cuda::RootSchedule schedule{static_cast<int32_t>(steps), static_cast<int32_t>(residual), {}};
+  for (int64_t i = 0; i < 3 * steps; ++i)
+    schedule.coefficients[i / 3][i % 3] = static_cast<float>(coefficients[i]);
+  if (factor.numel() == 0) return;
+  const OnDeviceOf current(factor);
+  cuda::small_root(pointer<float>(root), pointer<double>(ridge), const_pointer<float>(factor), n,
+                   factor.size(0), static_cast<int>(p), eps, relative_eps, schedule,
+                   current.stream);
+}
+
+}  // namespace
+}  // namespace shampoo
+
+TORCH_LIBRARY_IMPL(shampoo, CUDA, m) {
+  m.impl("gather_blocks_", &shampoo::gather_blocks_);
+  m.impl("graft_moments_", &shampoo::graft_moments_);
+  m.impl("update_blocks_", &shampoo::update_blocks_);
+  m.impl("small_root_", &shampoo::small_root_);
+}

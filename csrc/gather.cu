@@ -1,0 +1,61 @@
+// Replaces, for every tile, torch's strided copy_ (and mul_, or add_) of a view of the parameter,
+// and a pass of isfinite over all of them. Below a megabyte of gradients a launch costs more than
+// the copy.
+#include "boxes.h"
+#include "elements.h"
+#include "launch.h"
+
+namespace shampoo::cuda {
+namespace {
+
+template <class Flat>
+struct Gather {
+  Flat* out;
+  Flat alpha;
+  bool accumulate, scaled;
+  uint8_t* nonfinite;
+};
+
+template <class Flat>
+__global__ void __launch_bounds__(kThreads)
+    gather_kernel(const __grid_constant__ BoxTable table, Gather<Flat> gather) {
+  const Box& box = table.find(blockIdx.x);
+  with_type(box.data, box.dtype, [&](auto* data) {
+    for_own_elements(box, [&](Box::Place place, uint32_t at, auto quad) {
+      constexpr int kCount = decltype(quad)::value ? 4 : 1;
+      Flat values[kCount], before[kCount];
+      load(values, data + place.element);
+      Flat* to = gather.out + box.offset + at;
+      bool finite = true;
+      for (Flat value : values) finite &= static_cast<bool>(isfinite(value));
+      // Every thread that writes here writes the same.
+      if (gather.nonfinite && !finite) gather.nonfinite[box.first_block + place.block] = 1;
+      if (gather.accumulate) {
+        load(before, to);
+        for (int i = 0; i < kCount; ++i) values[i] = fma(gather.alpha, values[i], before[i]);
+      } else if (gather.scaled) {
+        for (Flat& value : values) value *= gather.alpha;
+      }
+      store(to, values);
+    });
+  });
+}
+
+}  // namespace
+
+template <class Flat>
+void gather_blocks(Flat* out, const std::vector<Source>& sources, const std::vector<Tile>& tiles,
+                   double alpha, bool accumulate, uint8_t* nonfinite, Stream stream) {
+  const Gather<Flat> gather{out, static_cast<Flat>(alpha), accumulate, alpha != 1.0, nonfinite};
+  const bool aligned = reinterpret_cast<uintptr_t>(out) % sizeof(Quad<Flat>) == 0;
+  for_each_table(tiles, sources, aligned, [&](const BoxTable& table, uint32_t chunks) {
+    launch(gather_kernel<Flat>, chunks, kThreads, 0, stream, table, gather);
+  });
+}
+
+template void gather_blocks(float*, const std::vector<Source>&, const std::vector<Tile>&, double,
+                            bool, uint8_t*, Stream);
+template void gather_blocks(double*, const std::vector<Source>&, const std::vector<Tile>&, double,
+                            bool, uint8_t*, Stream);
+
+}  // namespace shampoo::cuda

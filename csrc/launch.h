@@ -1,0 +1,62 @@
+// The kernels of the GPU: raw pointers, sizes and a stream. No torch and no CUDA header, so that
+// the bindings compile without the toolkit and the kernels without torch. Arguments are checked by
+// bindings_cuda.cpp. Every function starts kernels on the current device and waits for nothing.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+
+struct CUstream_st;  // a cudaStream_t points to one
+
+namespace shampoo::cuda {
+
+using Stream = CUstream_st*;
+
+// The polynomials of kernels/minimax.py, T = c0 I + c1 M + c2 M^2.
+struct RootSchedule {
+  static constexpr int kMaxSteps = 16;
+  int32_t steps;
+  int32_t residual;  // of the last of them, fewer than all: in terms of I - M, single products
+  float coefficients[kMaxSteps][3];
+};
+
+constexpr int64_t kMaxRootSize = 128;
+
+// root = (factor + ridge I)^(-1/p), ridge = max(eps, relative_eps ||factor||_S4), for matrices of
+// up to kMaxRootSize rows, p > 1. Only the upper triangles of `factor` are read.
+//   root    [batch, n, n], bitwise symmetric
+//   ridge   [batch]
+//   factor  [batch, n, n]
+void small_root(float* root, double* ridge, const float* factor, int64_t n, int64_t batch, int p,
+                double eps, double relative_eps, const RootSchedule& schedule, Stream stream);
+
+// Whether bfloat16 parameters are rounded up or down at random, with the mean in between. The
+// random number of an element depends on these two and its place in the segment alone.
+struct Rounding {
+  bool stochastic = false;
+  uint64_t seed = 0;
+  uint64_t offset = 0;  // another one for every step
+};
+
+// As the functions of kernels.h of the same names. `nonfinite` may be null: it gets a 1 for every
+// block of the segment with an element that is NaN or infinite in Flat, and else stays as it is.
+template <class Flat>
+void gather_blocks(Flat* out, const std::vector<Source>& sources, const std::vector<Tile>& tiles,
+                   double alpha, bool accumulate, uint8_t* nonfinite, Stream stream);
+
+// Doubles of scratch memory that graft_moments needs on the device.
+int64_t moments_scratch(const std::vector<Run>& runs);
+
+template <class Flat, class Norm>
+void graft_moments(Flat* exp_avg, Flat* exp_avg_sq, Flat* direction, Norm* norm, const Flat* grad,
+                   const std::vector<Run>& runs, const Moments& moments, double* scratch,
+                   Stream stream);
+
+template <class Flat>
+void update_blocks(const std::vector<Source>& params, Flat* momentum, const Flat* direction,
+                   const Flat* scale, const std::vector<Tile>& tiles, const Move& move,
+                   const Rounding& rounding, Stream stream);
+
+}  // namespace shampoo::cuda

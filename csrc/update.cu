@@ -1,0 +1,96 @@
+// Replaces mul by the scale, mul_, add_ and a strided copy_ for every tile.
+#include <type_traits>
+
+#include "boxes.h"
+#include "elements.h"
+#include "launch.h"
+#include "philox.h"
+
+namespace shampoo::cuda {
+namespace {
+
+template <class Flat>
+struct Update {
+  Flat* momentum;
+  const Flat* direction;
+  const Flat* scale;
+  Move move;
+  Rounding rounding;
+};
+
+// In the order of roundings of the reference: products that touch only flat tensors in Flat, the
+// rest in Wide.
+template <class Wide, class Flat>
+__device__ __forceinline__ void step(Wide& weight, Flat& momentum, bool has_momentum,
+                                     Flat direction, const Move& move) {
+  const Flat lr = static_cast<Flat>(move.lr), mu = static_cast<Flat>(move.mu);
+  if (!has_momentum) {
+    weight = weight * static_cast<Wide>(1.0 - move.lr * move.weight_decay) -
+             static_cast<Wide>(lr * direction);
+    return;
+  }
+  const Wide moved = static_cast<Wide>(direction) + static_cast<Wide>(move.weight_decay) * weight;
+  momentum = static_cast<Flat>(static_cast<Wide>(mu * momentum) + moved);
+  if (move.nesterov)
+    weight -= static_cast<Wide>(move.lr) * (moved + static_cast<Wide>(mu * momentum));
+  else
+    weight -= static_cast<Wide>(lr * momentum);
+}
+
+template <class Flat>
+__global__ void __launch_bounds__(kThreads)
+    update_kernel(const __grid_constant__ BoxTable table, Update<Flat> update) {
+  const Box& box = table.find(blockIdx.x);
+  with_type(box.data, box.dtype, [&](auto* data) {
+    using Param = std::remove_pointer_t<decltype(data)>;
+    using Wide = std::conditional_t<std::is_same_v<Param, double>, double, Flat>;
+    for_own_elements(box, [&](Box::Place place, uint32_t at, auto quad) {
+      constexpr int kCount = decltype(quad)::value ? 4 : 1;
+      const int64_t flat = box.offset + at;
+      const Flat scale = update.scale[box.first_block + place.block];
+      Wide weight[kCount];
+      Flat direction[kCount], momentum[kCount] = {};
+      load(weight, data + place.element);
+      load(direction, update.direction + flat);
+      if (update.momentum) load(momentum, update.momentum + flat);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i)
+        step(weight[i], momentum[i], update.momentum != nullptr, direction[i] * scale,
+             update.move);
+      if (update.momentum) store(update.momentum + flat, momentum);
+      if constexpr (std::is_same_v<Param, BFloat16Bits>) {
+        if (update.rounding.stochastic) {
+          const RandomWords random =
+              philox(update.rounding.seed, update.rounding.offset, static_cast<uint64_t>(flat) / 4);
+#pragma unroll
+          for (int i = 0; i < kCount; ++i)
+            narrow(data[place.element + i], static_cast<float>(weight[i]),
+                   kCount == 4 ? random.words[i] : random.word(flat % 4));
+          return;
+        }
+      }
+      store(data + place.element, weight);
+    });
+  });
+}
+
+}  // namespace
+
+template <class Flat>
+void update_blocks(const std::vector<Source>& params, Flat* momentum, const Flat* direction,
+                   const Flat* scale, const std::vector<Tile>& tiles, const Move& move,
+                   const Rounding& rounding, Stream stream) {
+  const Update<Flat> update{momentum, direction, scale, move, rounding};
+  const bool aligned = (reinterpret_cast<uintptr_t>(momentum) |
+                        reinterpret_cast<uintptr_t>(direction)) % sizeof(Quad<Flat>) == 0;
+  for_each_table(tiles, params, aligned, [&](const BoxTable& table, uint32_t chunks) {
+    launch(update_kernel<Flat>, chunks, kThreads, 0, stream, table, update);
+  });
+}
+
+template void update_blocks(const std::vector<Source>&, float*, const float*, const float*,
+                            const std::vector<Tile>&, const Move&, const Rounding&, Stream);
+template void update_blocks(const std::vector<Source>&, double*, const double*, const double*,
+                            const std::vector<Tile>&, const Move&, const Rounding&, Stream);
+
+}  // namespace shampoo::cuda

@@ -1,0 +1,130 @@
+// The launchers of csrc/launch.h, as built for the host, under Python: pointers are integers.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "emulation.h"
+#include "launch.h"
+#include "philox.h"
+
+namespace shampoo::cuda {
+namespace {
+
+template <class Value>
+Value* at(uintptr_t address) {
+  return reinterpret_cast<Value*>(address);
+}
+
+void small_root_(uintptr_t root, uintptr_t ridge, uintptr_t factor, int64_t n, int64_t batch, int p,
+                 double eps, double relative_eps,
+                 const std::vector<std::tuple<float, float, float>>& coefficients, int residual) {
+  RootSchedule schedule{static_cast<int32_t>(coefficients.size()), residual, {}};
+  for (size_t k = 0; k < coefficients.size(); ++k) {
+    float(&c)[3] = schedule.coefficients[k];
+    std::tie(c[0], c[1], c[2]) = coefficients[k];
+  }
+  small_root(at<float>(root), at<double>(ridge), at<const float>(factor), n, batch, p, eps,
+             relative_eps, schedule, nullptr);
+}
+
+// A tensor: address, name of the dtype, sizes, strides.
+using Memory =
+    std::tuple<uintptr_t, std::string, std::vector<int64_t>, std::vector<int64_t>>;
+
+std::vector<Source> sources_of(const std::vector<Memory>& tensors) {
+  std::vector<Source> sources;
+  for (const auto& [data, dtype, sizes, strides] : tensors) {
+    Source& source = sources.emplace_back();
+    source.data = at<char>(data);
+    source.dtype = dtype == "float16"    ? Dtype::kHalf
+                   : dtype == "bfloat16" ? Dtype::kBFloat16
+                   : dtype == "float32"  ? Dtype::kFloat
+                                         : Dtype::kDouble;
+    for (size_t dim = 0; dim < sizes.size(); ++dim) source.append(sizes[dim], strides[dim]);
+  }
+  return sources;
+}
+
+std::vector<Tile> tiles_of(const std::vector<std::vector<int64_t>>& rows) {
+  std::vector<Tile> tiles;
+  int64_t blocks = 0;
+  for (const auto& row : rows) {
+    Tile& tile = tiles.emplace_back(row.data(), static_cast<int64_t>(row.size() - 2) / 4);
+    tile.first_block = blocks;
+    blocks += tile.blocks;
+  }
+  return tiles;
+}
+
+// Calls `use(Flat())`.
+template <class Use>
+void with_flat(bool is_double, const Use& use) {
+  if (is_double)
+    use(double());
+  else
+    use(float());
+}
+
+void gather_blocks_(uintptr_t out, bool is_double, const std::vector<Memory>& sources,
+                    const std::vector<std::vector<int64_t>>& tiles, double alpha, bool accumulate,
+                    uintptr_t nonfinite) {
+  with_flat(is_double, [&](auto flat) {
+    gather_blocks(at<decltype(flat)>(out), sources_of(sources), tiles_of(tiles), alpha, accumulate,
+                  at<uint8_t>(nonfinite), nullptr);
+  });
+}
+
+void graft_moments_(uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t direction, uintptr_t norm,
+                    uintptr_t grad, bool is_double, bool norm_is_double,
+                    const std::vector<std::pair<int64_t, int64_t>>& rows, double beta1,
+                    double correction1, double beta2, double weight2, double correction2,
+                    double eps, bool normalized) {
+  std::vector<Run> runs;
+  for (const auto& [count, size] : rows) runs.push_back({count, size});
+  std::vector<double> scratch(moments_scratch(runs), NAN);
+  const Moments moments{beta1, correction1, beta2, weight2, correction2, eps, normalized};
+  with_flat(is_double, [&](auto flat) {
+    with_flat(norm_is_double, [&](auto length) {
+      using Flat = decltype(flat);
+      graft_moments(at<Flat>(exp_avg), at<Flat>(exp_avg_sq), at<Flat>(direction),
+                    at<decltype(length)>(norm), at<const Flat>(grad), runs, moments,
+                    scratch.data(), nullptr);
+    });
+  });
+}
+
+void update_blocks_(const std::vector<Memory>& params, uintptr_t momentum, uintptr_t direction,
+                    uintptr_t scale, bool is_double,
+                    const std::vector<std::vector<int64_t>>& tiles, double lr, double weight_decay,
+                    double mu, bool nesterov, bool stochastic, uint64_t seed, uint64_t offset) {
+  with_flat(is_double, [&](auto flat) {
+    using Flat = decltype(flat);
+    update_blocks(sources_of(params), at<Flat>(momentum), at<const Flat>(direction),
+                  at<const Flat>(scale), tiles_of(tiles), Move{lr, weight_decay, mu, nesterov},
+                  Rounding{stochastic, seed, offset}, nullptr);
+  });
+}
+
+std::vector<uint32_t> random_words(uint64_t seed, uint64_t high, uint64_t low) {
+  const RandomWords random = philox(seed, high, low);
+  return {random.words, random.words + 4};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(EMULATION_NAME, module) {
+  module.def("set_order", [](bool backward) {
+    emulation::order = backward ? emulation::Order::kBackward : emulation::Order::kForward;
+  });
+  module.def("small_root_", &small_root_);
+  module.def("gather_blocks_", &gather_blocks_);
+  module.def("graft_moments_", &graft_moments_);
+  module.def("update_blocks_", &update_blocks_);
+  module.def("random_words", &random_words);
+}
+
+}  // namespace shampoo::cuda

@@ -1,0 +1,77 @@
+"""Every .cu file through nvcc for three architectures, without torch and without a GPU."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from shampoo import jit
+
+ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
+FILES = sorted(path.name for path in jit.source_dir().glob("*.cu"))
+
+# Every kernel: threads of a block, and blocks that one multiprocessor must hold.
+KERNELS = {
+    "gather_kernel": (256, 4),
+    "update_kernel": (256, 4),
+    "moments_kernel": (256, 3),
+    "lengths_kernel": (256, 4),
+    "small_root_kernel<32>": (64, 8),
+    "small_root_kernel<64>": (128, 3),
+    "small_root_kernel<96>": (192, 1),
+    "small_root_kernel<128>": (256, 1),
+}
+REGISTERS = 65536  # of a multiprocessor
+
+
+def nvcc() -> str:
+    command = shutil.which("nvcc")
+    if command is None:
+        pytest.skip("no nvcc on PATH: the CUDA kernels are not compiled")
+    return command
+
+
+def kernel_of(symbol: str) -> str:
+    """The key of KERNELS for a mangled name."""
+    for name in KERNELS:
+        stem, _, size = name.partition("<")
+        if stem in symbol and (not size or f"ILi{size[:-1]}E" in symbol):
+            return name
+    raise AssertionError(f"{symbol} is not in KERNELS: list it")
+
+
+def resources(report: str) -> list[tuple[str, int, int, int]]:
+    """(symbol, bytes of stack, bytes spilled, registers) of every kernel that ptxas reports."""
+    found = []
+    for entry in report.split("Compiling entry function")[1:]:
+        symbol = re.search(r"'(\w+)'", entry)
+        memory = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", entry)
+        registers = re.search(r"Used (\d+) registers", entry)
+        if not (symbol and memory and registers):
+            raise AssertionError(entry)
+        spilled = int(memory[2]) + int(memory[3])
+        found.append((symbol[1], int(memory[1]), spilled, int(registers[1])))
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("file", FILES)
+def test_kernels_compile_without_spills(tmp_path: Path, file: str, architecture: str) -> None:
+    command = [nvcc(), "-cubin", f"-arch={architecture}", "-O3", "-Xptxas", "-v"]
+    command += ["-o", str(tmp_path / "kernel.cubin"), str(jit.source_dir() / file)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr
+    found = resources(done.stderr)
+    assert found
+    for symbol, stack, spilled, registers in found:
+        threads, blocks = KERNELS[kernel_of(symbol)]
+        print(f"{architecture} {kernel_of(symbol)}: {registers} registers")
+        assert stack == 0, symbol
+        assert spilled == 0, symbol
+        allocated = -(-registers // 8) * 8  # a warp gets registers in units of 256
+        assert allocated * threads * blocks <= REGISTERS, symbol
+    listed = {name for name in KERNELS if name.split("<")[0] in Path(done.args[-1]).read_text()}
+    assert {kernel_of(symbol) for symbol, *_ in found} == listed

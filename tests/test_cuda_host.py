@@ -1,0 +1,238 @@
+"""The CUDA kernels that move blocks, emulated on the host, under the tests of every other backend
+and some of their own: what only they do, and sizes at which their tables and tiles end."""
+
+import itertools
+
+import pytest
+import torch
+from host_build import HostOps
+from test_ops import (  # noqa: F401 - collected here too, with the fixture below
+    LAYOUTS,
+    PARAM,
+    table,
+    test_gather_blocks,
+    test_graft_moments,
+    test_graft_moments_keeps_a_nan_in_its_block,
+    test_graft_moments_may_write_the_direction_over_the_gradient,
+    test_update_blocks,
+    test_update_blocks_leaves_the_gaps_of_a_strided_parameter_alone,
+)
+
+from shampoo.kernels import reference
+
+
+@pytest.fixture
+def impl():
+    return HostOps()
+
+
+ORDERS = [(5,), (3000,), (40, 64), (64, 130), (20, 17, 12), (3, 5, 4, 8)]
+
+
+def tensors(shapes, dtypes):
+    return [torch.randn(shape).to(dtype) for shape, dtype in zip(shapes, dtypes, strict=False)]
+
+
+@pytest.mark.parametrize("limit", [8, 13, 4096])
+@pytest.mark.parametrize("dtype", PARAM, ids=str)
+@pytest.mark.parametrize("flat", [torch.float32, torch.float64], ids=str)
+def test_tensors_of_every_order_in_one_launch(impl, flat, dtype, limit):
+    """Whole tiles are aligned here, so four elements are moved at a time, and more than a chunk."""
+    dtypes = itertools.cycle([dtype, torch.float32, torch.bfloat16])
+    params = tensors(ORDERS, dtypes)
+    tiles, boxes, numel = table(ORDERS, limit)
+    out = torch.full((numel,), torch.nan, dtype=flat)
+    impl.gather_blocks_(out, params, tiles, 1.0, False)
+    expected = torch.empty_like(out)
+    reference.gather_blocks_(expected, params, tiles, 1.0, False)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+    scale = torch.rand(len(boxes), dtype=flat)
+    moved = []
+    for function in (impl.update_blocks_, reference.update_blocks_):
+        weights = [param.clone() for param in params]
+        function(weights, None, out, scale, tiles, 0.1, 0.5, 0.0, False)
+        moved.append(weights)
+    torch.testing.assert_close(moved[0], moved[1], rtol=0, atol=0)
+
+
+def shifted(values, shift):
+    """The same values ``shift`` elements behind the start of their memory."""
+    memory = torch.empty(values.numel() + shift, dtype=values.dtype)
+    return memory[shift:].view(values.shape).copy_(values)
+
+
+@pytest.mark.parametrize("shifts", [(1, 0), (0, 1), (2, 2), (4, 4)], ids=str)
+@pytest.mark.parametrize("dtype", PARAM, ids=str)
+def test_memory_that_starts_anywhere(impl, dtype, shifts):
+    """Four elements may be moved at once only where a GPU allows it; the emulation insists."""
+    tiles, boxes, numel = table([(40, 64)], 16)
+    param = shifted(torch.randn(40, 64).to(dtype), shifts[0])
+    flat, moments = (shifted(torch.rand(numel), shifts[1]) for _ in range(2))
+    expected = [tensor.clone() for tensor in (flat, moments, param)]
+    scale, norm = torch.rand(len(boxes)), torch.empty(len(boxes))
+    runs = torch.tensor([[numel // 256, 256]])
+    for ops, (out, square, weight) in ((impl, (flat, moments, param)), (reference, expected)):
+        ops.gather_blocks_(out, [weight], tiles, 1.0, False)
+        ops.graft_moments_(
+            *(None, square, out, norm[: numel // 256], out, runs),
+            *(0.9, 1.0, 0.5, 0.5, 1.0, 1e-8, False),
+        )
+        ops.update_blocks_([weight], None, out, scale, tiles, 0.1, 0.5, 0.0, False)
+    torch.testing.assert_close([flat, moments, param], expected)
+
+
+@pytest.mark.parametrize("count", [96, 97, 200])
+def test_more_tiles_than_one_launch_takes(impl, count):
+    shapes = [(1 + i % 7, 4) for i in range(count)]
+    params = tensors(shapes, itertools.repeat(torch.float32))
+    tiles, boxes, numel = table(shapes, 4096)
+    out, expected = torch.full((2, numel), torch.nan).unbind()
+    impl.gather_blocks_(out, params, tiles, 1.0, False)
+    reference.gather_blocks_(expected, params, tiles, 1.0, False)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    scale = torch.arange(len(boxes)).float()
+    weights = [param.clone() for param in params]
+    impl.update_blocks_(weights, None, out, scale, tiles, 1.0, 0.0, 0.0, False)
+    for index, (weight, param) in enumerate(zip(weights, params, strict=True)):
+        torch.testing.assert_close(weight, param - index * param)
+
+
+@pytest.mark.parametrize("count", [256, 257, 300])
+def test_more_runs_than_one_launch_takes(impl, count):
+    runs = torch.tensor([[1 + i % 3, 1 + i % 5] for i in range(count)])
+    numel, blocks = int(runs.prod(1).sum()), int(runs[:, 0].sum())
+    grad = torch.randn(numel)
+    norm, expected = torch.full((2, blocks), torch.nan).unbind()
+    direction = torch.full((numel,), torch.nan)
+    scalars = (0.9, 1.0, 0.99, 0.01, 1.0, 1e-8, True)
+    impl.graft_moments_(None, torch.ones(numel), direction, norm, grad, runs, *scalars)
+    want = torch.empty(numel)
+    reference.graft_moments_(None, torch.ones(numel), want, expected, grad, runs, *scalars)
+    torch.testing.assert_close((direction, norm), (want, expected))
+
+
+@pytest.mark.parametrize("size", [512, 513, 1024, 20000])
+def test_norms_do_not_depend_on_what_lies_beside_a_block(impl, size):
+    """Not on its neighbours, nor on its alignment: the order of the sum follows its size alone."""
+    grad = torch.randn(size)
+    norms = []
+    for before in (0, 4 * 300, 8 * 999):
+        flat = torch.cat([torch.randn(before), grad, torch.randn(size)])
+        runs = torch.tensor([[before // 4, 4], [2, size]])
+        norm = torch.full((before // 4 + 2,), torch.nan, dtype=torch.float64)
+        scalars = (0.9, 1.0, 0.99, 0.01, 1.0, 1e-8, False)
+        impl.graft_moments_(None, None, None, norm, flat, runs, *scalars)
+        norms.append(norm[before // 4].item())
+    assert norms[0] == norms[1] == norms[2]
+    assert norms[0] == pytest.approx(grad.double().norm().item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", PARAM, ids=str)
+def test_gather_flags_the_blocks_that_are_not_finite(impl, dtype, bad):
+    shapes = [(40, 64), (33, 7)]
+    params = tensors(shapes, [dtype, dtype])
+    tiles, boxes, numel = table(shapes, 16)
+    out = torch.empty(numel)
+    flags = torch.zeros(len(boxes) + 1, dtype=torch.uint8)
+    impl.gather_blocks_(out, params, tiles, 1.0, False, flags)
+    assert not flags.any()
+    params[0][17, 35], params[1][32, 6] = bad, bad
+    impl.gather_blocks_(out, params, tiles, 1.0, False, flags)
+    bad_blocks = [
+        block
+        for block, (source, box, _) in enumerate(boxes)
+        if not params[source][box].isfinite().all()
+    ]
+    assert flags.nonzero()[:, 0].tolist() == bad_blocks
+    assert len(bad_blocks) == 2
+
+
+def test_gather_flags_what_overflows_in_the_cast(impl):
+    tiles, _, numel = table([(4, 4)], 4)
+    flags = torch.zeros(1, dtype=torch.uint8)
+    source = torch.full((4, 4), 1e300, dtype=torch.float64)
+    impl.gather_blocks_(torch.empty(numel), [source], tiles, 1.0, False, flags)
+    assert flags.tolist() == [1]
+
+
+def test_an_expanded_gradient_is_read_as_it_is(impl):
+    tiles, _, numel = table([(12, 8)], 4)
+    for source in (torch.tensor(3.0).expand(12, 8), torch.arange(8.0).expand(12, 8)):
+        out, expected = torch.full((2, numel), torch.nan).unbind()
+        impl.gather_blocks_(out, [source], tiles, 1.0, False)
+        reference.gather_blocks_(expected, [source], tiles, 1.0, False)
+        torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
+def test_a_tensor_of_too_many_separate_dimensions_is_refused(impl):
+    source = torch.randn([3] * 14)[(slice(0, 3, 2), slice(None)) * 7]
+    tiles, _, numel = table([(source.numel(),)], 4096)
+    with pytest.raises(ValueError, match=r"dimensions that do not join.*make it contiguous"):
+        impl.gather_blocks_(torch.empty(numel), [source], tiles, 1.0, False)
+
+
+@pytest.mark.parametrize(
+    ("seed", "high", "low", "words"),
+    [
+        (0, 0, 0, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        (2**64 - 1, 2**64 - 1, 2**64 - 1, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            *(0x299F31D0A4093822, 0x0370734413198A2E, 0x85A308D3243F6A88),
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
+def test_philox_gives_the_published_words(impl, seed, high, low, words):
+    """Known answers that Random123 ships with the generator."""
+    assert impl.module.random_words(seed, high, low) == words
+
+
+def stochastic_step(impl, weight, distance, rounding, skip=0):
+    """``weight - distance`` by an update of one block."""
+    tiles, _, numel = table([tuple(weight.shape)], 4096, skip=skip)
+    one = torch.ones(1)
+    direction = torch.full((numel,), distance)
+    move = (1.0, 0.0, 0.0, False)
+    impl.update_blocks_([weight], None, direction, one, tiles, *move, stochastic=rounding)
+    return weight
+
+
+@pytest.mark.parametrize("share", [0.0, 0.125, 0.5, 0.9])
+def test_stochastic_rounding_is_right_on_average(impl, share):
+    """``share`` of the distance between 1 and its neighbour below, 2^-8 away."""
+    weight = torch.ones(128, 512, dtype=torch.bfloat16)
+    stochastic_step(impl, weight, share * 2.0**-8, (7, 3))
+    assert set(weight.flatten().tolist()) <= {1.0, 1.0 - 2.0**-8}
+    moved = (weight < 1.0).double().mean().item()
+    assert moved == pytest.approx(share, abs=4 * (share * (1 - share) / weight.numel()) ** 0.5)
+    assert ((weight[:, 1:] < 1) == (weight[:, :-1] < 1)).double().mean() == pytest.approx(
+        share**2 + (1 - share) ** 2, abs=0.01
+    )
+
+
+def test_stochastic_rounding_depends_on_seed_offset_and_place_alone(impl):
+    start = torch.rand(40, 52).to(torch.bfloat16)
+    first, again, seed, offset = (
+        stochastic_step(impl, start.clone(), 1e-3, rounding)
+        for rounding in ((1, 2), (1, 2), (2, 2), (1, 3))
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, seed)
+    assert not torch.equal(first, offset)
+    strided = torch.zeros(52, 40, dtype=torch.bfloat16).T.copy_(start)
+    assert torch.equal(stochastic_step(impl, strided, 1e-3, (1, 2)), first)  # one at a time
+    assert not torch.equal(stochastic_step(impl, start.clone(), 1e-3, (1, 2), skip=4), first)
+
+
+def test_stochastic_rounding_leaves_other_dtypes_and_special_values_alone(impl):
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        plain, rounded = torch.rand(2, 8, 8).to(dtype)
+        rounded = plain.clone()
+        stochastic_step(impl, plain, 1e-3, None)
+        stochastic_step(impl, rounded, 1e-3, (1, 2))
+        assert torch.equal(plain, rounded)
+    special = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0], dtype=torch.bfloat16)
+    moved = stochastic_step(impl, special.clone(), 0.0, (1, 2))
+    torch.testing.assert_close(moved, special, equal_nan=True, rtol=0, atol=0)

@@ -1,0 +1,78 @@
+"""The whole extension against a CUDA build of torch: compiled, linked and loaded without a GPU.
+
+``SHAMPOO_CUDA_TORCH_PYTHON`` names the interpreter of an environment with such a torch. Its package
+``shampoo`` is not used: the one under test is copied beside it.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import shampoo
+import shampoo.kernels
+from shampoo import jit
+
+SCRIPT = """
+import json, time
+import torch
+from shampoo import jit, ops
+assert torch.version.cuda, "SHAMPOO_CUDA_TORCH_PYTHON has a torch without CUDA"
+start = time.perf_counter()
+jit.load(retry=True)
+print(json.dumps({
+    "seconds": time.perf_counter() - start,
+    "flags": jit.cuda_flags(),
+    "cpu": ops.kernels("CPU"),
+    "cuda": ops.kernels("CUDA"),
+}))
+"""
+
+IN_CUDA = {"gather_blocks_", "graft_moments_", "update_blocks_", "small_root_"}
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A folder with the package as it installs."""
+    folder = tmp_path / "site"
+    ignore = shutil.ignore_patterns("__pycache__", "kernels", "csrc")
+    shutil.copytree(Path(shampoo.__file__).parent, folder / "shampoo", ignore=ignore)
+    ignore = shutil.ignore_patterns("__pycache__")
+    kernels = Path(shampoo.kernels.__file__).parent
+    shutil.copytree(kernels, folder / "shampoo" / "kernels", ignore=ignore)
+    shutil.copytree(jit.source_dir(), folder / "shampoo" / "csrc", ignore=ignore)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_extension_builds_and_loads_against_cuda(site: Path, tmp_path: Path) -> None:
+    python = os.environ.get("SHAMPOO_CUDA_TORCH_PYTHON")
+    if not python:
+        pytest.skip("SHAMPOO_CUDA_TORCH_PYTHON does not name a Python with a CUDA build of torch")
+    if not shutil.which("nvcc"):
+        pytest.skip("no nvcc on PATH: the extension cannot be built for CUDA")
+    environment = {
+        "SHAMPOO_CUDA_ARCH": "8.0 9.0",
+        **os.environ,
+        "PYTHONPATH": str(site),
+        "SHAMPOO_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    command = [python, "-c", SCRIPT]
+    results = []
+    for _ in range(2):
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        results.append((json.loads(done.stdout.splitlines()[-1]), done.stderr))
+    (first, said), (second, said_again) = results
+    print(f"{first['seconds']:.0f} s to build, {second['seconds']:.1f} s to load")
+    assert "building C++/CUDA kernels" in said
+    assert "building" not in said_again
+    assert len(first["flags"]) == len(environment["SHAMPOO_CUDA_ARCH"].replace(";", " ").split())
+    registered = {name for name, there in first["cuda"].items() if there}
+    assert registered >= IN_CUDA
+    assert first["cpu"]["gather_blocks_"]

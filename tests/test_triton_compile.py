@@ -1,0 +1,145 @@
+"""Every Triton kernel ahead of time, as its launcher launches it, for three kinds of chips."""
+
+import importlib
+import os
+import re
+import subprocess
+
+import pytest
+import torch
+
+from shampoo.schedule import minimax_schedule
+
+triton = pytest.importorskip("triton", reason="triton is not installed: nothing is compiled")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1", reason="kernels are interpreted here"
+    ),
+]
+
+# sm: the tensor core instruction, and the shared memory that a block may have
+CHIPS = {80: ("mma.sync", 163), 90: ("wgmma.mma_async", 227), 100: ("tcgen05.mma", 227)}
+MODULES = ("gram", "planes", "precondition", "probe", "symmetric_gemm")
+TENSOR_CORES = {
+    "symmetric_gemm_kernel",
+    "gram_ema_kernel",
+    "apply_root_kernel",
+    "panel_kernel",
+}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.bool: "*i1",
+}
+
+
+class Recorder:
+    """Stands for a kernel: keeps what it would have been specialised to."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        assert all(extent > 0 for extent in grid)
+        return self.launch
+
+    def launch(self, *arguments, num_warps, num_stages=3, **constants):
+        signature, attributes = {}, {}
+        names = self.kernel.arg_names
+        for place, (name, value) in enumerate(zip(names, arguments, strict=False)):
+            if isinstance(value, torch.Tensor):
+                signature[name] = TYPES[value.dtype]
+                divisible = value.data_ptr() % 16 == 0
+            elif isinstance(value, float):
+                signature[name], divisible = "fp32", False
+            elif value == 1:  # as Triton does
+                constants[name], divisible = 1, False
+            else:
+                signature[name] = "i32" if value < 2**31 else "i64"
+                divisible = value % 16 == 0
+            if divisible:
+                attributes[(place,)] = (("tt.divisibility", 16),)
+        assert {*signature, *constants} == {*names}
+        key = (self.kernel.__name__, tuple(signature.items()), tuple(constants.items()))
+        options = (("num_warps", num_warps), ("num_stages", num_stages))
+        self.launches[(*key, tuple(attributes.items()), options)] = self.kernel
+
+
+def launch_everything():
+    """The launchers at the sizes and dtypes between which their tables choose."""
+    kernels = {name: importlib.import_module(f"shampoo.kernels.{name}") for name in MODULES}
+    chain = importlib.import_module("shampoo.kernels.minimax_triton")
+    schedule = [c for step in minimax_schedule(4, 1e-6) for c in step]
+    for n in (64, 1024):
+        matrix, ridge = torch.empty(2, n, n), torch.empty(2).double()
+        chain.minimax_root_(matrix.clone(), ridge, matrix, 4, 1e-12, 1e-6, schedule)
+    ok = torch.empty(2, dtype=torch.bool)
+    kernels["probe"].judge_roots_(ok, matrix, matrix.clone(), ridge, 4.0)
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in ((2, 32, 32), (2, 64, 64), (2, 1024, 1024), (2, 8, 512, 16)):
+            grad = torch.empty(shape, dtype=dtype)
+            factors = [torch.empty(2, size, size) for size in shape[1:]]
+            for mode, factor in enumerate(factors):
+                kernels["gram"].gram_ema_(factor, grad, mode, 0.99, 0.01)
+            out, norm = torch.empty(shape), torch.empty(2)
+            kernels["precondition"].precondition_(out, norm, grad, factors)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_kernels_use_tensor_cores_and_fit(chip, monkeypatch, tmp_path):
+    instruction, limit = CHIPS[chip]
+    launches = {}
+    for name in MODULES:
+        module = importlib.import_module(f"shampoo.kernels.{name}")
+        if hasattr(module, "capability"):
+            monkeypatch.setattr(module, "capability", lambda device: chip)
+        for key, value in list(vars(module).items()):
+            if key.endswith("_kernel") and isinstance(value, triton.JITFunction):
+                monkeypatch.setattr(module, key, Recorder(value, launches))
+    launch_everything()
+    seen, problems = set(), []
+    for (name, signature, constants, attributes, options), kernel in launches.items():
+        types = dict.fromkeys(kernel.arg_names, "constexpr") | dict(signature)
+        source = ASTSource(
+            fn=kernel,
+            signature={key: types[key] for key in kernel.arg_names},
+            constexprs={(kernel.arg_names.index(key),): value for key, value in constants},
+            attrs={place: [list(pair) for pair in pairs] for place, pairs in attributes},
+        )
+        compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=dict(options))
+        path = tmp_path / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        tool = triton.knobs.nvidia.cuobjdump.path
+        usage = subprocess.run(
+            [tool, "-res-usage", path], capture_output=True, text=True, check=True
+        ).stdout
+        registers, stack, local = (
+            int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK", "LOCAL")
+        )
+        shared = compiled.metadata.shared
+        row = (chip, name, dict(constants), dict(options), registers, shared, stack)
+        print(*row)
+        seen.add(name)
+        if stack or local or shared > limit * 1024:
+            problems.append(row)
+        # Tiles of fewer than 64 rows are too small for the instructions of a warp group.
+        small = min(dict(constants).get(key, 64) for key in ("BLOCK", "ROWS")) < 64
+        wanted = "mma.sync" if small else instruction
+        products = dict(constants).get("PRODUCTS", 3)
+        if name in TENSOR_CORES and products and wanted not in compiled.asm["ptx"]:
+            problems.append(("no " + wanted, *row))
+    assert seen == {
+        key
+        for name in MODULES
+        for key in vars(importlib.import_module(f"shampoo.kernels.{name}"))
+        if key.endswith("_kernel")
+    }
+    assert not problems

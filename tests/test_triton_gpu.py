@@ -1,0 +1,117 @@
+"""The Triton kernels on a GPU, through the op table: what the interpreter cannot tell.
+
+Tensor cores round and truncate in their own way, bf16 is a type of its own, and programs race.
+"""
+
+import pytest
+import torch
+from root_cases import EPS, PAIRS, direction_error, exact, fixture, stack
+
+from shampoo import ops
+from shampoo.kernels import reference
+from shampoo.probe import healthy
+from shampoo.schedule import minimax_schedule
+
+pytestmark = pytest.mark.gpu
+
+# p from: (direction, root) limits at each of EPS; roots.md, section 12, "standard"
+LIMITS = {
+    4: ((1e-3, 3e-3, 1.5e-2), (2e-3, 2e-2, 1e-1)),
+    2: ((2e-3, 6e-3, 3e-2), (2e-3, 2e-2, 1e-1)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU: the Triton kernels are tested in the interpreter only")
+    monkeypatch.setenv("SHAMPOO_BACKEND", "triton")
+    ops.load_kernels(required=True)
+
+
+def solve(A, p, relative_eps):
+    root, ridge = torch.full_like(A, torch.nan), torch.empty(len(A), device="cuda").double()
+    schedule = [c for step in minimax_schedule(p, relative_eps) for c in step]
+    ops.minimax_root_(root, ridge, A, p, 0.0, relative_eps, schedule)
+    return root, ridge
+
+
+@pytest.mark.parametrize("relative_eps", EPS)
+@pytest.mark.parametrize("p", [4, 2])
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_standard_level_on_the_fixtures(name, p, relative_eps):
+    worst_direction, worst_root = (row[EPS.index(relative_eps)] for row in LIMITS[p])
+    roots = []
+    for side in (0, 1):
+        A, truth = fixture(name)[side].cuda()[None], exact(name, side)
+        root, ridge = solve(A, p, relative_eps)
+        assert torch.equal(root, root.mT)
+        assert healthy(root, A, ridge, p).all()
+        assert truth.error(root[0].cpu(), p, relative_eps * truth.norm) <= worst_root
+        roots.append(root[0].cpu())
+    assert direction_error(*roots, name, p, relative_eps) <= worst_direction
+
+
+@pytest.mark.parametrize("n", [1, 63, 65, 257, 600])
+def test_roots_are_the_same_from_run_to_run_and_in_any_batch(n):
+    A = stack(5, n).cuda()
+    root, ridge = solve(A, 4, 1e-6)
+    for _ in range(3):
+        again, _ = solve(A, 4, 1e-6)
+        assert torch.equal(root, again)
+    A[0] = torch.nan
+    alone, own = solve(A[3:4], 4, 1e-6)
+    assert torch.equal(alone[0], root[3])
+    assert torch.equal(own[0], ridge[3])
+    assert torch.equal(solve(A, 4, 1e-6)[0][1:], root[1:])
+
+
+def test_a_graph_holds_a_refresh():
+    A = stack(3, 100).cuda()
+    root, ridge = torch.empty_like(A), torch.empty(3, device="cuda").double()
+    schedule = [c for step in minimax_schedule(4, 1e-6) for c in step]
+    ops.minimax_root_(root, ridge, A, 4, 0.0, 1e-6, schedule)
+    expected = root.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.minimax_root_(root, ridge, A, 4, 0.0, 1e-6, schedule)
+    root.zero_()
+    graph.replay()
+    assert torch.equal(root, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 257), (2, 600, 130), (2, 33, 1024), (2, 8, 300, 7)], ids=str)
+def test_gram_and_precondition(shape, dtype):
+    grad = torch.randn(shape, device="cuda").to(dtype)
+    roots = []
+    for mode, size in enumerate(shape[1:]):
+        factor = stack(1, size, 3.0).cuda().repeat(shape[0], 1, 1)
+        roots.append(factor.clone())
+        truth, expected = factor.double(), factor.clone()
+        reference.gram_ema_(truth, grad.double(), mode, 0.9, 0.1)
+        reference.gram_ema_(expected, grad.float(), mode, 0.9, 0.1)
+        ops.gram_ema_(factor, grad, mode, 0.9, 0.1)
+        assert torch.equal(factor, factor.mT)
+        error, torchs = ((x.double() - truth).abs().max() for x in (factor, expected))
+        assert error <= 2 * torchs + 2**-20 * truth.abs().max()
+    out, norm = torch.full(shape, torch.nan, device="cuda"), torch.empty(shape[0], device="cuda")
+    truth, length = out.double(), norm.double()
+    reference.precondition_(truth, length, grad.double(), [root.double() for root in roots])
+    ops.precondition_(out, norm, grad, roots)
+    assert (out.double() - truth).norm() <= 2**-18 * truth.norm()
+    assert ((norm.double() - length).abs() <= 2**-18 * length).all()
+    again, same = torch.empty_like(out), torch.empty_like(norm)
+    ops.precondition_(again, same, grad, roots)
+    assert torch.equal(out, again)
+    assert torch.equal(norm, same)
+
+
+def test_the_probe_flags_failures():
+    A = stack(4, 257).cuda()
+    root, ridge = solve(A, 4, 1e-6)
+    assert healthy(root, A, ridge, 4).tolist() == [True] * 4
+    root[0, 1, 2] = torch.nan
+    root[1] *= 1.3
+    root[2, 256, 256] *= -1
+    assert healthy(root, A, ridge, 4).tolist() == [False] * 3 + [True]
