@@ -10,8 +10,6 @@ import torch
 from root_cases import PAIRS, Exact, exact, fixture, spd, stack
 from torch import Tensor
 
-import shampoo.refresh
-import shampoo.solver
 from shampoo import inverse_root, ops
 from shampoo.kernels import reference
 from shampoo.probe import healthy, probe
