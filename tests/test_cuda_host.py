@@ -26,7 +26,7 @@ def impl():
     return HostOps()
 
 
-ORDERS = [(5,), (3000,), (40, 64), (64, 130), (20, 17, 12), (3, 5, 4, 8)]
+ORDERS = [(3000,), (40, 64), (64, 130), (20, 17, 12), (3, 5, 4, 8), (5,)]
 
 
 def tensors(shapes, dtypes):
@@ -164,6 +164,16 @@ def test_an_expanded_gradient_is_read_as_it_is(impl):
         impl.gather_blocks_(out, [source], tiles, 1.0, False)
         reference.gather_blocks_(expected, [source], tiles, 1.0, False)
         torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dims", [(3, 8), (8, 3), (2, 12), (24,), (2, 3, 4)], ids=str)
+def test_a_merged_shape_may_cut_across_the_dimensions_of_a_tensor(impl, dims):
+    source = torch.arange(24.0).view(6, 4).T  # [4, 6], neither dimension joins the other
+    tiles, _, numel = table([dims], 2)
+    out, expected = torch.full((2, numel), torch.nan).unbind()
+    impl.gather_blocks_(out, [source], tiles, 1.0, False)
+    reference.gather_blocks_(expected, [source], tiles, 1.0, False)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
 
 
 def test_a_tensor_of_too_many_separate_dimensions_is_refused(impl):
