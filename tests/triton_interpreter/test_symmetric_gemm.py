@@ -236,6 +236,14 @@ def test_planes_of_matrices_of_any_scale(scale):
     assert (planes[:, :, :, 65:] == 0).all()
 
 
+@pytest.mark.parametrize("shape", [(2, 65, 65), (2, 1, 4097)], ids=str)
+def test_the_largest_entry_wherever_it_is(shape):
+    values, peak = torch.zeros(shape), torch.zeros(2, dtype=torch.int32)
+    values[0, 0, 0], values[1, -1, -1] = 3.0, -5.0
+    peak_(peak, values)
+    assert peak.view(torch.float32).tolist() == [3.0, 5.0]
+
+
 def test_planes_average_what_is_not_symmetric():
     A = torch.randn(1, 65, 65)
     peak = torch.zeros(1, dtype=torch.int32)
