@@ -30,11 +30,10 @@ def test_in_the_interpreter(name):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_the_package_imports_no_triton():
+def test_the_package_imports_no_kernel_in_triton():
     code = (
         "import shampoo, shampoo.roots, sys;"
-        "loaded = {'triton', 'shampoo.kernels.chip'} & {*sys.modules};"
-        "sys.exit(', '.join(loaded))"
+        "sys.exit('shampoo.kernels.chip' in sys.modules or 'triton.language' in sys.modules)"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=FOLDER, capture_output=True, text=True

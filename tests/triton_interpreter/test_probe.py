@@ -71,6 +71,16 @@ def test_pseudo_inverses_have_no_ridge():
     assert ok.tolist() == [True, True, False]
 
 
+@pytest.mark.parametrize("place", [0, 32])
+def test_a_negative_diagonal_that_commutes(place):
+    A = torch.eye(33).repeat(2, 1, 1)
+    X = A.clone()
+    X[1, place, place] = -1
+    ok, wanted, _ = judge(X, A, torch.zeros(2, dtype=torch.float64), 4)
+    assert torch.equal(ok, wanted)
+    assert ok.tolist() == [True, False]
+
+
 def test_what_is_left_to_the_reference():
     A = stack(1, 4)
     ok, ridge = torch.zeros(1, dtype=torch.bool), torch.zeros(1, dtype=torch.float64)
