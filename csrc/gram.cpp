@@ -12,12 +12,12 @@ void gram_ema(Flat* factor, const Flat* grad, int64_t count, int64_t before, int
   constexpr int64_t width = kWidth<Flat>;
   const Unfolding shape{before, size, after};
   const int64_t panels = (size + width - 1) / width, numel = before * size * after;
-  const int64_t stride = kDepth * width;
+  const int64_t stride = kDepth<Flat> * width;
   for_matrices<Flat>(count, panels, panels * stride, [&](int64_t b, Flat* packed,
                                                          const auto& for_panels) {
     Flat* matrix = factor + b * size * size;
-    for (int64_t start = 0; start < shape.depth(); start += kDepth) {
-      const int64_t depth = std::min(kDepth, shape.depth() - start);
+    for (int64_t start = 0; start < shape.depth(); start += kDepth<Flat>) {
+      const int64_t depth = std::min(kDepth<Flat>, shape.depth() - start);
       const Flat decay = start == 0 ? beta : Flat(1);
       for_panels([&](int64_t panel) {
         pack(packed + panel * stride, grad + b * numel, shape, panel * width, start, depth);

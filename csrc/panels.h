@@ -15,7 +15,9 @@
 
 namespace shampoo {
 
-constexpr int64_t kDepth = 256;  // of a packed panel: those of a matrix of 256 stay in L2
+// Of a packed panel: those of a matrix of 256 columns stay in the L2 cache.
+template <class Flat>
+constexpr int64_t kDepth = 1024 / sizeof(Flat);
 constexpr int kVectors = 2;
 
 template <class Flat>
@@ -84,8 +86,8 @@ void for_upper_tiles(const Flat* left, const Flat* right, int64_t panel, int64_t
   const int64_t column = panel * width, columns = std::min(width, size - column);
   alignas(64) Flat sums[height][width];
   for (int64_t row = 0; row < column + columns; row += height) {
-    const Flat* rows = left + row / width * kDepth * width + row % width;
-    multiply<Flat>(sums, rows, right + panel * kDepth * width, depth);
+    const Flat* rows = left + row / width * kDepth<Flat> * width + row % width;
+    multiply<Flat>(sums, rows, right + panel * kDepth<Flat> * width, depth);
     const int64_t height_here = std::min(height, size - row);
     for (int64_t r = 0; r < height_here; ++r) {
       const int64_t i = row + r;

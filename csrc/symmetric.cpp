@@ -11,7 +11,7 @@ void symmetric_product(Flat* out, const Flat* left, const Flat* right, const Fla
                        int64_t count, int64_t size, const Polynomial<Flat>& polynomial) {
   constexpr int64_t width = kWidth<Flat>;
   const Unfolding shape{size, size, 1};  // rows of a symmetric matrix are its columns
-  const int64_t panels = (size + width - 1) / width, stride = kDepth * width;
+  const int64_t panels = (size + width - 1) / width, stride = kDepth<Flat> * width;
   const bool is_square = left == right;
   const auto [alpha, beta, diagonal] = polynomial;
   for_matrices<Flat>(
@@ -21,8 +21,8 @@ void symmetric_product(Flat* out, const Flat* left, const Flat* right, const Fla
         const int64_t at = b * size * size;
         Flat* rows = packed;
         Flat* columns = is_square ? packed : packed + panels * stride;
-        for (int64_t start = 0; start < size; start += kDepth) {
-          const int64_t depth = std::min(kDepth, size - start);
+        for (int64_t start = 0; start < size; start += kDepth<Flat>) {
+          const int64_t depth = std::min(kDepth<Flat>, size - start);
           for_panels([&](int64_t panel) {
             pack(rows + panel * stride, left + at, shape, panel * width, start, depth);
             if (!is_square)
