@@ -147,7 +147,7 @@ def _power(T: Tensor, p: int, pool: _Pool, is_first: bool = False) -> Tensor:
 def _first_update(T: Tensor, p: int, S: Tensor, bound: Tensor, low: Tensor, pool: _Pool) -> Tensor:
     """(T^p M + M T^p) / 2 in float64, M = S / bound + low I unrounded. S is given up."""
     P = _power(T, p, pool, is_first=True)
-    M = S.double().div_(bound[:, None, None])
+    M = S / bound[:, None, None]  # float64, as the bound is
     _add_identity_(M, low)
     S.copy_(_Pool(M, pool.multiply).average(P.double(), M))
     if P is not T:

@@ -56,6 +56,7 @@ def test_the_extension_builds_and_loads_against_cuda(site: Path, tmp_path: Path)
         pytest.skip("no nvcc on PATH: the extension cannot be built for CUDA")
     environment = {
         "SHAMPOO_CUDA_ARCH": "8.0 9.0",
+        "SHAMPOO_BACKEND": "compiled",
         **os.environ,
         "PYTHONPATH": str(site),
         "SHAMPOO_CACHE_DIR": str(tmp_path / "cache"),
@@ -70,7 +71,7 @@ def test_the_extension_builds_and_loads_against_cuda(site: Path, tmp_path: Path)
         results.append((json.loads(done.stdout.splitlines()[-1]), done.stderr))
     (first, said), (second, said_again) = results
     print(f"{first['seconds']:.0f} s to build, {second['seconds']:.1f} s to load")
-    assert "building C++/CUDA kernels" in said
+    assert "building kernels" in said
     assert "building" not in said_again
     assert len(first["flags"]) == len(environment["SHAMPOO_CUDA_ARCH"].replace(";", " ").split())
     registered = {name for name, there in first["cuda"].items() if there}

@@ -39,7 +39,7 @@ print(json.dumps({
 }))
 """
 
-BUILDING = "building C++/CUDA kernels"
+BUILDING = "building kernels"
 
 # Compiles in a few seconds, and registers one kernel that does nothing.
 TINY = """
@@ -346,9 +346,13 @@ def test_no_cuda_toolkit_is_asked_for_without_cuda_sources(sources, monkeypatch)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     for source in sources.glob("*.cu"):
         source.unlink()
+    monkeypatch.setenv("SHAMPOO_BACKEND", "compiled")
     assert jit.cuda_flags() == []
     assert all(source.suffix == ".cpp" for source in jit.sources())
     (sources / "kernel.cu").write_text("")
+    monkeypatch.setenv("SHAMPOO_BACKEND", "auto")
+    assert jit.cuda_flags() == [], "CUDA kernels are built only where they are asked for"
+    monkeypatch.setenv("SHAMPOO_BACKEND", "compiled")
     monkeypatch.setenv("SHAMPOO_CUDA_ARCH", "8.0;9.0a")
     assert jit.cuda_flags() == [
         "-gencode=arch=compute_80,code=sm_80",
