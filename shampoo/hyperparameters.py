@@ -290,7 +290,7 @@ def _check_choices(group: dict[str, Any]) -> None:
         _require(group[name] in choices, name, group[name], f"one of {', '.join(choices)}")
     for name in ("max_preconditioner_dim", "precondition_frequency"):
         value = group[name]
-        is_count = isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+        is_count = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
         _require(is_count, name, value, "an integer >= 1")
     override = group["exponent_override"]
     powers = [override] if isinstance(override, int) else override

@@ -9,10 +9,11 @@ trace them all.
 import functools
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from shampoo import jit
 from shampoo.kernels import health, minimax, reference
@@ -69,9 +70,18 @@ eigh_ = _define(
 )
 
 
-def _minimax_root_(*arguments: Any) -> None:
+def _minimax_root_(
+    root: Tensor,
+    ridge: Tensor,
+    factor: Tensor,
+    p: int,
+    eps: float,
+    relative_eps: float,
+    schedule: Sequence[float],
+) -> None:
     """The chain in plain PyTorch, around the op for its products."""
-    minimax.minimax_root_(*arguments, multiply=symmetric_product_)
+    multiply = symmetric_product_
+    minimax.minimax_root_(root, ridge, factor, p, eps, relative_eps, schedule, multiply)
 
 
 minimax_root_ = _define(

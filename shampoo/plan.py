@@ -160,8 +160,8 @@ class Plan:
         # Only now, when all of it is known to fit: a plan that cannot be built leaves no trace.
         for param in params:
             state[param] = {}
-        for param, key, view in published:
-            state[param][key] = view
+        for param, name, view in published:
+            state[param][name] = view
 
     def is_current(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Whether the plan still describes these groups: same parameters, same geometry."""

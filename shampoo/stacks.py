@@ -146,8 +146,9 @@ class Arena:
         )
         middles = costs.cumsum(0) - costs / 2
         slots = (middles / costs.sum() * period).int()
-        for stack, slot in zip(stacks, slots.split([stack.count for stack in stacks]), strict=True):
-            stack.slot.copy_(slot)
+        for stack in stacks:
+            stack.slot.copy_(slots[: stack.count])
+            slots = slots[stack.count :]
 
     def allocate(self, moments: Sequence[str]) -> None:
         """Places every tile and makes the state, zero."""
