@@ -49,6 +49,8 @@ LAYERS = {
     "grafting": "",
     "hyperparameters": "blocking grafting solver",
     "layout": "blocking hyperparameters",
+    "cost": "layout",
+    "ownership": "",
     "stacks": "blocking layout refresh",
     "segments": "refresh stacks",
     "plan": "errors grafting hyperparameters layout segments solver stacks",
