@@ -1,10 +1,25 @@
-"""What every test shares: one thread, one seed, and uninitialised memory on request."""
+"""What every test shares: one thread, one seed, and uninitialised memory on request.
+
+Where ``CI=true``, only a missing GPU excuses a test that is skipped.
+"""
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if os.environ.get("CI") != "true":
+        return
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    reasons = {report.longrepr[2] for report in reporter.stats.get("skipped", [])}
+    if missing := sorted(reason for reason in reasons if "GPU" not in reason):
+        reporter.write_line("\nNot allowed with CI=true:", red=True)
+        reporter.write_line("\n".join(missing), red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="session", autouse=True)
