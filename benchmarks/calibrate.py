@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import floor, machine
+from benchmarks import machine
 from benchmarks.shapes import MODELS
 from benchmarks.timing import Clock
 from shampoo import ops, plan
@@ -33,6 +33,8 @@ from shampoo.solver import ROOT_METHODS
 RESULTS = Path(__file__).parent / "results"
 SIDES = {"cpu": (32, 64, 128, 256, 512, 1024), "cuda": (64, 128, 256, 512, 1024, 2048)}
 ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}  # of a stack: those of a segment of the optimizer
+
+COPIED = {"cpu": 1 << 26, "cuda": 1 << 28}  # elements
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -131,6 +133,14 @@ def measure_root(side: int, method: str, clock: Clock, seconds: float) -> float:
     return fastest(partial(stack.refresh, method), clock, seconds) / stack.roots
 
 
+def measure_copy(clock: Clock, seconds: float) -> float:
+    """Seconds to move a byte in a copy far larger than any cache, read and written."""
+    source = torch.ones(COPIED[clock.device.type], device=clock.device)
+    target = torch.empty_like(source)
+    traffic = 2 * source.numel() * source.element_size()
+    return fastest(lambda: target.copy_(source), clock, seconds) / traffic
+
+
 def measure(
     device: torch.device, sides: Sequence[int], rounds: int, seconds: float
 ) -> dict[str, Any]:
@@ -153,7 +163,7 @@ def measure(
         accumulate=tuple((side, best[side]["accumulate"]) for side in sides),
         apply=tuple((side, best[side]["apply"]) for side in sides),
         root=tuple((side, best[side]["auto"] / side**3) for side in sides),
-        byte=1 / floor.measure_rates(device, ()).copy,
+        byte=min(measure_copy(clock, seconds) for _ in range(rounds)),
         machine=f"{facts['name']}, {facts['threads']} threads, torch {facts['torch']}, measured",
     )
     return {"machine": facts, "cost_model": model.to_json(), "roots_s": roots}

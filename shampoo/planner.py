@@ -7,7 +7,7 @@ same shapes, the same cuts and the same owners, evaluated with a :class:`~shampo
 import fnmatch
 import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from shampoo.report import PlanReport
 
 LAYOUTS = ("ddp", "fsdp2", "hsdp")
 BLOCK_CANDIDATES = (512, 1024, 2048, 4096)
+_SMALL_MESSAGE = 64 << 10  # bytes, below which latency rather than bandwidth decides
 _BALANCED = 1.1  # largest over mean compute that a recommended block size may have
 
 Shapes = Mapping[str, Sequence[int]] | Iterable[Sequence[int]]
@@ -47,6 +48,9 @@ def plan(
     **arguments: Any,
 ) -> PlanReport:
     """What Shampoo would hold, send and take on ``world_size`` ranks.
+
+    Blocks, owners and bytes are those of the optimizer; seconds are predictions, in which all of
+    the exchange counts as if nothing hid it, but the latency of messages does not.
 
     Args:
         model_or_shapes: a module, on any device, ``meta`` included, of which the parameters that
@@ -76,25 +80,22 @@ def plan(
         TypeError: for an argument that Shampoo does not have.
     """
     values = _hyperparameters(arguments)
-    tensors = _tensors(model_or_shapes, parameter_dtype)
-    groups = _groups(tensors, values, grafted_only)
-    _check(layout, world_size, replicas, devices_per_node, block_candidates)
-    for name, bandwidth in (("island", island_bandwidth), ("network", network_bandwidth)):
-        if not 0 < bandwidth < math.inf:
-            raise ValueError(f"Invalid {name}_bandwidth={bandwidth}. Must be > 0 and finite.")
+    _check_counts(
+        block_candidates,
+        world_size=world_size,
+        replicas=replicas,
+        devices_per_node=devices_per_node,
+    )
+    _check_layout(layout, world_size, replicas)
+    _check_bandwidth("island_bandwidth", island_bandwidth)
+    _check_bandwidth("network_bandwidth", network_bandwidth)
+    _check_dtype("parameter_dtype", parameter_dtype)
+    _check_dtype("communication_dtype", communication_dtype or parameter_dtype)
+    groups = _groups(_tensors(model_or_shapes, parameter_dtype), values, grafted_only)
     factored = _factored(groups)
-    best_group = group_size(world_size, factored, devices_per_node)
-    notes = []
     owners = world_size
     if layout == "ddp":
         owners = group_size(world_size, factored, devices_per_node, num_trainers_per_group)
-        if num_trainers_per_group > world_size:
-            notes.append(f"num_trainers_per_group={num_trainers_per_group} is more than the world")
-        elif num_trainers_per_group == -1 and owners < min(devices_per_node, world_size):
-            notes.append(
-                f"groups are smaller than a node: they must divide {world_size} ranks and have"
-                f" four of the {factored} blocks with factors an owner"
-            )
     setting = Setting(
         layout=layout,
         world_size=world_size,
@@ -107,10 +108,33 @@ def plan(
         cost_model=cost_model or CostModel(),
     )
     report = forecast(groups, setting)
-    block = _recommend_block(groups, setting, report, block_candidates)
     return replace(
-        report, recommended_block=block, recommended_group=best_group, notes=tuple(notes)
+        report,
+        recommended_block=_recommend_block(groups, setting, report, block_candidates),
+        recommended_group=group_size(world_size, factored, devices_per_node),
+        notes=tuple(_notes(report, num_trainers_per_group, devices_per_node)),
     )
+
+
+def _notes(report: PlanReport, asked_group: int, devices_per_node: int) -> Iterator[str]:
+    """What the numbers alone do not say."""
+    world_size, owners = report.world_size, report.owners
+    if report.layout == "ddp":
+        if asked_group > world_size:
+            yield f"num_trainers_per_group={asked_group} is more than the world"
+        elif asked_group == -1 and owners < min(devices_per_node, world_size):
+            yield (
+                f"groups are smaller than a node: they must divide {world_size} ranks and have"
+                f" four of the {report.factored_blocks} blocks with factors an owner"
+            )
+        return
+    # Two exchanges a step, each with a message for every owner.
+    message = sum(report.traffic_bytes) / (2 * owners**2)
+    if 0 < message < _SMALL_MESSAGE:
+        yield (
+            f"an all-to-all has {message:.0f} bytes for a peer: it takes longer than predicted,"
+            " since latency is not modelled"
+        )
 
 
 def _hyperparameters(arguments: Mapping[str, Any]) -> Hyperparameters:
@@ -154,6 +178,7 @@ def _shape(name: str, shape: Any) -> tuple[int, ...]:
 
 def _groups(tensors: list[Tensor], values: Hyperparameters, patterns: Sequence[str]) -> Groups:
     """The parameter groups of the optimizer: what is preconditioned, then what is not."""
+    patterns = (patterns,) if isinstance(patterns, str) else patterns
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(tensor.name, pattern) for tensor in tensors):
             raise ValueError(
@@ -168,18 +193,14 @@ def _groups(tensors: list[Tensor], values: Hyperparameters, patterns: Sequence[s
     return [(group, members) for group, members in ((values, rest), (plain, grafted)) if members]
 
 
-def _check(
-    layout: str, world_size: int, replicas: int, devices_per_node: int, blocks: Sequence[int]
-) -> None:
-    counts = {
-        "world_size": world_size,
-        "replicas": replicas,
-        "devices_per_node": devices_per_node,
-        **{f"block_candidates[{index}]": block for index, block in enumerate(blocks)},
-    }
+def _check_counts(blocks: Sequence[int], **counts: int) -> None:
+    counts |= {f"block_candidates[{index}]": block for index, block in enumerate(blocks)}
     for name, count in counts.items():
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise ValueError(f"Invalid {name}={count!r}. Must be an integer >= 1.")
+
+
+def _check_layout(layout: str, world_size: int, replicas: int) -> None:
     if layout not in LAYOUTS:
         raise ValueError(f"Invalid layout={layout!r}. Must be one of {', '.join(LAYOUTS)}.")
     if layout == "hsdp" and (replicas < 2 or world_size % replicas):
@@ -190,6 +211,16 @@ def _check(
         )
     if layout != "hsdp" and replicas != 1:
         raise ValueError(f'Invalid replicas={replicas}. Must be 1 unless layout="hsdp".')
+
+
+def _check_bandwidth(name: str, bandwidth: float) -> None:
+    if not 0 < bandwidth < math.inf:
+        raise ValueError(f"Invalid {name}={bandwidth}. Must be > 0 and finite, in bytes a second.")
+
+
+def _check_dtype(name: str, dtype: torch.dtype) -> None:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"Invalid {name}={dtype!r}. Must be a floating-point torch.dtype.")
 
 
 def _factored(groups: Groups) -> int:

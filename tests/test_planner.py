@@ -335,6 +335,13 @@ def test_a_smaller_group_is_explained():
     )
 
 
+def test_small_messages_are_noted_since_latency_is_not_modelled():
+    [note] = plan([(64, 64)] * 4, 4, layout="fsdp2").notes
+    assert "latency is not modelled" in note
+    assert plan([(1024, 1024)] * 4, 4, layout="fsdp2").notes == ()
+    assert plan([(64, 64)], 1, layout="fsdp2").notes == ()
+
+
 def test_recommended_block_balances_and_is_no_dearer():
     shapes = [(512, 512)] * 4
     asked = plan(shapes, 8, layout="fsdp2", max_preconditioner_dim=512, block_candidates=(64, 128))
@@ -381,6 +388,9 @@ def test_bad_models_and_worlds_are_named(arguments, words):
         ({"network_bandwidth": 0.0}, "Invalid network_bandwidth=0.0. Must be > 0"),
         ({"block_candidates": (512, 0)}, "Invalid block_candidates[1]=0"),
         ({"grafted_only": ["embed*"]}, "Invalid grafted_only='embed*'. Must match a name, such as"),
+        ({"grafted_only": "embed*"}, "Invalid grafted_only='embed*'"),
+        ({"parameter_dtype": "bfloat16"}, "Invalid parameter_dtype='bfloat16'. Must be a floating"),
+        ({"communication_dtype": torch.int8}, "Invalid communication_dtype=torch.int8"),
         ({"precondition_frequency": 0}, "Invalid precondition_frequency=0"),
         ({"grafting": "adagard"}, "Invalid grafting='adagard'"),
     ],
