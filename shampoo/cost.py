@@ -121,28 +121,23 @@ class CostModel:
 
     @classmethod
     def load(cls, path: str | Path) -> "CostModel":
-        """Reads what :meth:`to_json` wrote, for example ``python -m benchmarks.calibrate``.
+        """Reads the ``cost_model`` of a JSON file, as ``python -m benchmarks.calibrate`` writes it.
 
         Raises:
-            ValueError: if the file is not a cost model, saying what is wrong with it.
+            ValueError: if there is none, saying what is wrong with the file.
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON: {error}. Must be a cost model.") from error
-        return cls.from_json(values, str(path))
-
-    @classmethod
-    def from_json(cls, values: Any, source: str = "cost model") -> "CostModel":
-        """The model of a JSON object with exactly the fields of this class."""
+            raise ValueError(f"{path} is not JSON: {error}. Must hold a cost_model.") from error
+        model = values.get("cost_model") if isinstance(values, dict) else None
         names = {field.name for field in fields(cls)}
-        found = set(values) if isinstance(values, dict) else set()
-        if found != names:
+        if not isinstance(model, dict) or set(model) != names:
             raise ValueError(
-                f"Invalid {source}: has the fields {sorted(found)}. Must have {sorted(names)}:"
-                " write it with python -m benchmarks.calibrate."
+                f"Invalid {path}: it holds no cost_model with just {', '.join(sorted(names))}."
+                " Must be written by python -m benchmarks.calibrate."
             )
-        return cls(**{name: _curve(value) for name, value in values.items()})
+        return cls(**{name: _curve(value) for name, value in model.items()})
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON-like values."""

@@ -61,8 +61,14 @@ LAYERS = {
     "layerwise": "ops segments",
     "optimizer": "checkpoint direction errors gradients hyperparameters layerwise layout ops plan"
     " precision refresh segments solver",
-    "__init__": "errors optimizer roots",
-    "__main__": "jit ops",
+    # before the step
+    "architectures": "",
+    "traffic": "layout",
+    "report": "",
+    "forecast": "cost grafting hyperparameters layout ownership report traffic",
+    "planner": "cost forecast hyperparameters layout optimizer ownership report",
+    "__init__": "errors optimizer planner roots",
+    "__main__": "architectures cost grafting hyperparameters jit ops planner",
 }
 
 FOLDERS = {"shampoo": ROOT / "shampoo", "shampoo.kernels": ROOT / "kernels"}
