@@ -53,8 +53,11 @@ def exchanges_of(plan: Plan, params: Sequence[Tensor], workers: Workers) -> dict
                 max(plan.longest_segment(arena) for arena in arenas),
             )
         else:
-            group = workers.group(team)
-            exchanges[team] = AllGather(crews[team], group, dtype, workers.overlap)
+            # Parts are sent when a rank gets there. Any other collective in between would meet
+            # them in another order on each rank, and hang.
+            overlap = workers.overlap and len(crews) == 1
+            overlap = overlap and not any(arena.is_layerwise for arena in arenas)
+            exchanges[team] = AllGather(crews[team], workers.group(team), dtype, overlap)
     return exchanges
 
 

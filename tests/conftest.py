@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from ranks import Ranks
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -28,6 +29,14 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)  # tiny tensors, and reductions in one order
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Processes that play the ranks of a run; none is started before one is asked for."""
+    pool = Ranks()
+    yield pool
+    pool.close()
 
 
 @pytest.fixture(autouse=True)
