@@ -68,9 +68,9 @@ void transpose(Flat* to, int64_t stride, const Sums<Flat>& sums, int64_t columns
     for (int64_t r = 0; r < kHeight<Flat>; ++r) to[c * stride + r] = sums[r][c];
 }
 
-// sums[r][c] += sum over the depth of rows[r] * columns[c], both read from packed panels; of the
-// columns, the vectors from `first` on. Long sums are added up in pieces of kDepth.
-template <int first, class Flat>
+// sums[r][c] = sum over the depth of rows[r] * columns[c], both read from packed panels, added to what
+// is there if `adds`; zero before the vector `first`. Long sums are added up in pieces of kDepth.
+template <int first, bool adds, class Flat>
 void multiply(Sums<Flat>& sums, const Flat* rows, const Flat* columns, int64_t depth) {
   constexpr int64_t width = kWidth<Flat>, height = kHeight<Flat>, lanes = kLanesOf<Flat>;
   for (int64_t start = 0; start < depth; start += kDepth<Flat>) {
@@ -87,9 +87,9 @@ void multiply(Sums<Flat>& sums, const Flat* rows, const Flat* columns, int64_t d
       }
     }
     for (int64_t r = 0; r < height; ++r)
-      for (int v = first; v < kVectors; ++v) {
+      for (int v = 0; v < kVectors; ++v) {
         Flat* at = &sums[r][v * lanes];
-        store(at, fused(fill(Flat(1)), total[r][v], load(at)));
+        store(at, start == 0 && !adds ? total[r][v] : fused(fill(Flat(1)), total[r][v], load(at)));
       }
   }
 }
@@ -131,9 +131,9 @@ template <int first, class Flat>
 void multiply(Sums<Flat>& sums, const Operands<Flat>& operands, int64_t row, int64_t panel) {
   const int64_t rows = row / kWidth<Flat> * operands.panel + row % kWidth<Flat>;
   const int64_t columns = panel * operands.panel;
-  multiply<first>(sums, operands.left + rows, operands.right + columns, operands.depth);
+  multiply<first, false>(sums, operands.left + rows, operands.right + columns, operands.depth);
   if (operands.both_orders)
-    multiply<first>(sums, operands.right + rows, operands.left + columns, operands.depth);
+    multiply<first, true>(sums, operands.right + rows, operands.left + columns, operands.depth);
 }
 
 // Tiles of one panel of columns from the first row down to the diagonal, written to `out` and, where
@@ -145,27 +145,31 @@ void upper_tiles(Flat* out, const Layout<Flat>& layout, int64_t panel,
   const int64_t column = panel * width, columns = std::min(width, layout.size - column);
   const bool is_whole = columns == width || layout.is_padded();
   const auto alpha = fill(polynomial.alpha), beta = fill(polynomial.beta);
-  alignas(64) Flat edge[width] = {};  // a row of the addend, whose last columns are not there
+  const auto zero = fill(Flat(0));
+  alignas(64) Flat edge[width] = {};  // a row, where the last columns are not there
   for (int64_t row = 0; row < column + columns; row += height) {
-    alignas(64) Sums<Flat> sums = {};
+    alignas(64) Sums<Flat> sums;
     if (row < column + lanes)
       multiply<0>(sums, operands, row, panel);
     else  // what is left of the diagonal is mirrored
       multiply<1>(sums, operands, row, panel);
     const int64_t rows = std::min(height, layout.size - row), here = layout.at(row, column);
     for (int64_t r = 0; r < rows; ++r) {
-      const Flat* addend = edge;
-      if (polynomial.addend) {
-        addend = polynomial.addend + here + r * layout.row;
-        if (!is_whole) addend = std::copy_n(addend, columns, edge) - columns;
-      }
+      Flat* to = is_whole ? out + here + r * layout.row : edge;
+      const Flat* addend = polynomial.addend ? polynomial.addend + here + r * layout.row : nullptr;
+      if (addend && !is_whole) addend = std::copy_n(addend, columns, edge) - columns;
       for (int v = 0; v < kVectors; ++v) {
-        const auto base = fused(beta, load(addend + v * lanes), fill(Flat(0)));
         Flat* sum = &sums[r][v * lanes];
-        store(sum, fused(alpha, load(sum), base));
+        const auto base = addend ? fused(beta, load(addend + v * lanes), zero) : zero;
+        const auto entry = fused(alpha, load(sum), base);
+        store(sum, entry);
+        store(to + v * lanes, entry);
       }
-      if (row + r >= column) sums[r][row + r - column] += polynomial.diagonal;
-      std::copy_n(sums[r], is_whole ? width : columns, out + here + r * layout.row);
+      if (row + r >= column) {
+        const int64_t c = row + r - column;
+        to[c] = sums[r][c] += polynomial.diagonal;
+      }
+      if (!is_whole) std::copy_n(edge, columns, out + here + r * layout.row);
     }
     if (mirror && row < column)
       transpose(out + layout.at(column, row), layout.row, sums, columns);

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from shampoo import jit
 from shampoo.kernels import health, minimax, reference
