@@ -20,7 +20,7 @@ ROOT_METHODS = ("auto", "eigh", "coupled_newton", "minimax")
 # Bytes of a stack worked on at a time, which bounds the temporary memory.
 _CPU_CHUNK = 16 << 20
 _GPU_CHUNK = 256 << 20
-_CPU_EIGH_FROM = 384  # from this n, float64 LAPACK, a matrix a thread, measures faster
+_CPU_EIGH_FROM = 640  # from this n, float64 LAPACK, a matrix a thread, measures faster
 
 
 def solve_(
