@@ -18,7 +18,7 @@ LAYERS = {
     "kernels.reference": "",
     "kernels.norms": "",
     "kernels.newton": "kernels.norms",
-    "kernels.minimax": "kernels.norms kernels.reference",
+    "kernels.minimax": "kernels.norms",
     "kernels.health": "kernels.norms",
     # the same in Triton
     "kernels.chip": "",
