@@ -2,16 +2,14 @@
 
 import inspect
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.optim.optimizer import Optimizer
 
-from shampoo import checkpoint, ops
+from shampoo import ops
 from shampoo.agreement import FAILED, OK, SKIPPED
 from shampoo.direction import direct
 from shampoo.exchange import Exchange, Round
@@ -19,6 +17,7 @@ from shampoo.exchanges import exchanges_of
 from shampoo.hyperparameters import Hyperparameters, dtype_name, warn_about
 from shampoo.layerwise import Norms
 from shampoo.layout import FACTORED, Layout
+from shampoo.persistence import Persistent
 from shampoo.precision import full_precision
 from shampoo.proposal import Attempt, Proposal, local_gradients, propose
 from shampoo.refresh import refresh_roots_
@@ -35,7 +34,7 @@ logger = logging.getLogger(__name__)
 _EXTRA = {"skipped_steps": 0, "refresh_period": 0}
 
 
-class Shampoo(Optimizer):
+class Shampoo(Persistent):
     r"""Distributed Shampoo (arXiv 2309.06497): block-diagonal Kronecker-factored preconditioning.
 
     Every parameter is merged to a matrix, cut into blocks of at most ``max_preconditioner_dim`` a
@@ -120,9 +119,6 @@ class Shampoo(Optimizer):
     ``block{k}.exp_avg``, ``block{k}.exp_avg_sq`` (the grafted method's), ``block{k}.momentum``.
     """
 
-    # On the class, so that an unpickled or copied optimizer, which has neither, starts without.
-    _plan: Plan | None = None
-    _incoming: dict[Tensor, dict[str, Any]] | None = None
     _exchange_cache: tuple[Plan, dict[Team, Exchange]] | None = None
 
     def __init__(
@@ -222,6 +218,7 @@ class Shampoo(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._consolidated = None
         proposal = self._agree()
         if proposal is not None:
             self._take(proposal)
@@ -379,70 +376,7 @@ class Shampoo(Optimizer):
             pending=factors.pending,
         )
 
-    def _current_plan(self) -> Plan:
-        """The plan, rebuilt if parameters were added, swapped, unfrozen or moved since."""
-        if self._plan is None or not self._plan.is_current(self.param_groups, self._workers):
-            live = {param for group in self.param_groups for param in group["params"]}
-            for param in [param for param in self.state if param not in live]:
-                logger.warning("shampoo: a parameter was replaced; its state is dropped")
-                del self.state[param]
-            self._plan = Plan(self.param_groups, self.state, self._workers, before=self._plan)
-        return self._plan
-
-    def _count_skipped(self, complaint: str) -> None:
-        for group in self.param_groups:
-            group["extra"]["skipped_steps"] += 1
-        count = self.skipped_steps
-        if count & (count - 1) == 0:  # 1, 2, 4, 8 ...: a run that skips for ever stays readable
-            logger.warning("shampoo: step skipped, %s; %d skipped so far", complaint, count)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Called by torch when it copies and pickles.
-
-        Published state are views, each of which would be pickled with all of its arena.
-        """
-        state = super().__getstate__()
-        state["_workers"] = self._workers
-        state["state"] = {
-            param: {key: view.clone() for key, view in entries.items()}
-            for param, entries in self.state.items()
-        }
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what ``state_dict()`` returned; training continues bit for bit.
-
-        Statistics keep the dtype of ``preconditioner_dtype`` whatever the parameters are. Values of
-        hyper-parameters come from the checkpoint, as for every ``torch.optim`` optimizer.
-
-        Args:
-            state_dict: loaded, for example, by ``torch.load(path, weights_only=True)``.
-
-        Raises:
-            IncompleteCheckpointError: if blocks are missing.
-            BlockGridMismatchError: if blocks have other shapes.
-            ValueError: for other numbers of groups or parameters, or a value out of range.
-                In every case the optimizer is as it was.
-        """
-
-        def keep_state(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
-            self._incoming = checkpoint.match(
-                self.param_groups, self.defaults, incoming, self._workers
-            )
-            return {**incoming, "state": {}}
-
-        # Registered now, so that it sees what the user's own hooks make of the state.
-        hook = self.register_load_state_dict_pre_hook(keep_state)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            hook.remove()
-            self._incoming = None
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Called by torch when it loads, copies and unpickles; the plan is made anew."""
-        super().__setstate__(state)
-        ops.load_kernels()
+    def _fill_groups(self) -> None:
         # A pickle of an older version has none of the arguments that came after it, not even in
         # its defaults.
         self.defaults = {**_DEFAULTS, **self.defaults}
@@ -450,14 +384,16 @@ class Shampoo(Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
             group["preconditioner_dtype"] = dtype_name(group["preconditioner_dtype"])
-            group["extra"] = {**_EXTRA, **group.get("extra", {})}
-        if "_workers" not in self.__dict__:
-            self._workers = Workers()  # a pickle of a version before there were any
-        self._plan = None
-        if self._incoming is not None:
-            self.state = defaultdict(dict, self._incoming)
-            if self._incoming:
-                self._current_plan()
+            extra = group.get("extra", {})
+            group["extra"] = {name: extra.get(name, value) for name, value in _EXTRA.items()}
+        ops.load_kernels()
+
+    def _count_skipped(self, complaint: str) -> None:
+        for group in self.param_groups:
+            group["extra"]["skipped_steps"] += 1
+        count = self.skipped_steps
+        if count & (count - 1) == 0:  # 1, 2, 4, 8 ...: a run that skips for ever stays readable
+            logger.warning("shampoo: step skipped, %s; %d skipped so far", complaint, count)
 
 
 # Who shares the work belongs to a run, not to what is trained: it is in no group or checkpoint.

@@ -84,7 +84,7 @@ class Workers:
         self.num_trainers_per_group = num_trainers_per_group
         self.communication_dtype = communication_dtype
         self.overlap = overlap
-        self._trainers: int | None = None
+        self._trainers: dict[int, int] = {}  # by the number of replicas, decided once
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._agreements: dict[tuple[int, ...], Agreement] = {}
 
@@ -103,12 +103,11 @@ class Workers:
 
     def settle_trainers(self, blocks: int) -> None:
         """Decides, once, how many ranks divide the blocks of replicated parameters."""
-        if self._trainers is None:
-            self._trainers = trainers_per_group(
-                self.num_trainers_per_group,
-                self.replicas().size,
-                int(os.environ.get("LOCAL_WORLD_SIZE", self.replicas().size)),
-                blocks,
+        replicas = self.replicas().size
+        if replicas not in self._trainers:
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", replicas))
+            self._trainers[replicas] = trainers_per_group(
+                self.num_trainers_per_group, replicas, local, blocks
             )
 
     def team_of(self, param: Tensor) -> Team:
@@ -117,7 +116,7 @@ class Workers:
             team = _team_of_mesh(param)
             return team if not team.is_alone else Team(team.ranks, 0)
         everyone = self.replicas()
-        size = self._trainers or 1
+        size = self._trainers.get(everyone.size, 1)
         first = everyone.me // size * size
         return Team(everyone.ranks[first : first + size], everyone.me - first)
 
