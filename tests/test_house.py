@@ -30,8 +30,9 @@ LAYERS = {
     "kernels.symmetric_gemm": "kernels.chip",
     "kernels.minimax_triton": "kernels.chain kernels.minimax kernels.planes kernels.symmetric_gemm",
     # the op table
-    "jit": "",
-    "ops": "jit kernels.gram kernels.health kernels.minimax kernels.minimax_triton"
+    "backends": "",
+    "jit": "backends",
+    "ops": "backends jit kernels.gram kernels.health kernels.minimax kernels.minimax_triton"
     " kernels.precondition kernels.probe kernels.reference",
     # inverse roots
     "precision": "",
@@ -60,7 +61,7 @@ LAYERS = {
     "optimizer": "checkpoint direction errors gradients hyperparameters layerwise layout ops plan"
     " precision refresh segments solver",
     "__init__": "errors optimizer roots",
-    "__main__": "jit ops",
+    "__main__": "backends jit ops",
 }
 
 FOLDERS = {"shampoo": ROOT / "shampoo", "shampoo.kernels": ROOT / "kernels"}
