@@ -48,7 +48,7 @@ _SUBJECT = {
     "small_root_": 0,
     "judge_roots_": 1,
 }
-_ELEMENTWISE = ("gather_blocks_", "graft_moments_", "update_blocks_")
+ELEMENTWISE = ("gather_blocks_", "graft_moments_", "update_blocks_")
 
 SMALL = 128  # rows of a matrix whose whole root chain one thread block holds, csrc/launch.h
 _SMALL_STEPS = 16  # of its schedule
@@ -163,7 +163,7 @@ def wanted(backend: str, card: str, table: Table) -> frozenset[str]:
 
 def router(op: str, backend: str, table: Table) -> Callable[[Sequence[Any]], str]:
     """:func:`choose` for the arguments of a call on a CUDA device, whether or not it takes them."""
-    place, counts = _SUBJECT[op], op in _ELEMENTWISE
+    place, counts = _SUBJECT[op], op in ELEMENTWISE
 
     @functools.lru_cache(maxsize=1024)
     def remembered(dtype: torch.dtype, size: int, card: str) -> str:
