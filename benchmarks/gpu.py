@@ -107,7 +107,9 @@ class Run:
         if section == "peers":
             self.worker.stop()  # what a package changes in its process must not reach other rows
         timeout = min(suite.LONGEST.get(section, suite.USUAL), self.left())
+        began = time.perf_counter()
         row = {**case, **self.worker.ask(case, timeout)}
+        row["wall_s"] = time.perf_counter() - began
         rates = self.report["rates"][0] if self.report["rates"] else {}
         return roofline.annotated(row, rates) if section == "kernels" else row
 

@@ -85,8 +85,20 @@ def distributed_shampoo(groups: Groups, *, block: int, refresh: int) -> torch.op
 
 
 def dash(groups: Groups, *, block: int, refresh: int, scaling: str, half: bool) -> Any:
-    """DASH, all blocks of a device stacked, coupled Newton: its fastest published settings."""
+    """DASH, all blocks of a device stacked, coupled Newton: its fastest published settings.
+
+    It wants a side of every matrix to be a multiple of its block: the largest such one is taken.
+    Vectors of different lengths make it raise: they go to AdamW.
+    """
     package = importlib.import_module("ista_daslab_optimizers.dash")
+    kept = [p for group in groups if group.get("precondition", True) for p in group["params"]]
+    matrices = [param for param in kept if param.squeeze().dim() > 1]
+    shapes = [param.squeeze().flatten(1).shape for param in matrices]
+    block = next(
+        size
+        for size in range(block, 0, -1)
+        if all(rows % size == 0 or cols % size == 0 for rows, cols in shapes)
+    )
     config = package.DashConfig(
         inv_root_method=package.DashInverseRootMethodType.CN,
         matrix_scaling_type=getattr(package.DashMatrixScalingType, scaling),
@@ -100,7 +112,10 @@ def dash(groups: Groups, *, block: int, refresh: int, scaling: str, half: bool) 
             [{"params": params}], lr=1e-3, weight_decay=0.0, config=config
         )
 
-    return beside_adamw(build, groups)
+    vectors = [param for param in kept if param.squeeze().dim() <= 1]
+    rest = [group for group in groups if not group.get("precondition", True)]
+    apart = [{"params": vectors, "precondition": False}] if vectors else []
+    return beside_adamw(build, [{"params": matrices}, *apart, *rest])
 
 
 def heavyball_soap(groups: Groups, *, block: int, refresh: int) -> torch.optim.Optimizer:

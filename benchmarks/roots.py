@@ -50,13 +50,13 @@ def measure(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             failures[name] = text_of(error)
-    times = timed(calls, device, case["seconds"], 3 if case["small"] else 5)
+    times = timed(calls, device, case["measure_s"], 3 if case["small"] else 5)
     seconds = {name: summary.p50 / counts[name] for name, summary in times.items()}
     return {
         "seconds_per_matrix": seconds,
         "samples": times[BASE].samples,
         "times_faster_than_eigh": {name: seconds[BASE] / s for name, s in seconds.items()},
-        "error": errors,
+        "relative_error": errors,
         "failures": failures,
     }
 

@@ -28,9 +28,12 @@ def measure(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     An optimizer that raises takes its row with it, which is why peers have rows of their own.
     """
     model, refresh = model_of(case), case["refresh"]
-    plan = contest.Plan(device, refresh, True, case["seconds"], case["periods"])
+    warmup = 3 if refresh == 1 else 1  # periods
+    plan = contest.Plan(device, refresh, True, case["measure_s"], case["periods"], warmup)
     factories = {name: peers.factory(name, model.block, refresh) for name in case["optimizers"]}
     _, measured, contestants = contest.run(model, factories, plan)
+    for name, contestant in contestants.items():
+        _require_motion(name, contestant)
     base = quantiles(measured[BASE])
     found = {}
     for name, times in measured.items():
@@ -56,6 +59,24 @@ def measure(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
         "work": {**work._asdict(), "flops": work.flops, "full_flops": work.full_flops},
         "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     }
+
+
+def _require_motion(name: str, contestant: contest.Contestant) -> None:
+    """Refuses the times of an optimizer that does nothing in a step, or nothing of use.
+
+    Raises:
+        RuntimeError: if a step leaves a parameter as it was, or not finite.
+    """
+    before = [param.flatten()[:64].clone() for param in contestant.params]
+    contestant.receive(contestant.grads)
+    contestant.optimizer.step()
+    for param, old in zip(contestant.params, before, strict=True):
+        new = param.flatten()[:64]
+        if torch.equal(old, new) or not new.isfinite().all():
+            raise RuntimeError(
+                f"a step of {name} leaves a parameter of shape {tuple(param.shape)} as it was, or"
+                " not finite: its times mean nothing"
+            )
 
 
 def parts(times: list[float], refresh: int) -> dict[str, Any]:

@@ -47,22 +47,22 @@ def cases(small: bool) -> Iterator[Case]:
     for n, batch in stacks:
         for op in _PRODUCTS:
             row = {"section": "kernels", "op": op, "size": n, "batch": batch}
-            yield {**row, "seconds": seconds, **common}
+            yield {**row, "measure_s": seconds, **common}
     for elements in _SMALL["elements"] if small else _ELEMENTS:
         for op in _FLAT:
             row = {"section": "kernels", "op": op, "size": elements, "batch": 16}
-            yield {**row, "seconds": seconds, **common}
+            yield {**row, "measure_s": seconds, **common}
     for n, batch in stacks:
         for p in (4,) if n > 1024 else (4, 2):
             row = {"section": "roots", "size": n, "batch": batch, "p": p, "relative_eps": 1e-6}
-            yield {**row, "seconds": seconds, **common}
+            yield {**row, "measure_s": seconds, **common}
     for model in steps.NAMES:
         for refresh in steps.REFRESHES:
             row = {"section": "steps", "model": model, "refresh": refresh}
             optimizers = ["adamw-fused", "muon", "shampoo"]
-            times = {"seconds": 0.0, "periods": 1}
+            times = {"measure_s": 0.0, "periods": 1}
             if not small:
-                times = {"seconds": 1.0, "periods": {1: 20, 10: 3, 50: 1}[refresh]}
+                times = {"measure_s": 1.0, "periods": {1: 20, 10: 3, 50: 1}[refresh]}
             yield {**row, "optimizers": optimizers, **times, **common}
     for model in training.MODELS:
         batch = 2 if small else {"resnet50": 256, "gpt2": 64}[model]  # 64 x 1024 tokens
@@ -73,7 +73,7 @@ def cases(small: bool) -> Iterator[Case]:
             row = {"section": "peers", "model": model, "refresh": refresh, "peer": peer}
             optimizers = ["adamw-fused", "shampoo", peer]
             # Some take seconds a root step: few of them, or there is no row at all.
-            times = {"seconds": 0.0, "periods": 1 if small or refresh > 1 else 3}
+            times = {"measure_s": 0.0, "periods": 1 if small or refresh > 1 else 3}
             yield {**row, "optimizers": optimizers, **times, **common}
 
 
@@ -109,7 +109,7 @@ def run_tests(backend: str, timeout: float) -> dict[str, Any]:
             if case.find("failure") is not None or case.find("error") is not None
         ]
     passed = counts["tests"] - counts["failures"] - counts["errors"] - skipped
-    row: dict[str, Any] = {"seconds": seconds, "passed": passed, "skipped": skipped}
+    row: dict[str, Any] = {"measure_s": seconds, "passed": passed, "skipped": skipped}
     row["failed"] = failed
     return {**row, "tail": _tail(done)} if failed else row
 
