@@ -28,7 +28,8 @@ REFERENCES: dict[str, Callable[..., None]] = {
 P, RELATIVE_EPS = 4, 1e-6
 NEAR = 2.0**-18  # of the whole: what split precision and fused sums may differ by
 ROOT_LIMIT = 2e-2  # whitened error of a root, the "standard" level at relative eps 1e-6
-_CHECKED = 2  # blocks, of as many as are timed: float64 is slow on most cards
+_CHECKED = 2  # blocks, of as many as are timed: float64 is slow on most cards, and large
+_CHECKED_ELEMENTS = 1 << 22
 _MOST = 200  # rounds of a small kernel
 
 
@@ -262,6 +263,8 @@ def timed(
     calls: Mapping[str, Callable[[], object]], device: torch.device, seconds: float, least: int
 ) -> dict[str, Quantiles]:
     """Quantiles of calls that take turns, ``least`` rounds and on until ``seconds`` are over."""
+    if not calls:
+        return {}
     clock = Clock(device)
     warm = interleaved(calls, clock, rounds=2)
     round_s = max(1e-9, sum(samples[-1] for samples in warm.values()))
@@ -274,7 +277,9 @@ def measure(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Checks, then times every kernel of one op at one size."""
     op, size, batch = case["op"], case["size"], case["batch"]
     found, failures = implementations(op, device)
-    few = TRIALS[op](batch if op in backends.ELEMENTWISE else min(batch, _CHECKED), size, device)
+    is_flat = op in backends.ELEMENTWISE
+    few_of = (batch, min(size, _CHECKED_ELEMENTS)) if is_flat else (min(batch, _CHECKED), size)
+    few = TRIALS[op](*few_of, device)
     errors, limits, passed = {}, {}, {}
     for kind, (kernel, supports) in found.items():
         try:

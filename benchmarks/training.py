@@ -69,28 +69,31 @@ def iteration(
     return run
 
 
+def _times(case: dict[str, Any], batch: int, device: torch.device) -> dict[str, list[float]] | None:
+    """Seconds of every measured iteration; None if the batch does not fit into memory."""
+    name, refresh, small = case["model"], case["refresh"], case["small"]
+    try:
+        runs = {
+            contestant: iteration(name, contestant, batch, refresh, small, device)
+            for contestant in CONTESTANTS
+        }
+        clock = Clock(device)
+        interleaved(runs, clock, rounds=WARMUP)
+        return interleaved(runs, clock, rounds=refresh, first_round=WARMUP)
+    except torch.cuda.OutOfMemoryError:
+        return None  # and what was allocated goes with this frame
+
+
 def measure(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Seconds of an iteration over one whole period, so that a root step is in the mean.
 
     Where a batch does not fit into memory half of it is tried, as far as an eighth.
     """
-    name, refresh, small = case["model"], case["refresh"], case["small"]
     batch = int(case["batch"])
-    while True:
-        try:
-            runs = {
-                contestant: iteration(name, contestant, batch, refresh, small, device)
-                for contestant in CONTESTANTS
-            }
-            clock = Clock(device)
-            interleaved(runs, clock, rounds=WARMUP)
-            times = interleaved(runs, clock, rounds=refresh, first_round=WARMUP)
-            break
-        except torch.cuda.OutOfMemoryError:
-            batch //= 2
-            if batch < max(1, case["batch"] // 8):
-                raise
-        # What failed is freed here: inside the handler its traceback still holds it.
+    while (times := _times(case, batch, device)) is None:
+        batch //= 2
+        if batch < max(1, case["batch"] // 8):
+            raise torch.cuda.OutOfMemoryError(f"not even a batch of {2 * batch}")
         torch.cuda.empty_cache()
     summaries = {contestant: quantiles(seconds) for contestant, seconds in times.items()}
     base = summaries["adamw-fused"]
