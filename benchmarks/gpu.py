@@ -71,6 +71,7 @@ class Run:
     def __init__(self, options: argparse.Namespace, console: Console) -> None:
         self.options, self.console = options, console
         self.start = time.perf_counter()
+        self.scratch = tempfile.TemporaryDirectory(prefix="shampoo-")
         self.worker = Worker(options.device)
         self.worker.environment = {"SHAMPOO_BACKEND": "cuda"}
         facts = machine.describe(torch.device(options.device))
@@ -128,25 +129,23 @@ class Run:
 
     def adopt(self) -> None:
         """Makes a table of what was measured, and lets the rows to come follow it."""
-        if self.options.device != "cuda" or not self.report["kernels"]:
+        self.worker.stop()  # what it loaded is what "cuda" names
+        self.worker.environment = {"SHAMPOO_BACKEND": "auto"}
+        if self.options.device != "cuda":
             return
         facts = {
             "card": self.report["machine"]["name"],
             **{key: self.report["machine"][key] for key in ("torch", "triton", "commit")},
         }
         entry = kernels.measured_table(self.report["kernels"], facts)
+        if not entry["ops"]:
+            return  # nothing was measured: the rows to come follow the table that there is
         self.report["table"] = {backends.card(): entry}
         target = self.options.write_table
         if target is None:
-            handle, name = tempfile.mkstemp(suffix=".json")
-            os.close(handle)
-            target = Path(name)
+            target = Path(self.scratch.name) / "backends.json"
         merge_table(target, backends.card(), entry)
-        self.worker.stop()
-        self.worker.environment = {
-            "SHAMPOO_BACKEND": "auto",
-            "SHAMPOO_BACKEND_TABLE": str(target.resolve()),
-        }
+        self.worker.environment["SHAMPOO_BACKEND_TABLE"] = str(target.resolve())
 
 
 def merge_table(path: Path, card: str, entry: dict[str, Any]) -> None:
@@ -236,29 +235,29 @@ def main(arguments: Sequence[str]) -> int:
         facts = run.report["machine"]
         facts.update(driver=driver(), capability=backends.card())
         facts["memory_bytes"] = torch.cuda.get_device_properties(0).total_memory
-    wanted = [case for case in suite.cases(options.small) if case["section"] in options.sections]
+    cases = [case for case in suite.cases(options.small) if case["section"] in options.sections]
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     try:
         with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task("", total=len(wanted) + 1)
-            section = ""
-            for case in wanted:
-                if case["section"] != section:
-                    if section == "build" and "tests" in options.sections:
-                        progress.update(task, description="tests")
-                        run.test()
-                    if section == "kernels":
-                        run.adopt()
-                    section = case["section"]
-                detail = (str(case[key]) for key in ("op", "model", "size", "peer") if key in case)
-                progress.update(task, description=" ".join([section, *detail]))
-                row = run.measure(case)
-                run.add(section, row)
-                if "error" in row:
-                    console.print(f"{progress.tasks[0].description}: {_outcome(row)}")
-                progress.advance(task)
+            task = progress.add_task("", total=len(cases))
+            for section in suite.SECTIONS:
+                if section == "steps":
+                    run.adopt()
+                if section == "tests" and section in options.sections:
+                    progress.update(task, description=section)
+                    run.test()
+                for case in (case for case in cases if case["section"] == section):
+                    keys = ("op", "model", "size", "refresh", "peer")
+                    name = " ".join([section, *(str(case[key]) for key in keys if key in case)])
+                    progress.update(task, description=name)
+                    row = run.measure(case)
+                    run.add(section, row)
+                    if "error" in row:
+                        console.print(f"{name}: {_outcome(row)}")
+                    progress.advance(task)
     finally:
         run.worker.stop()
+        run.scratch.cleanup()
         run.write()
     console.print(kernels_table(run.report["kernels"]))
     console.print(steps_table([*run.report["steps"], *run.report["peers"]]))

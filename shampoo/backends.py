@@ -51,7 +51,7 @@ _SUBJECT = {
 ELEMENTWISE = ("gather_blocks_", "graft_moments_", "update_blocks_")
 
 SMALL = 128  # rows of a matrix whose whole root chain one thread block holds, csrc/launch.h
-_SMALL_STEPS = 16  # of its schedule
+SMALL_STEPS = 16  # of its schedule
 
 Table = Mapping[str, Any]
 
@@ -192,7 +192,7 @@ def supports_small_root(
         root.dtype == factor.dtype == torch.float32
         and factor.shape[-1] <= SMALL
         and p >= 2
-        and 3 <= len(schedule) <= 3 * _SMALL_STEPS
+        and 3 <= len(schedule) <= 3 * SMALL_STEPS
         and root.is_contiguous()
         and factor.is_contiguous()
         and ridge.is_contiguous()

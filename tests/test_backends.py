@@ -9,7 +9,7 @@ from op_arguments import good_arguments
 from root_cases import stack
 from test_ops import load_compiled
 
-from shampoo import backends, ops
+from shampoo import backends, jit, ops
 from shampoo.schedule import minimax_schedule
 
 NOTHING: backends.Table = {"cpu": {}, "cuda": {}}
@@ -155,6 +155,12 @@ def test_small_float32_roots_go_to_the_fused_chain(small_chain, backend):
     _, *rest = root_call(64)
     strided = torch.full((2, 64, 128), torch.nan)[:, :, ::2]
     assert not is_fused(strided, *rest)
+
+
+def test_the_limits_of_the_fused_chain_are_those_of_its_source():
+    source = (jit.source_dir() / "launch.h").read_text()
+    assert f"kMaxRootSize = {backends.SMALL};" in source
+    assert f"kMaxSteps = {backends.SMALL_STEPS};" in source
 
 
 def test_auto_leaves_small_roots_where_the_table_does(small_chain):

@@ -256,3 +256,20 @@ def test_an_optimizer_that_does_nothing_has_no_times():
     idle.receive([torch.ones(6, 4)])
     with pytest.raises(RuntimeError, match=r"a step of idle leaves a parameter of shape \(6, 4\)"):
         steps._require_motion("idle", idle)
+
+
+class Clearing(torch.optim.SGD):
+    """SGD that takes the gradients away, as HeavyBall does."""
+
+    def step(self, closure=None):
+        super().step()
+        self.zero_grad(set_to_none=True)
+
+
+def test_gradients_that_an_optimizer_clears_come_back():
+    model = shapes.Model("tiny", (shapes.Parameter((6, 4)),))
+    plan = contest.Plan(CPU, 1, False, 0.0, 1)
+    clearing = contest.Contestant(model, lambda groups: Clearing(groups, lr=0.1), plan)
+    clearing.receive([torch.ones(6, 4)])
+    clearing.optimizer.step()
+    steps._require_motion("clearing", clearing)
