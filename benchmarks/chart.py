@@ -1,6 +1,6 @@
 """The pictures beside the numbers, drawn without a display."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+from shampoo.report import PlanReport
 
 KINDS = (("ordinary", "#4c78a8"), ("amortised", "#72b7b2"), ("root", "#e45756"))
 
@@ -47,6 +49,38 @@ def save_step_times(rows: Sequence[dict[str, Any]], path: Path) -> None:
     )
     axes.margins(y=0.12)
     axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
+    _save(figure, path)
+
+
+def save_scaling(reports: Mapping[str, Sequence[PlanReport]], path: Path) -> None:
+    """Four panels over the number of ranks: a color a model, a line style a layout."""
+    panels = (
+        ("compute, largest / mean", lambda report: report.compute_imbalance),
+        ("state of the busiest rank, GiB", lambda report: max(report.state_bytes) / 2**30),
+        ("received a step, MiB", lambda report: max(report.traffic_bytes) / 2**20),
+        ("mean step, nominal constants, ms", lambda report: report.together.mean * 1e3),
+    )
+    ranks = sorted({report.world_size for found in reports.values() for report in found})
+    figure, grid = plt.subplots(2, 2, figsize=(10, 7.6), layout="constrained")
+    for axes, (label, value) in zip(grid.flat, panels, strict=True):
+        for color, (name, found) in enumerate(reports.items()):
+            for layout, style in (("fsdp2", "-"), ("hsdp", "--")):
+                chosen = [report for report in found if report.layout == layout]
+                places = [report.world_size for report in chosen]
+                heights = [value(report) for report in chosen]
+                look = {"marker": "o", "markersize": 4, "color": f"C{color}"}
+                axes.plot(places, heights, style, label=f"{name}, {layout}", **look)
+            for report in found:
+                if report.layout == "ddp":
+                    axes.axhline(value(report), ls=":", color=f"C{color}", label=f"{name}, ddp")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ranks, [f"{count}" for count in ranks])
+        axes.set_yscale("log")
+        axes.set_xlabel("ranks")
+        axes.set_ylabel(label)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, ncols=4, loc="outside lower center", frameon=False)
+    figure.suptitle("simulated: exact blocks and bytes, predicted seconds", fontsize=10)
     _save(figure, path)
 
 

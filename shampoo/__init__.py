@@ -7,6 +7,7 @@ from shampoo.errors import (
     ShampooError,
 )
 from shampoo.optimizer import Shampoo
+from shampoo.planner import plan  # after the import of the module shampoo.plan, whose name it takes
 from shampoo.roots import inverse_root
 
 __version__ = "0.1.0"
@@ -17,4 +18,5 @@ __all__ = [
     "Shampoo",
     "ShampooError",
     "inverse_root",
+    "plan",
 ]

@@ -1,12 +1,24 @@
-"""``python -m shampoo`` builds the kernels ahead of time and says what this machine can use."""
+"""Builds the kernels ahead of time and says what this machine can use.
+
+The command plan says instead what the optimizer would hold, send and take on many ranks.
+"""
 
 import argparse
 import json
 import platform
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from shampoo import backends, jit, ops
+from shampoo.architectures import ARCHITECTURES
+from shampoo.cost import CostModel
+from shampoo.grafting import GRAFTING
+from shampoo.hyperparameters import DTYPES
+from shampoo.planner import LAYOUTS, plan
+
+_WIRE_DTYPES = (*DTYPES, "bfloat16", "float16")
 
 
 def report(build: bool) -> dict[str, object]:
@@ -39,14 +51,94 @@ def report(build: bool) -> dict[str, object]:
     }
 
 
+def read_shapes(model: str) -> Any:
+    """The shapes of a known model, or those in a JSON file, by name or in a row.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if model in ARCHITECTURES:
+        return ARCHITECTURES[model]().shapes
+    path = Path(model)
+    if not path.is_file():
+        names = ", ".join(ARCHITECTURES)
+        raise ValueError(
+            f"Invalid model={model!r}. Must be a JSON file of shapes or one of {names}."
+        )
+    try:
+        shapes = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{model} is not JSON: {error}. Must be shapes by name, or a list."
+        ) from error
+    if not isinstance(shapes, (dict, list)):
+        raise ValueError(f"Invalid {model}: {shapes!r}. Must be shapes by name, or a list of them.")
+    return shapes
+
+
+def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", help=f"{', '.join(ARCHITECTURES)}, or a JSON file of shapes, by name or in a list")
+    add("--world-size", type=int, required=True, help="ranks")
+    add("--layout", choices=LAYOUTS, default="ddp")
+    add("--group", type=int, default=-1, help="num_trainers_per_group; -1 chooses")
+    add("--replicas", type=int, default=1, help="copies of the shards, under hsdp")
+    add("--block", type=int, default=1024, help="max_preconditioner_dim")
+    add("--frequency", type=int, default=10, help="precondition_frequency")
+    add("--grafting", choices=tuple(GRAFTING), default="adam")
+    add("--momentum", type=float, default=0.0)
+    add("--grafted-only", nargs="+", default=[], metavar="PATTERN", help="names left unfactored")
+    add("--dtype", choices=_WIRE_DTYPES, default="float32", help="of parameters and gradients")
+    add("--communication-dtype", choices=_WIRE_DTYPES, help="of directions; default: as parameters")
+    add("--devices-per-node", type=int, default=8)
+    add("--cost-model", type=Path, help="JSON from python -m benchmarks.calibrate")
+    # Suppressed, or its default would undo the same flag before the command.
+    add("--json", action="store_true", default=argparse.SUPPRESS, help="print the report as JSON")
+
+
+def print_plan(options: argparse.Namespace) -> None:
+    """Prints the report of ``python -m shampoo plan``."""
+    wire = options.communication_dtype
+    report = plan(
+        read_shapes(options.model),
+        options.world_size,
+        layout=options.layout,
+        num_trainers_per_group=options.group,
+        replicas=options.replicas,
+        grafted_only=options.grafted_only,
+        parameter_dtype=getattr(torch, options.dtype),
+        communication_dtype=getattr(torch, wire) if wire else None,
+        devices_per_node=options.devices_per_node,
+        cost_model=CostModel.load(options.cost_model) if options.cost_model else None,
+        max_preconditioner_dim=options.block,
+        precondition_frequency=options.frequency,
+        grafting=options.grafting,
+        momentum=options.momentum,
+    )
+    print(json.dumps(report.to_json(), indent=2) if options.json else report)
+
+
 def main() -> int:
     """Returns 1 if the kernels were to be built and could not be."""
     parser = argparse.ArgumentParser(prog="python -m shampoo", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--no-build", action="store_true", help="report only, compile nothing")
-    arguments = parser.parse_args()
-    facts = report(build=not arguments.no_build)
-    if arguments.json:
+    commands = parser.add_subparsers(dest="command", metavar="plan")
+    planning = commands.add_parser("plan", help="memory, balance, traffic and time on many ranks")
+    _add_plan_arguments(planning)
+    options = parser.parse_args()
+    if options.command == "plan":
+        try:
+            print_plan(options)
+        except (ValueError, OSError) as error:
+            planning.error(str(error))
+        return 0
+    return print_facts(report(build=not options.no_build), options.json)
+
+
+def print_facts(facts: dict[str, object], as_json: bool) -> int:
+    """Prints what this machine can use; returns 1 if the kernels could not be built."""
+    if as_json:
         print(json.dumps(facts, indent=2))
     else:
         for name, value in facts.items():

@@ -18,7 +18,7 @@ LAYERS = {
     "kernels.reference": "",
     "kernels.norms": "",
     "kernels.newton": "kernels.norms",
-    "kernels.minimax": "kernels.norms kernels.reference",
+    "kernels.minimax": "kernels.norms",
     "kernels.health": "kernels.norms",
     # the same in Triton
     "kernels.chip": "",
@@ -50,6 +50,8 @@ LAYERS = {
     "grafting": "",
     "hyperparameters": "blocking grafting solver",
     "layout": "blocking hyperparameters",
+    "cost": "layout",
+    "ownership": "",
     "stacks": "blocking layout refresh",
     "segments": "refresh stacks",
     "plan": "errors grafting hyperparameters layout segments solver stacks",
@@ -60,8 +62,14 @@ LAYERS = {
     "layerwise": "ops segments",
     "optimizer": "checkpoint direction errors gradients hyperparameters layerwise layout ops plan"
     " precision refresh segments solver",
-    "__init__": "errors optimizer roots",
-    "__main__": "backends jit ops",
+    # before the step
+    "architectures": "",
+    "traffic": "layout",
+    "report": "",
+    "forecast": "cost grafting hyperparameters layout ownership report traffic",
+    "planner": "cost forecast hyperparameters layout optimizer ownership report",
+    "__init__": "errors optimizer planner roots",
+    "__main__": "architectures backends cost grafting hyperparameters jit ops planner",
 }
 
 FOLDERS = {"shampoo": ROOT / "shampoo", "shampoo.kernels": ROOT / "kernels"}

@@ -1,0 +1,105 @@
+"""Bytes the optimizer adds to a step's communication, from geometry alone (distributed.md 3, 4).
+
+Replicated parameters (DDP) take one AllGather of directions in equal slices. Sharded ones (FSDP2,
+HSDP) take two uneven all-to-alls: pieces of gradients from the rows' holders to the block's owner,
+and directions back. Headers of the all-to-all, 16 bytes for each peer, are not counted.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from shampoo.layout import Layout
+
+SLICE_HEADER = 64  # bytes, before the blocks of a rank's slice of the AllGather
+_ALIGNMENT = 64  # bytes, of where a block's direction starts in it
+
+
+def slice_bytes(numel: int, itemsize: int) -> int:
+    """Bytes that a block of ``numel`` elements takes in a rank's slice."""
+    return -(-numel * itemsize // _ALIGNMENT) * _ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How rows of one tensor lie on ``shards`` ranks, as FSDP2 chunks dimension 0.
+
+    In the merged tensor the chunks are intervals of its first dimension, ``chunk`` long but for the
+    last ones, which are shorter or empty.
+    """
+
+    layout: Layout
+    numel: int
+    shards: int
+    chunk: int
+    dim: int  # of the merged tensor, its first
+
+    @classmethod
+    def of(cls, shape: Sequence[int], layout: Layout, shards: int) -> "Rows":
+        """The rows of a tensor with at least one element."""
+        dims = layout.tiles[0].dims
+        numel = math.prod(dims)
+        rows = shape[0] if shape else 1
+        # Merging multiplies whole dimensions into the first one or drops it at size 1, so a chunk
+        # of rows is a whole number of merged rows.
+        chunk = -(-rows // shards) * (numel // rows) // (numel // dims[0])
+        return cls(layout, numel, shards, chunk, dims[0])
+
+    def local_numels(self) -> list[int]:
+        """[shards], the elements on each."""
+        whole = Span(0, self.dim, self.numel // self.dim, self.chunk)
+        return [whole.on(shard) for shard in range(self.shards)]
+
+    def spans(self) -> list["Span"]:
+        """Where the rows of every block lie, in row-major order of the tensor's blocks."""
+        by_block: dict[int, Span] = {}
+        for tile in self.layout.tiles:
+            behind = math.prod(tile.counts[1:])
+            length, width = tile.extent[0], tile.block_numel // tile.extent[0]
+            by_row = {
+                tile.first[0] + row: Span(
+                    tile.start[0] + row * length,
+                    tile.start[0] + (row + 1) * length,
+                    width,
+                    self.chunk,
+                )
+                for row in range(tile.grid[0])
+            }
+            for index in tile.block_indices():
+                by_block[index] = by_row[index // behind]
+        return [by_block[index] for index in range(len(by_block))]
+
+
+@dataclass(frozen=True)
+class Span:
+    """The rows ``[start, stop)`` of a block, each ``width`` elements, on shards of ``chunk``."""
+
+    start: int
+    stop: int
+    width: int
+    chunk: int
+
+    @property
+    def numel(self) -> int:
+        """Elements of the block."""
+        return (self.stop - self.start) * self.width
+
+    @property
+    def holders(self) -> int:
+        """How many shards hold a piece."""
+        return (self.stop - 1) // self.chunk - self.start // self.chunk + 1
+
+    @property
+    def largest_piece(self) -> int:
+        """Elements on the shard that holds the most of the block."""
+        first = self.start // self.chunk
+        return max(self.on(shard) for shard in range(first, first + min(3, self.holders)))
+
+    def on(self, shard: int) -> int:
+        """Elements of the block on one shard."""
+        low = shard * self.chunk
+        return self.width * _overlap(self.start, self.stop, low, low + self.chunk)
+
+
+def _overlap(start: int, stop: int, low: int, high: int) -> int:
+    return max(0, min(stop, high) - max(start, low))

@@ -1,0 +1,470 @@
+"""The planner against real optimizers, brute force over elements, and the design's own tables."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from trajectory import apply, state_tensors
+
+from shampoo import Shampoo, plan
+from shampoo.__main__ import main
+from shampoo.architectures import ARCHITECTURES
+from shampoo.cost import CostModel
+from shampoo.hyperparameters import Geometry
+from shampoo.layout import Layout
+from shampoo.ownership import aligned_slots, assign_owners, group_size
+
+# Constants of distributed.md: section 5's balance, and 5.1's 150 and 15 TFLOP/s.
+RELATIVE = CostModel(accumulate=((1, 1.0),), apply=((1, 1.0),), root=((1, 100.0),), byte=0.0)
+TIMED = CostModel(
+    accumulate=((1, 1 / 150e12),), apply=((1, 1 / 150e12),), root=((1, 30 / 15e12),), byte=0.0
+)
+SHAPES = [(9, 6), (4, 4), (2, 3, 5), (1, 3, 7), (7,), (1,), (), (5, 2, 3, 2), (3, 1, 13), (8, 1)]
+
+
+def matrices(name):
+    """What is factored in an architecture, seen as matrices, as section 5 counts it."""
+    return [
+        (math.prod(shape[:-1]), shape[-1]) if len(shape) == 3 else (shape[0], math.prod(shape[1:]))
+        for shape in ARCHITECTURES[name]().shapes.values()
+        if sum(size > 1 for size in shape) > 1
+    ]
+
+
+def random_parameters(shapes, dtype=torch.float32):
+    return [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
+
+
+def bytes_of(optimizer):
+    storages = {
+        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+        for value in state_tensors(optimizer).values()
+    }
+    return sum(storages.values())
+
+
+STATE_CASES = [
+    {},
+    {"grafting": "none"},
+    {"grafting": "sgd", "betas": (0.0, 0.99)},
+    {"grafting": "lamb", "momentum": 0.9},
+    {"preconditioner_dtype": torch.float64, "momentum": 0.5},
+    {"refresh_schedule": "staggered", "precondition_1d": True},
+    {"large_dim_method": "adagrad"},
+    {"large_dim_method": "diagonal", "grafting": "none"},
+    {"precondition": False},
+    {"merge_dims": "full"},
+    {"merge_dims": "none", "momentum": 0.9},
+]
+
+
+@pytest.mark.parametrize("arguments", STATE_CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_bytes_are_those_a_real_optimizer_allocates(arguments, dtype):
+    arguments = {"max_preconditioner_dim": 4, "precondition_frequency": 2, **arguments}
+    params = random_parameters(SHAPES, dtype)
+    optimizer = Shampoo(params, **arguments)
+    apply(optimizer, params, [torch.randn(shape, dtype=dtype) for shape in SHAPES])
+    report = plan(SHAPES, 1, parameter_dtype=dtype, **arguments)
+    assert report.state_bytes == (bytes_of(optimizer),)
+    keys = [key for param in params for key in optimizer.state[param]]
+    assert report.factored_blocks == sum(key.endswith(".factor0") for key in keys)
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_owners_hold_every_block_once(layout):
+    alone = plan(SHAPES, 1, max_preconditioner_dim=4)
+    shared = plan(SHAPES, 6, layout=layout, num_trainers_per_group=3, max_preconditioner_dim=4)
+    assert shared.owners == (3 if layout == "ddp" else 6)
+    counters = 8 * len(SHAPES)  # of steps, on every rank
+    held = sum(size - counters for size in shared.state_bytes)
+    assert held == alone.state_bytes[0] - counters
+    assert sum(shared.compute_seconds) == pytest.approx(alone.compute_seconds[0], rel=1e-12)
+
+
+def test_a_module_is_planned_as_its_trained_parameters():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(30, 20), nn.Conv2d(3, 8, 3), nn.Linear(7, 7))
+    model.requires_grad_(True)[2].requires_grad_(False)
+    model.to(torch.bfloat16)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if name[0] != "2"}
+    expected = plan(shapes, 2, parameter_dtype=torch.bfloat16, max_preconditioner_dim=16)
+    assert plan(model, 2, max_preconditioner_dim=16) == expected
+    assert expected.tensors == 4
+
+
+def test_grafted_only_is_a_group_without_preconditioning():
+    shapes = {"embed.weight": (40, 6), "body.weight": (8, 6), "head.weight": (10, 6)}
+    params = dict(zip(shapes, random_parameters(shapes.values()), strict=True))
+    rest = [params["body.weight"], params["head.weight"]]
+    grafted = {"params": [params["embed.weight"]], "precondition": False}
+    optimizer = Shampoo([{"params": rest}, grafted], max_preconditioner_dim=4)
+    apply(optimizer, list(params.values()), [torch.randn(shape) for shape in shapes.values()])
+    report = plan(shapes, 1, grafted_only=["embed*"], max_preconditioner_dim=4)
+    assert report.state_bytes == (bytes_of(optimizer),)
+    assert report.factored_blocks == 2 * 2 + 3 * 2
+
+
+@pytest.mark.parametrize("name", ["llama-7b", "vit-l16", "resnet50"])
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_eight_ranks_are_balanced_at_blocks_of_1024(name, layout):
+    shapes = ARCHITECTURES[name]().shapes
+    report = plan(shapes, 8, layout=layout, precondition_frequency=50, block_candidates=())
+    assert report.owners == 8
+    assert 1.0 <= report.compute_imbalance <= 1.05
+
+
+def even(size, limit):
+    """Lengths of an even cut, which section 5 simulated; the package cuts ragged."""
+    parts = -(-size // limit)
+    quotient, longer = divmod(size, parts)
+    return [quotient + 1] * longer + [quotient] * (parts - longer)
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "imbalances"),
+    [
+        ("llama-7b", 1024, {8: 1.00, 512: 1.02, 4096: 1.26}),
+        ("llama-7b", 2048, {512: 1.17, 4096: 2.63}),
+        ("vit-l16", 1024, {8: 1.02, 64: 1.10, 512: 1.77, 4096: 14.1}),
+        ("resnet50", 1024, {8: 1.00, 64: 2.97, 512: 23.8, 4096: 190}),
+        ("resnet50", 2048, {64: 5.72, 4096: 366}),
+    ],
+)
+def test_balance_is_the_one_of_the_design(name, limit, imbalances):
+    costs = [
+        RELATIVE.block_seconds((rows, columns), (False, False), "factored", 50)
+        for m, n in matrices(name)
+        for rows in even(m, limit)
+        for columns in even(n, limit)
+    ]
+    for ranks, expected in imbalances.items():
+        loads = [0.0] * ranks
+        assign_owners(costs, ranks, loads)
+        assert max(loads) * ranks / sum(loads) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "period", "together", "staggered"),
+    [
+        ("vit-l16", 8, 0.24, 0.160, 0.006),
+        ("vit-l16", 64, 0.03, 0.022, 0.005),
+        ("llama-7b", 8, 5.14, 3.459, 0.106),
+        ("llama-7b", 512, 0.08, 0.055, 0.005),
+    ],
+)
+def test_refresh_schedules_take_the_time_of_the_design(name, ranks, period, together, staggered):
+    links = {"island_bandwidth": 1e30, "network_bandwidth": 1e30}
+    report = plan(
+        matrices(name),
+        ranks,
+        layout="fsdp2",
+        precondition_frequency=50,
+        cost_model=TIMED,
+        block_candidates=(),
+        **links,
+    )
+    assert report.together.mean * 50 == pytest.approx(period, abs=0.02)
+    assert report.together.worst == pytest.approx(together, rel=0.03)
+    assert report.staggered.worst == pytest.approx(staggered, abs=6e-4)
+    assert report.staggered.mean == pytest.approx(report.together.mean, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "compute", "exchange"),
+    [
+        ("resnet50", 64, 0.5, 6.6),
+        ("vit-l16", 8, 4.8, 1.6),
+        ("vit-l16", 512, 0.1, 26.8),
+        ("llama-7b", 8, 103, 34),
+        ("llama-7b", 64, 12.8, 332),
+    ],
+)
+def test_gathering_takes_the_time_of_the_design(name, group, compute, exchange):
+    report = plan(
+        matrices(name),
+        1024,
+        num_trainers_per_group=group,
+        max_preconditioner_dim=2048 if name == "resnet50" else 1024,
+        precondition_frequency=50,
+        parameter_dtype=torch.bfloat16,
+        cost_model=TIMED,
+        block_candidates=(),
+    )
+    assert max(report.compute_seconds) * 1e3 == pytest.approx(compute, abs=0.05, rel=0.01)
+    assert report.exchange_seconds * 1e3 == pytest.approx(exchange, abs=0.05, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "shards", "holders", "best"),
+    [("vit-l16", 8, 4.9, 0.31), ("llama-7b", 64, 11.5, 0.13), ("llama-70b", 512, 48, 0.04)],
+)
+def test_locality_is_the_one_of_the_design(name, shards, holders, best):
+    report = plan(matrices(name), shards, layout="fsdp2", block_candidates=())
+    assert report.holders == pytest.approx(holders, rel=0.02)
+    assert report.best_locality == pytest.approx(best, abs=0.006)
+
+
+def geometry(limit):
+    names = ("merge_dims", "precondition_1d", "precondition", "large_dim_method")
+    values = dict(zip(names, ("matrix", False, True, "blocking"), strict=True))
+    types = {"preconditioner_dtype": "float32", "grafting": "adam"}
+    return Geometry(limit, **values, **types, refresh_schedule="together")
+
+
+def blocks_of(shape, limit):
+    """The elements of every block, row-major, by indexing a tensor of element numbers."""
+    layout = Layout.of(shape, geometry(limit))
+    dims = layout.tiles[0].dims
+    parts = [torch.arange(math.prod(dims)).view(dims)]
+    for mode in range(len(dims)):
+        parts = [piece for part in parts for piece in part.split(limit, dim=mode)]
+    return layout, [set(part.flatten().tolist()) for part in parts]
+
+
+def shards_of(shape, shards):
+    """The elements on every shard, chunked as FSDP2 chunks dimension 0."""
+    rows = torch.arange(math.prod(shape)).view(shape or (1,)).chunk(shards)
+    found = [set(part.flatten().tolist()) for part in rows]
+    return found + [set()] * (shards - len(found))
+
+
+@pytest.mark.parametrize(("shards", "replicas"), [(1, 1), (2, 1), (3, 1), (5, 1), (2, 2), (3, 2)])
+def test_sharded_traffic_is_what_counting_elements_gives(shards, replicas):
+    ranks, limit, model = shards * replicas, 4, CostModel()
+    received, costs, everything = [0] * ranks, [], []
+    for shape in SHAPES:
+        layout, blocks = blocks_of(shape, limit)
+        costs += model.layout_seconds(layout, 10)
+        everything += [(block, shards_of(shape, shards)) for block in blocks]
+    owners = assign_owners(costs, ranks, [0.0] * ranks)
+    on_owner = on_best = holders = 0
+    for owner, (block, shard) in zip(owners, everything, strict=True):
+        received[owner] += 2 * len(block - shard[owner % shards])  # bf16 gradients
+        for rank in set(range(ranks)) - {owner}:
+            received[rank] += 4 * len(block & shard[rank % shards])  # float32 directions
+        on_owner += len(block & shard[owner % shards])
+        on_best += max(len(block & piece) for piece in shard)
+        holders += sum(bool(block & piece) for piece in shard)
+    report = plan(
+        SHAPES,
+        ranks,
+        layout="fsdp2" if replicas == 1 else "hsdp",
+        replicas=replicas,
+        max_preconditioner_dim=limit,
+        parameter_dtype=torch.bfloat16,
+        communication_dtype=torch.float32,
+    )
+    numel = sum(math.prod(shape) for shape in SHAPES)
+    assert report.traffic_bytes == tuple(received)
+    assert report.locality == on_owner / numel
+    assert report.best_locality == on_best / numel
+    assert report.holders == holders / len(everything)
+
+
+def test_gathered_slices_are_padded_to_the_longest():
+    ranks, costs, numels = 3, [], []
+    for shape in SHAPES:
+        layout, blocks = blocks_of(shape, 4)
+        costs += CostModel().layout_seconds(layout, 10)
+        numels += map(len, blocks)
+    slices = [64] * ranks  # headers
+    for owner, numel in zip(assign_owners(costs, ranks, [0.0] * ranks), numels, strict=True):
+        slices[owner] += math.ceil(2 * numel / 64) * 64
+    report = plan(
+        SHAPES,
+        6,
+        num_trainers_per_group=ranks,
+        max_preconditioner_dim=4,
+        communication_dtype=torch.float16,
+    )
+    assert report.traffic_bytes == (2 * max(slices),) * 3
+    assert report.buffer_bytes == 3 * max(slices)
+    assert report.padding == 3 * max(slices) / (2 * sum(numels))
+    assert plan(SHAPES, 1).traffic_bytes == (0,)
+
+
+def test_slots_let_the_dearest_blocks_of_all_ranks_meet():
+    costs = [5.0, 1.0, 9.0, 4.0, 0.0, 7.0]
+    owners = [0, 0, 1, 1, 1, 0]
+    # rank 0: 7, 5, 1; rank 1: 9, 4; three slots of a period of 6: 0, 2, 4
+    assert aligned_slots(costs, owners, 6) == [2, 4, 0, 2, 0, 0]
+    assert aligned_slots(costs, owners, 2) == [1, 0, 0, 1, 0, 0]
+    assert aligned_slots([], [], 3) == []
+
+
+def test_a_period_refreshes_everything_once_whatever_the_schedule():
+    report = plan([(16, 16)] * 6, 2, max_preconditioner_dim=8, precondition_frequency=5)
+    mean = report.together.mean - report.exchange_seconds - report.update_seconds
+    assert mean == pytest.approx(report.staggered.mean - report.exchange_seconds
+                                 - report.update_seconds)  # fmt: skip
+    assert mean == pytest.approx(max(report.compute_seconds))
+    assert report.refresh_slots == 5
+    assert report.staggered.worst < report.together.worst
+
+
+@pytest.mark.parametrize(
+    ("world", "blocks", "node", "asked", "size"),
+    [
+        (64, 1000, 8, -1, 8),
+        (64, 31, 8, -1, 4),
+        (64, 3, 8, -1, 1),
+        (12, 1000, 8, -1, 4),  # 6 divides the world, but its groups would straddle nodes
+        (4, 1000, 8, -1, 4),
+        (7, 1000, 8, -1, 7),
+        (64, 3, 8, 64, 64),
+        (64, 1000, 8, 0, 1),
+        (64, 1000, 8, 1, 1),
+        (6, 1000, 8, 100, 6),
+    ],
+)
+def test_groups_follow_the_rules(world, blocks, node, asked, size):
+    assert group_size(world, blocks, node, asked) == size
+
+
+def test_a_smaller_group_is_explained():
+    notes = plan([(8, 8)] * 9, 8, max_preconditioner_dim=8).notes
+    assert "four of the 9 blocks with factors" in notes[0]
+    assert plan([(8, 8)], 8, num_trainers_per_group=16).notes == (
+        "num_trainers_per_group=16 is more than the world",
+    )
+
+
+def test_small_messages_are_noted_since_latency_is_not_modelled():
+    [note] = plan([(64, 64)] * 4, 4, layout="fsdp2").notes
+    assert "latency is not modelled" in note
+    assert plan([(1024, 1024)] * 4, 4, layout="fsdp2").notes == ()
+    assert plan([(64, 64)], 1, layout="fsdp2").notes == ()
+
+
+def test_recommended_block_balances_and_is_no_dearer():
+    shapes = [(512, 512)] * 4
+    asked = plan(shapes, 8, layout="fsdp2", max_preconditioner_dim=512, block_candidates=(64, 128))
+    assert asked.factored_blocks == 4  # on 8 ranks
+    assert asked.compute_imbalance == 2.0
+    assert asked.recommended_block == 128
+    # fewer than four blocks an owner whatever is tried: the shortest step
+    few = plan(shapes, 512, layout="fsdp2", max_preconditioner_dim=512, block_candidates=(256, 512))
+    assert few.recommended_block == 256
+    assert plan(shapes, 8, max_preconditioner_dim=512, block_candidates=()).recommended_block == 512
+
+
+MODEL = [(8, 8)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((MODEL, 0), "Invalid world_size=0. Must be an integer >= 1."),
+        ((MODEL, 2.0), "Invalid world_size=2.0. Must be an integer"),
+        (([], 1), "nothing to train"),
+        (([(0, 3)], 1), "nothing to train"),
+        (([(3, -1)], 1), r"Invalid shape (3, -1) of tensor0. Must be a list of integers >= 0."),
+        (({"w": 3}, 1), "Invalid shape 3 of w"),
+        ((nn.ReLU(), 1), "nothing to train"),
+    ],
+)
+def test_bad_models_and_worlds_are_named(arguments, words):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        plan(*arguments)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"layout": "fsdp"}, "Invalid layout='fsdp'. Must be one of ddp, fsdp2, hsdp."),
+        ({"layout": "hsdp"}, "Invalid replicas=1. Must divide the 12 ranks and be >= 2"),
+        ({"layout": "hsdp", "replicas": 5}, "one of 2, 3, 4, 6, 12"),
+        ({"replicas": 2}, 'Must be 1 unless layout="hsdp"'),
+        ({"num_trainers_per_group": 5}, "one of 1, 2, 3, 4, 6, 12."),
+        ({"num_trainers_per_group": -2}, "Invalid num_trainers_per_group=-2"),
+        ({"devices_per_node": 0}, "Invalid devices_per_node=0"),
+        ({"network_bandwidth": 0.0}, "Invalid network_bandwidth=0.0. Must be > 0"),
+        ({"block_candidates": (512, 0)}, "Invalid block_candidates[1]=0"),
+        ({"grafted_only": ["embed*"]}, "Invalid grafted_only='embed*'. Must match a name, such as"),
+        ({"grafted_only": "embed*"}, "Invalid grafted_only='embed*'"),
+        ({"parameter_dtype": "bfloat16"}, "Invalid parameter_dtype='bfloat16'. Must be a floating"),
+        ({"communication_dtype": torch.int8}, "Invalid communication_dtype=torch.int8"),
+        ({"precondition_frequency": 0}, "Invalid precondition_frequency=0"),
+        ({"grafting": "adagard"}, "Invalid grafting='adagard'"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, words):
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        plan(MODEL, 12, **arguments)
+    assert words in str(error.value)
+
+
+def test_an_argument_shampoo_does_not_have_is_refused():
+    with pytest.raises(TypeError, match="'block_size', which is not an argument of Shampoo"):
+        plan(MODEL, 1, block_size=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "numel", "tensors"),
+    [("vit-l16", 304_326_632, 296), ("llama-7b", 6_738_415_616, 291),
+     ("llama-70b", 68_976_648_192, 723)],
+)  # fmt: skip
+def test_architectures_have_the_published_sizes(name, numel, tensors):
+    architecture = ARCHITECTURES[name]()
+    assert (architecture.numel, len(architecture.shapes)) == (numel, tensors)
+    assert set(architecture.embeddings) <= set(architecture.shapes)
+
+
+def test_command_prints_the_same_numbers_in_every_process(tmp_path):
+    arguments = ["vit-l16", "--world-size", "64", "--layout", "fsdp2", "--dtype", "bfloat16"]
+    command = [sys.executable, "-m", "shampoo", "plan", *arguments, "--json", "--frequency", "50"]
+    outputs = [
+        subprocess.run(
+            command,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            cwd=tmp_path,
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    expected = plan(
+        ARCHITECTURES["vit-l16"]().shapes,
+        64,
+        layout="fsdp2",
+        parameter_dtype=torch.bfloat16,
+        precondition_frequency=50,
+    )
+    assert outputs[0] == outputs[1]
+    assert json.loads(outputs[0]) == json.loads(json.dumps(expected.to_json()))
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["shampoo", "plan", *map(str, arguments)])
+    return main()
+
+
+def test_command_reads_shapes_and_a_cost_model(tmp_path, monkeypatch, capsys):
+    shapes, model = tmp_path / "shapes.json", tmp_path / "model.json"
+    shapes.write_text(json.dumps({"embed": [40, 6], "head": [10, 6]}))
+    constants = CostModel(machine="a machine of tests").to_json()
+    model.write_text(json.dumps({"cost_model": constants}))
+    options = ("--world-size", 4, "--block", 4, "--group", 2, "--cost-model", model)
+    assert command(monkeypatch, shapes, *options, "--grafted-only", "emb*") == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert lines["layout"] == "ddp, 4 ranks: groups of 2 share the blocks"
+    assert lines["blocks"] == "26 of at most 4 a side, 6 with factors"
+    assert lines["model"] == "of cost  a machine of tests"
+    assert "num_trainers_per_group=1" in lines["recommended"]  # six blocks are too few for two
+
+
+def test_command_names_what_is_wrong(tmp_path, monkeypatch, capsys):
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    for model, words in ((broken, "broken.json is not JSON"), ("lama-7b", "one of resnet50, vit")):
+        with pytest.raises(SystemExit) as stop:
+            command(monkeypatch, model, "--world-size", 4)
+        assert stop.value.code == 2
+        assert words in capsys.readouterr().err
