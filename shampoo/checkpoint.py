@@ -16,7 +16,7 @@ from torch import Tensor
 from shampoo.errors import BlockGridMismatchError, IncompleteCheckpointError
 from shampoo.hyperparameters import Geometry, Hyperparameters
 from shampoo.layout import Layout
-from shampoo.plan import Plan, parameter_name
+from shampoo.step_plan import Plan, parameter_name
 from shampoo.workers import Workers
 
 logger = logging.getLogger(__name__)

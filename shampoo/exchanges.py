@@ -11,7 +11,7 @@ from shampoo.allgather import AllGather
 from shampoo.blocking import merge_groups
 from shampoo.exchange import Alone, Exchange
 from shampoo.hyperparameters import Geometry
-from shampoo.plan import Plan
+from shampoo.step_plan import Plan
 from shampoo.regions import Region, regions_of
 from shampoo.router import Router
 from shampoo.routes import Routed

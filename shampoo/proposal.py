@@ -11,7 +11,7 @@ from shampoo.agreement import OK, REFUSED, SKIPPED, Topic, digest
 from shampoo.errors import NonFiniteGradientError
 from shampoo.exchange import Round
 from shampoo.gradients import can_square, check_dense, largest_magnitudes
-from shampoo.plan import Member, Plan
+from shampoo.step_plan import Member, Plan
 from shampoo.regions import local_tensor
 
 Result = TypeVar("Result")

@@ -16,7 +16,7 @@ from typing import Any
 PATIENCE = 120  # seconds that a job may take before its processes are ended
 
 
-class Died(Exception):
+class DiedError(Exception):
     """A rank ended without an answer; its exit code."""
 
 
@@ -39,7 +39,7 @@ class Ranks:
         timeout: float = 60.0,
         environment: dict[str, str] | None = None,
     ) -> list[Any]:
-        """Results in the order of ranks; an exception, or :class:`Died`, where there is none.
+        """Results in the order of ranks; an exception, or :class:`DiedError`, where there is none.
 
         Args:
             timeout: of the process group, in seconds.
@@ -74,7 +74,7 @@ class Ranks:
         code = process.exitcode
         process.kill()
         self._ranks[rank] = self._start()
-        return Died("no answer in time" if code is None else f"exit code {code}")
+        return DiedError("no answer in time" if code is None else f"exit code {code}")
 
     def _start(self) -> tuple[Any, Connection]:
         here, there = self._context.Pipe()

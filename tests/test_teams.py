@@ -3,7 +3,7 @@
 import os
 
 import torch.distributed as dist
-from ranks import Died, Ranks
+from ranks import DiedError, Ranks
 
 
 def _sum_of_ranks(rank: int, scale: int) -> int:
@@ -26,6 +26,6 @@ def test_ranks_are_processes_that_outlive_a_job_and_are_replaced_when_they_die(
     assert ranks.returns(_sum_of_ranks, 3, 10) == [30, 30, 30]
     zero, one = ranks.run(_leave, 2)
     assert zero == 0
-    assert isinstance(one, Died)
+    assert isinstance(one, DiedError)
     assert "3" in str(one)
     assert ranks.returns(_sum_of_ranks, 2, 1) == [1, 1]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from shampoo.agreement import digest
 from shampoo.blocking import Tile
@@ -183,7 +184,7 @@ class Plan:
                     found.append((index, position, name, param, layout))
             self._seen.append(seen)
         workers.settle_trainers(
-            sum(layout.blocks for *_, param, layout in found if not hasattr(param, "device_mesh"))
+            sum(layout.blocks for *_, param, layout in found if not isinstance(param, DTensor))
         )
         shares = [
             Share(
