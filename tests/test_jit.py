@@ -327,7 +327,7 @@ def toolkits(sources, monkeypatch, tmp_path):
         nvcc.chmod(0o755)
         folders.append(tmp_path / version)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setenv("SHAMPOO_BACKEND", "compiled")
+    monkeypatch.setenv("SHAMPOO_BACKEND", "cuda")
     monkeypatch.setenv("SHAMPOO_CUDA_ARCH", "9.0")
     monkeypatch.delenv("PYTORCH_NVCC", raising=False)
     return folders
