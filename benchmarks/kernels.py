@@ -193,7 +193,7 @@ def implementations(op: str, device: torch.device) -> tuple[dict[str, Any], dict
     for kind in backends.KERNELS[op]:
         try:
             found[kind] = ops.kernel(op, kind)
-            if kind == "cuda" and not ops.has_kernel("gather_blocks_.cuda", "CUDA"):
+            if kind == "cuda" and not ops.has_kernel("cuda_gather_blocks_", "CUDA"):
                 raise RuntimeError("csrc/ was not built for CUDA: see the phase 'build'")
         except Exception as error:
             found.pop(kind, None)

@@ -31,12 +31,12 @@ def build(case: Case, device: torch.device) -> dict[str, Any]:
     return {
         "seconds": time.perf_counter() - start,
         "cpu": ops.kernels("CPU"),
-        "cuda": {name: ops.has_kernel(f"{name}.cuda", "CUDA") for name in _overloads("cuda")},
+        "cuda": {name: ops.has_kernel(f"cuda_{name}", "CUDA") for name in _named_kernels()},
     }
 
 
-def _overloads(kind: str) -> list[str]:
-    has_own = (name for name in backends.KERNELS if kind in backends.KERNELS[name])
+def _named_kernels() -> list[str]:
+    has_own = (name for name in backends.KERNELS if "cuda" in backends.KERNELS[name])
     return [name for name in has_own if name != "minimax_root_"]
 
 

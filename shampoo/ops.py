@@ -31,8 +31,8 @@ def _define(schema: str, meaning: Callable[..., None]) -> Callable[..., Any]:
     _meanings[name] = meaning
     _library.define(schema)  # type: ignore[no-untyped-call]
     if "cuda" in backends.KERNELS.get(name, ()):
-        # The kernel in CUDA C++ is an overload of its own, so that it can be chosen by size.
-        _library.define(schema.replace("(", ".cuda(", 1))  # type: ignore[no-untyped-call]
+        # The kernel in CUDA C++ has a name of its own, so that it can be chosen by size.
+        _library.define(f"cuda_{schema}")  # type: ignore[no-untyped-call]
     _library.impl(name, meaning, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"shampoo::{name}", _no_output, lib=_library)
     return getattr(torch.ops.shampoo, name).default  # type: ignore[no-any-return]
@@ -188,8 +188,8 @@ def kernel(name: str, kind: str) -> tuple[Callable[..., None], Callable[..., boo
     """A loaded kernel of an op and what says whether it takes arguments; None: it takes all."""
     if kind == "cuda":
         if name in ("minimax_root_", "small_root_"):
-            return torch.ops.shampoo.small_root_.cuda, backends.supports_small_root
-        return getattr(torch.ops.shampoo, name).cuda, None
+            return torch.ops.shampoo.cuda_small_root_.default, backends.supports_small_root
+        return getattr(torch.ops.shampoo, f"cuda_{name}").default, None
     from shampoo.kernels import gram, minimax_triton, precondition, probe
 
     home: Any = {
@@ -216,5 +216,5 @@ def kernels(device: str = "CPU") -> dict[str, bool]:
 
 
 def has_kernel(name: str, device: str) -> bool:
-    """Whether an op, or an overload of it, has a kernel for a dispatch key."""
+    """Whether a name of an op has a kernel for a dispatch key."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"shampoo::{name}", device)

@@ -132,7 +132,7 @@ def small_chain(monkeypatch):
         root.fill_(factor.shape[-1])
 
     with torch.library._scoped_library("shampoo", "IMPL") as library:
-        library.impl("small_root_.cuda", chain, "CPU")
+        library.impl("cuda_small_root_", chain, "CPU")
         yield
 
 

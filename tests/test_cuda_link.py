@@ -30,7 +30,7 @@ assert torch.version.cuda, "SHAMPOO_CUDA_TORCH_PYTHON has a torch without CUDA"
 start = time.perf_counter()
 jit.load(retry=True)
 seconds = time.perf_counter() - start
-loaded = {name: ops.has_kernel(f"{name}.cuda", "CUDA") for name in IN_CUDA}
+loaded = {name: ops.has_kernel(f"cuda_{name}", "CUDA") for name in IN_CUDA}
 before = ops.kernels("CUDA")
 ops.load_kernels(required=True)
 print(json.dumps({
