@@ -135,11 +135,22 @@ class Arena:
         key = (tile.extent, diagonal)
         self._stacks.setdefault(key, BlockStack(*key)).tiles.append((member, tile))
 
-    def assign_slots(self, period: int) -> None:
-        """Spreads the refreshes of a period evenly over its steps, by cost, d^3 for a root.
+    @property
+    def refreshed(self) -> int:
+        """How many factors have roots."""
+        return sum(stack.count for stack in self.factor_stacks if not stack.diagonal)
 
-        Neighbours share a slot, so that a step still refreshes them in one batch. No step costs
-        more than the mean and the dearest factor.
+    def assign_slots(self, period: int, parts: int) -> None:
+        """Spreads the refreshes of a period over its steps, by cost, d^3 for a root.
+
+        Neighbours share a slot, so that a step still refreshes them in one batch. With as many
+        parts as steps, no step costs more than the mean and the dearest factor.
+
+        Args:
+            period: steps.
+            parts: into how many parts the period is divided, at the start of each of which roots
+                may be due; the same on all ranks of the team, because every rank waits for the
+                slowest: roots that all take in the same step cost the time of one.
         """
         self.period = period
         stacks = [stack for stack in self.factor_stacks if not stack.diagonal]
@@ -152,7 +163,7 @@ class Arena:
             ]
         )
         middles = costs.cumsum(0) - costs / 2
-        slots = (middles / costs.sum() * period).int()
+        slots = (middles / costs.sum() * parts).int() * period // parts
         for stack in stacks:
             stack.slot.copy_(slots[: stack.count])
             slots = slots[stack.count :]

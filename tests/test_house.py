@@ -30,8 +30,9 @@ LAYERS = {
     "kernels.symmetric_gemm": "kernels.chip",
     "kernels.minimax_triton": "kernels.chain kernels.minimax kernels.planes kernels.symmetric_gemm",
     # the op table
-    "jit": "",
-    "ops": "jit kernels.gram kernels.health kernels.minimax kernels.minimax_triton"
+    "backends": "",
+    "jit": "backends",
+    "ops": "backends jit kernels.gram kernels.health kernels.minimax kernels.minimax_triton"
     " kernels.precondition kernels.probe kernels.reference",
     # inverse roots
     "precision": "",
@@ -82,7 +83,7 @@ LAYERS = {
     "forecast": "cost grafting hyperparameters layout ownership report traffic",
     "planner": "cost forecast hyperparameters layout optimizer ownership report",
     "__init__": "errors optimizer planner roots",
-    "__main__": "architectures cost grafting hyperparameters jit ops planner",
+    "__main__": "architectures backends cost grafting hyperparameters jit ops planner",
 }
 
 FOLDERS = {"shampoo": ROOT / "shampoo", "shampoo.kernels": ROOT / "kernels"}
