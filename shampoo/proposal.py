@@ -38,6 +38,9 @@ class Proposal:
     def topics(self) -> tuple[Topic, Topic, Topic]:
         """What must be alike on all ranks: the plan, which gradients are there, all values."""
 
+        # Bias corrections count them; ranks that loaded files of different steps would part here.
+        steps = self.plan.steps()
+
         def gradients() -> list[dict[str, str]]:
             return [
                 {"name": member.name, "gradient": "a tensor" if is_there else "None"}
@@ -48,6 +51,7 @@ class Proposal:
             return [
                 {
                     "name": f"group {index}",
+                    "steps taken": str(sorted({step for group, step in steps if group == index})),
                     **{name: repr(value) for name, value in asdict(hyper).items()},
                 }
                 for index, hyper in enumerate(self.round.hyper)
@@ -56,7 +60,7 @@ class Proposal:
         return (
             Topic(self.plan.digest, self.plan.entries),
             Topic(digest(repr(self.round.present)), gradients),
-            Topic(digest(repr(self.round.hyper)), values),
+            Topic(digest(repr((steps, self.round.hyper))), values),
         )
 
 

@@ -183,8 +183,7 @@ def _settle_gaps(
     if strict:
         raise IncompleteCheckpointError(
             f"{complaint}. Use torch.distributed.checkpoint, or call consolidate_state_dict() on"
-            " all ranks before saving. If a checkpoint seems empty, load it before the first"
-            " backward(). strict=False starts the parameters of missing blocks anew."
+            " all ranks before saving. strict=False starts the parameters of missing blocks anew."
         )
     logger.warning("shampoo: %s; their parameters start anew", complaint)
 

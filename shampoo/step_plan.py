@@ -288,6 +288,10 @@ class Plan:
         """Whether no block has taken a step yet."""
         return all(arena.step == 0 for arena in self.arenas)
 
+    def steps(self) -> list[tuple[int, int]]:
+        """Groups of which there are blocks, and the steps these have taken."""
+        return [(arena.group, arena.step) for arena in self.arenas]
+
     @functools.cached_property
     def digest(self) -> int:
         """62 bits of :meth:`entries`."""
@@ -305,7 +309,6 @@ class Plan:
                     field.name: str(getattr(self.geometry(member), field.name))
                     for field in fields(Geometry)
                 },
-                "steps taken": str(member.step),
                 "ranks that divide its blocks": str(member.team.size),
                 "owners of its blocks": str(member.owners),
             }

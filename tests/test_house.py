@@ -61,7 +61,8 @@ LAYERS = {
     "segments": "refresh stacks",
     "step_plan": "agreement blocking division errors grafting hyperparameters layout regions"
     " segments solver stacks workers",
-    "checkpoint": "errors hyperparameters layout step_plan workers",
+    "state_dict": "division errors hyperparameters layout stacks step_plan workers",
+    "consolidation": "step_plan",
     # what travels
     "exchange": "hyperparameters ops segments stacks",
     "allgather": "agreement exchange hyperparameters ops segments stacks",
@@ -74,8 +75,10 @@ LAYERS = {
     "proposal": "agreement errors exchange gradients regions step_plan",
     "direction": "hyperparameters layout ops segments",
     "layerwise": "exchange segments stacks",
-    "optimizer": "agreement checkpoint direction exchange exchanges hyperparameters layerwise"
-    " layout ops precision proposal refresh segments solver stacks step_plan workers",
+    "persistence": "agreement consolidation division proposal state_dict step_plan workers",
+    "optimizer": "agreement direction exchange exchanges hyperparameters layerwise layout ops"
+    " persistence precision proposal refresh segments solver stacks step_plan workers",
+    "checkpoint": "",
     # before the step
     "architectures": "",
     "traffic": "layout",
