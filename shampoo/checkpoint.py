@@ -13,6 +13,7 @@ Never load a directory that you do not trust: DCP unpickles its metadata.
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,7 +64,8 @@ def save(
 
     Raises:
         ValueError: for a value out of range.
-        Exception: on all ranks if one of them cannot write.
+        OSError: on all ranks if the first cannot write.
+        CheckpointException: torch's, a BaseException: on all ranks if one cannot write.
     """
     if not isinstance(step, int) or step < 0:
         raise ValueError(f"Invalid step={step!r}. Must be an integer >= 0.")
@@ -101,7 +103,7 @@ def save(
 
     _on_first_rank(prepare)
     states = _states(model, optimizer)
-    state_dict_saver.save(states, checkpoint_id=place, no_dist=not _is_distributed())
+    _transfer(state_dict_saver.save, states, place)
     if _is_distributed():
         dist.barrier()
     _on_first_rank(commit)
@@ -128,7 +130,8 @@ def load(
 
     Raises:
         KeyError: for a name in ``extra`` that was not saved.
-        Exception: if a file is damaged; model and optimizer are then in an undefined state.
+        CheckpointException: torch's, a BaseException: if a file is damaged, or was saved by other
+            hyper-parameters. What model and optimizer hold then is of no use.
     """
     found = _on_first_rank(lambda: _complete(Path(folder))[-1:])
     if not found:
@@ -138,7 +141,7 @@ def load(
     if unknown := sorted((extra or {}).keys() - saved.keys()):
         raise KeyError(f"{place} has no extra {unknown}. It has {sorted(saved)}.")
     states = _states(model, optimizer)
-    state_dict_loader.load(states, checkpoint_id=place, no_dist=not _is_distributed())
+    _transfer(state_dict_loader.load, states, place)
     set_state_dict(
         model,
         optimizer,
@@ -148,6 +151,14 @@ def load(
     for name, stateful in (extra or {}).items():
         stateful.load_state_dict(saved[name])
     return _step_of(place)
+
+
+def _transfer(move: Callable[..., Any], states: dict[str, Any], place: Path) -> None:
+    """Between the tensors of ``states`` and files."""
+    with warnings.catch_warnings():
+        # On one process it guesses what no_dist has told it.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        move(states, checkpoint_id=place, no_dist=not _is_distributed())
 
 
 def _states(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
