@@ -1,0 +1,27 @@
+"""Trains a small vision transformer whose parameters, gradients and state are sharded.
+
+    torchrun --nproc-per-node 2 examples/fsdp2.py [--steps N] [--folder CHECKPOINTS]
+
+Needs the extra: pip install 'shampoo[bench]'. Runs on gloo on a laptop, on NCCL where there are
+GPUs. Checkpoints are those of ``ddp.py``: each example goes on from what the other has saved.
+"""
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from training import VisionTransformer, arguments, optimizer_of, start, train
+
+
+def main() -> None:
+    args = arguments()
+    device = start()
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    model = VisionTransformer().to(device)
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    train(model, optimizer_of(model), device, args)
+
+
+if __name__ == "__main__":
+    main()
