@@ -116,6 +116,12 @@ void with_flat(const at::Tensor& tensor, const Use& use) {
     use(float());
 }
 
+// A number that an overload `Tensor` takes, read on the host.
+inline double number_of(const char* name, const at::Tensor& tensor) {
+  check_number(name, tensor, at::kCPU);
+  return *static_cast<const double*>(tensor.const_data_ptr());
+}
+
 // Reads the table and checks that everything the kernel touches is there.
 inline std::vector<Run> runs_of(const at::Tensor& runs, const std::optional<at::Tensor>& exp_avg,
                                 const std::optional<at::Tensor>& exp_avg_sq,

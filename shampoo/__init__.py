@@ -7,6 +7,7 @@ from shampoo.errors import (
     ShampooError,
 )
 from shampoo.optimizer import Shampoo
+from shampoo.replay import Replay
 from shampoo.roots import inverse_root
 
 __version__ = "0.1.0"
@@ -14,6 +15,7 @@ __all__ = [
     "BlockGridMismatchError",
     "IncompleteCheckpointError",
     "NonFiniteGradientError",
+    "Replay",
     "Shampoo",
     "ShampooError",
     "inverse_root",

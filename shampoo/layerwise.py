@@ -19,10 +19,8 @@ def rescale(segments: Sequence[Segment], params: Sequence[Tensor], weight_decay:
         params: the parameters of the plan.
         weight_decay: decoupled; 0 if it is coupled, and so already in P.
     """
-    members = sorted({member for segment in segments for member in segment.members})
     device = segments[0].grad.device
-    squares = torch.zeros(2, len(members), dtype=torch.float64, device=device)  # of |W|, |P|
-    owners = []
+    squares = torch.zeros(2, len(params), dtype=torch.float64, device=device)  # of |W|, |P|
     for segment in segments:
         weights = segment.grad
         sources = [params[member] for member in segment.members]
@@ -30,14 +28,12 @@ def rescale(segments: Sequence[Segment], params: Sequence[Tensor], weight_decay:
         for part in segment.parts:
             part.direction.mul_(part.scale.view(-1, *[1] * (part.direction.dim() - 1)))
         segment.direction.add_(weights, alpha=weight_decay)
-        places = torch.tensor([members.index(member) for member in segment.members], device=device)
-        owners.append(places[segment.owners])
         for side, flat in enumerate((weights, segment.direction)):
-            squares[side].index_add_(0, owners[-1], _block_squares(flat, segment))
+            squares[side].index_add_(0, segment.owners, _block_squares(flat, segment))
     weight_norm, norm = squares.sqrt()
     ratio = torch.where((weight_norm > 0) & (norm > 0), weight_norm / norm, 1.0)
-    for segment, owner in zip(segments, owners, strict=True):
-        segment.scale.copy_(ratio[owner])
+    for segment in segments:
+        segment.scale.copy_(ratio[segment.owners])
 
 
 def _block_squares(flat: Tensor, segment: Segment) -> Tensor:

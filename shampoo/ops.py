@@ -8,6 +8,7 @@ trace them all.
 
 import functools
 import os
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,32 +28,57 @@ def _no_output(*_: object) -> None:
 
 
 def _define(schema: str, meaning: Callable[..., None]) -> Callable[..., Any]:
-    name = schema.partition("(")[0]
+    name, _, overload = schema.partition("(")[0].partition(".")
     _meanings[name] = meaning
     _library.define(schema)  # type: ignore[no-untyped-call]
-    _library.impl(name, meaning, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"shampoo::{name}", _no_output, lib=_library)
-    return getattr(torch.ops.shampoo, name).default  # type: ignore[no-any-return]
+    full_name = f"{name}.{overload}" if overload else name
+    _library.impl(full_name, meaning, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"shampoo::{full_name}", _no_output, lib=_library)
+    return getattr(getattr(torch.ops.shampoo, name), overload or "default")  # type: ignore[no-any-return]
 
 
-gather_blocks_ = _define(
+def _define_twice(schema: str, numbers: str, meaning: Callable[..., None]) -> Callable[..., Any]:
+    """Defines an op and its overload ``Tensor``, which reads ``numbers`` on the device.
+
+    A step that a graph replays cannot take its moving numbers from the host: there they are 0-d
+    float64 tensors beside the others. The choice is made here, since the dispatcher's own would
+    turn such a tensor into a float, and wait for the device.
+    """
+    names = numbers.split()
+    plain = _define(schema, meaning)
+    replayed = re.sub(rf"float ({'|'.join(names)})\b", r"Tensor \1", schema)
+    on_device = _define(replayed.replace("(", ".Tensor(", 1), meaning)
+    arguments = [part.split()[-1] for part in schema[schema.index("(") :].split(",")]
+    first = arguments.index(names[0])
+
+    def choose(*given: Any, **named: Any) -> None:
+        number = given[first] if first < len(given) else named[names[0]]
+        (on_device if isinstance(number, Tensor) else plain)(*given, **named)
+
+    return choose
+
+
+gather_blocks_ = _define_twice(
     "gather_blocks_(Tensor(a!) out, Tensor[] sources, Tensor tiles, float alpha, bool accumulate)"
     " -> ()",
+    "alpha",
     reference.gather_blocks_,
 )
 magnitudes_ = _define(
     "magnitudes_(Tensor(a!) out, Tensor[] tensors) -> ()",
     reference.magnitudes_,
 )
-graft_moments_ = _define(
+graft_moments_ = _define_twice(
     "graft_moments_(Tensor(a!)? exp_avg, Tensor(b!)? exp_avg_sq, Tensor(c!)? direction,"
     " Tensor(d!) norm, Tensor grad, Tensor runs, float beta1, float correction1, float beta2,"
     " float weight2, float correction2, float eps, bool normalized) -> ()",
+    "beta1 correction1 beta2 weight2 correction2",
     reference.graft_moments_,
 )
 # Not "mode" as in the reference: torch.compile would pass it by keyword to functions that have one.
-gram_ema_ = _define(
+gram_ema_ = _define_twice(
     "gram_ema_(Tensor(a!) factor, Tensor grad, int k, float beta, float weight) -> ()",
+    "beta weight",
     reference.gram_ema_,
 )
 precondition_ = _define(
@@ -99,9 +125,10 @@ judge_roots_ = _define(
     "judge_roots_(Tensor(a!) ok, Tensor root, Tensor factor, Tensor ridge, float p) -> ()",
     health.judge_roots_,
 )
-update_blocks_ = _define(
+update_blocks_ = _define_twice(
     "update_blocks_(Tensor(a!)[] params, Tensor(b!)? momentum, Tensor direction, Tensor scale,"
     " Tensor tiles, float lr, float weight_decay, float mu, bool nesterov) -> ()",
+    "lr weight_decay mu",
     reference.update_blocks_,
 )
 

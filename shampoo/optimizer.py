@@ -4,22 +4,24 @@ import inspect
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from shampoo import checkpoint, ops
+from shampoo import capture, checkpoint, ops
 from shampoo.direction import direct
 from shampoo.errors import NonFiniteGradientError
-from shampoo.gradients import can_square, check_dense, largest_magnitudes
+from shampoo.gradients import check_dense, largest_magnitudes, square_limit
 from shampoo.hyperparameters import Hyperparameters, dtype_name, warn_about
 from shampoo.layerwise import rescale
 from shampoo.layout import FACTORED, Layout
 from shampoo.plan import Member, Plan, check_parameter, parameter_name
 from shampoo.precision import full_precision
-from shampoo.refresh import refresh_roots_
+from shampoo.refresh import refresh_roots_, refresh_roots_on_device_
+from shampoo.scalars import Scalars
 from shampoo.segments import FactorRange, Segment, Selection
 from shampoo.solver import check_method
 
@@ -96,13 +98,16 @@ class Shampoo(Optimizer):
         foreach: accepted for compatibility; work is always batched over blocks.
         fused: True raises if the compiled kernels, so far those for a CPU, cannot be built; None
             and False take what there is.
-        capturable: not supported yet, must be False.
+        capturable: let CUDA graphs replay the step, with a refresh or without, as
+            :class:`shampoo.Replay` does. Nothing waits for the device: steps are counted and
+            skipped on it, ``lr`` and ``betas`` may be tensors there, unchecked, and a root that
+            fails its test is not retried. Needs ``nonfinite="skip"`` and a ``root_method`` other
+            than ``"eigh"``; ``"auto"`` is ``"minimax"``.
         differentiable: not supported, must be False.
 
     Raises:
         ValueError: for a value out of range, naming it, its bound and the remedy.
-        RuntimeError: for complex or sharded parameters, ``differentiable=True`` and
-            ``capturable=True``.
+        RuntimeError: for complex or sharded parameters and ``differentiable=True``.
 
     ``step()`` counts from 1 for every parameter since it joined the optimizer or was first
     unfrozen, with or without a gradient; a call in which no parameter has one changes nothing. A
@@ -117,6 +122,7 @@ class Shampoo(Optimizer):
 
     # On the class, so that an unpickled or copied optimizer, which has neither, starts without.
     _plan: Plan | None = None
+    _on_device: capture.DeviceState | None = None  # of the plan, if it is capturable
     _incoming: dict[Tensor, dict[str, Any]] | None = None
 
     def __init__(
@@ -171,6 +177,7 @@ class Shampoo(Optimizer):
         super().add_param_group(param_group)
         try:
             self._check_group(len(self.param_groups) - 1)
+            capture.is_capturable(self.param_groups)
         except Exception:
             self.param_groups.pop()
             raise
@@ -190,7 +197,8 @@ class Shampoo(Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """Steps skipped because a gradient was not finite."""
+        """Steps skipped because a gradient was not finite. Waits for a device that counts them."""
+        self._settle_skipped()
         return max(int(group["extra"]["skipped_steps"]) for group in self.param_groups)
 
     @torch.no_grad()
@@ -211,101 +219,125 @@ class Shampoo(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        capture.check_health(self)
         values = [Hyperparameters.read(group) for group in self.param_groups]
         plan = self._current_plan()
         plan.check_methods(values)
         params = plan.params(self.param_groups)
         grads = [param.grad for param in params]
-        if not self._accepts(plan, grads, values):
+        accepted = self._accepts(plan, grads, values)
+        if accepted is False:
             return loss
         plan.add_missing_moments(self.param_groups, values, self.state)
         plan.assign_slots(self.param_groups, values)
-        selections = plan.select(tuple(grad is not None for grad in grads))
-        for selection in selections:
+        for selection in plan.select(tuple(grad is not None for grad in grads)):
             arena = selection.arena
-            arena.count_step()
+            hyper, step = values[arena.group], arena.step + 1
+            if not capture.is_capturing():
+                arena.count_step()
+            if isinstance(accepted, Tensor) and self._on_device is not None:
+                scalars = self._on_device.scalars(hyper, arena, accepted)
+            else:
+                scalars = Scalars.of(hyper, arena.rule, step)
             with full_precision(arena.device):
                 self._step_arena(
-                    selection, values[arena.group], params, grads, plan.is_layerwise(arena)
+                    selection, hyper, scalars, step, params, grads, plan.is_layerwise(arena)
                 )
         return loss
+
+    def coming_refresh(self) -> tuple[int | None, ...]:
+        """Names the roots that the next step refreshes: what a graph of it can be used for again.
+
+        All None for an ordinary step. The schedule follows the steps that were asked for; the host
+        does not know which of them ``capturable=True`` has skipped.
+        """
+        values = [Hyperparameters.read(group) for group in self.param_groups]
+        plan = self._current_plan()
+        plan.assign_slots(self.param_groups, values)
+        return capture.coming_refresh(plan, values)
+
+    def replayed(self) -> None:
+        """Says that a graph with one step was replayed, for which ``step()`` was not called."""
+        for arena in self._current_plan().arenas:
+            arena.count_step()
 
     def _step_arena(
         self,
         selection: Selection,
         hyper: Hyperparameters,
+        scalars: Scalars,
+        step: int,
         params: list[Tensor],
         grads: list[Tensor | None],
         layerwise: bool,
     ) -> None:
-        arena, step = selection.arena, selection.arena.step
         slot = hyper.due_slot(step)
         due = [] if slot is None else selection.factors.get(slot, [])
-        decay = hyper.weight_decay if hyper.decoupled_weight_decay else 0.0
         if due:
             # Roots see the factors of all blocks, so these move first. Segments share a workspace:
             # their gradients are packed again, unless there is only one.
             for segment in selection.segments:
-                self._gather(segment, hyper, params, grads)
-                self._accumulate(segment, hyper)
+                self._gather(segment, hyper, scalars, params, grads)
+                self._accumulate(segment, scalars)
             for factors in due:
-                self._refresh(factors, hyper, step)
+                self._refresh(factors, hyper, scalars)
         for segment in selection.segments:
             if not due:
-                self._gather(segment, hyper, params, grads)
-                self._accumulate(segment, hyper)
+                self._gather(segment, hyper, scalars, params, grads)
+                self._accumulate(segment, scalars)
             elif len(selection.segments) > 1:
-                self._gather(segment, hyper, params, grads)
-            direct(segment, arena.rule, hyper, step)
+                self._gather(segment, hyper, scalars, params, grads)
+            direct(segment, hyper, scalars)
             if not layerwise:
-                self._update(segment, hyper, params, decay)
+                self._update(segment, hyper, scalars, params)
         if layerwise and selection.segments:
-            rescale(selection.segments, params, decay)
+            rescale(selection.segments, params, hyper.decoupled_decay)
+            scalars = replace(scalars, decay=0.0 * scalars.decay)
             for segment in selection.segments:
-                self._update(segment, hyper, params, weight_decay=0.0)
+                self._update(segment, hyper, scalars, params)
 
     @staticmethod
     def _gather(
         segment: Segment,
         hyper: Hyperparameters,
+        scalars: Scalars,
         params: list[Tensor],
         grads: list[Tensor | None],
     ) -> None:
         """Packs a private copy of the gradients; G <- G + weight_decay W if it is coupled."""
         sources = [grads[member] for member in segment.members]
-        sign = -1.0 if hyper.maximize else 1.0
-        ops.gather_blocks_(segment.grad, sources, segment.tiles, sign, False)
-        if hyper.weight_decay != 0.0 and not hyper.decoupled_weight_decay:
+        ops.gather_blocks_(segment.grad, sources, segment.tiles, scalars.sign, False)
+        if hyper.coupled_decay != 0.0:
             weights = [params[member] for member in segment.members]
-            ops.gather_blocks_(segment.grad, weights, segment.tiles, hyper.weight_decay, True)
+            ops.gather_blocks_(segment.grad, weights, segment.tiles, scalars.coupled_decay, True)
 
     @staticmethod
-    def _accumulate(segment: Segment, hyper: Hyperparameters) -> None:
+    def _accumulate(segment: Segment, scalars: Scalars) -> None:
         """A_k <- beta2 A_k + (1 - beta2) mat_k(G) mat_k(G)^T, from the raw gradient."""
         for part in segment.parts:
             for mode, factor in enumerate(part.factors):
-                ops.gram_ema_(factor, part.grad, mode, hyper.beta2, hyper.factor_weight)
+                ops.gram_ema_(factor, part.grad, mode, scalars.beta2, scalars.factor_weight)
 
     @staticmethod
-    def _refresh(factors: FactorRange, hyper: Hyperparameters, step: int) -> None:
+    def _refresh(factors: FactorRange, hyper: Hyperparameters, scalars: Scalars) -> None:
         """X_k <- (A_k / c2 + ridge I)^(-1/p)."""
         stack, rows = factors.stack, slice(factors.start, factors.stop)
-        refresh_roots_(
-            stack.root[rows],
-            stack.factor[rows],
-            stack.failures[rows],
-            stack.rooted[rows],
-            p=hyper.root_power(stack.order),
-            correction=hyper.correction2(step),
-            eps=hyper.eps,
-            relative_eps=hyper.relative_eps,
-            method=hyper.root_method,
-            pending=factors.pending,
-        )
+        state = stack.root[rows], stack.factor[rows], stack.failures[rows], stack.rooted[rows]
+        how: dict[str, Any] = {
+            "p": hyper.root_power(stack.order),
+            "correction": scalars.correction2,
+            "eps": hyper.eps,
+            "relative_eps": hyper.relative_eps,
+            "method": hyper.root_method,
+        }
+        if scalars.accepted is None:
+            refresh_roots_(*state, **how, pending=factors.pending)
+        else:
+            refresh_roots_on_device_(*state, scalars.accepted, **how)
 
     @staticmethod
     def _update(
-        segment: Segment, hyper: Hyperparameters, params: list[Tensor], weight_decay: float
+        segment: Segment, hyper: Hyperparameters, scalars: Scalars, params: list[Tensor]
     ) -> None:
         """M <- mu M + P, W <- W - lr D, with decoupled weight decay."""
         momentum = segment.moments.get("momentum") if hyper.momentum > 0 else None
@@ -314,28 +346,36 @@ class Shampoo(Optimizer):
             [params[member] for member in segment.members],
             momentum,
             segment.direction.to(dtype),  # wider only for float64 parameters
-            segment.scale.to(dtype),
+            scalars.gate(segment.scale.to(dtype)),
             segment.tiles,
-            hyper.lr,
-            weight_decay,
-            hyper.momentum,
+            scalars.lr,
+            scalars.decay,
+            scalars.momentum,
             hyper.nesterov,
         )
 
     def _current_plan(self) -> Plan:
         """The plan, rebuilt if parameters were added, swapped, unfrozen or moved since."""
         if self._plan is None or not self._plan.is_current(self.param_groups):
+            capture.check_warm(False)
             live = {param for group in self.param_groups for param in group["params"]}
             for param in [param for param in self.state if param not in live]:
                 logger.warning("shampoo: a parameter was replaced; its state is dropped")
                 del self.state[param]
+            self._settle_skipped()
             self._plan = Plan(self.param_groups, self.state)
+            self._on_device = None
+            if self._plan.arenas and capture.is_capturable(self.param_groups):
+                self._on_device = capture.DeviceState(self._plan)
         return self._plan
 
     def _accepts(
         self, plan: Plan, grads: Sequence[Tensor | None], values: Sequence[Hyperparameters]
-    ) -> bool:
-        """Whether these gradients make a step: some, all finite, and not an inert first one."""
+    ) -> bool | Tensor:
+        """Whether these gradients make a step: some, all finite, and not an inert first one.
+
+        Where only the device may know, the answer is a tensor on it.
+        """
         present = [
             (member, grad)
             for member, grad in zip(plan.members, grads, strict=True)
@@ -345,11 +385,13 @@ class Shampoo(Optimizer):
             return False
         for member, grad in present:
             check_dense(grad, member.name)
-        magnitudes = largest_magnitudes([grad for _, grad in present])
+        if self._on_device is not None:
+            return self._on_device.accept(plan, grads, values)
+        magnitudes: list[float] = largest_magnitudes([grad for _, grad in present]).tolist()
         bad = [
             member
             for (member, grad), magnitude in zip(present, magnitudes, strict=True)
-            if not can_square(magnitude, grad.numel(), values[member.group].geometry.dtype)
+            if not magnitude < square_limit(grad.numel(), values[member.group].geometry.dtype)
         ]
         if bad:
             self._refuse(bad, len(present), values)
@@ -373,11 +415,25 @@ class Shampoo(Optimizer):
         if count & (count - 1) == 0:  # 1, 2, 4, 8 ...: a run that skips for ever stays readable
             logger.warning("shampoo: step skipped, %s; %d skipped so far", what, count)
 
+    def _settle_skipped(self) -> None:
+        """Adds what the device has counted since to ``extra``."""
+        if self._on_device is not None:
+            skipped = int(self._on_device.skipped)
+            self._on_device.skipped.zero_()
+            for group in self.param_groups:
+                group["extra"]["skipped_steps"] += skipped
+
+    def state_dict(self) -> dict[str, Any]:
+        """As every ``torch.optim`` optimizer's. Waits for a device that counts the steps."""
+        self._settle_skipped()
+        return super().state_dict()
+
     def __getstate__(self) -> dict[str, Any]:
         """Called by torch when it copies and pickles.
 
         Published state are views, each of which would be pickled with all of its arena.
         """
+        self._settle_skipped()
         state = super().__getstate__()
         state["state"] = {
             param: {key: view.clone() for key, view in entries.items()}
@@ -425,7 +481,7 @@ class Shampoo(Optimizer):
                 group.setdefault(name, value)
             group["preconditioner_dtype"] = dtype_name(group["preconditioner_dtype"])
             group["extra"] = {**_EXTRA, **group.get("extra", {})}
-        self._plan = None
+        self._plan = self._on_device = None
         if self._incoming is not None:
             self.state = defaultdict(dict, self._incoming)
             if self._incoming:

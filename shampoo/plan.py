@@ -121,10 +121,10 @@ class Plan:
         self._seen: list[list[_Seen]] = []
         self._workspaces: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._selections: dict[tuple[bool, ...], list[Selection]] = {}
-        arenas: dict[tuple[int, str, torch.dtype, torch.device, int], Arena] = {}
+        arenas: dict[tuple[int, str, torch.dtype, torch.device, int, int], Arena] = {}
         params: list[Tensor] = []
         for index, (group, geometry) in enumerate(zip(groups, self._geometries, strict=True)):
-            seen = []
+            seen, capturable = [], geometry.capturable
             for position, param in enumerate(group["params"]):
                 planned = _is_trained(param) or (param.numel() > 0 and bool(state.get(param)))
                 seen.append(_Seen(param, planned, param.device, param.dtype, param.shape))
@@ -134,13 +134,14 @@ class Plan:
                 check_parameter(param, name)
                 layout = Layout.of(param.shape, geometry)
                 place = torch.device(device) if device else param.device
-                step = int(state[param]["step"]) if "step" in state.get(param, {}) else 0
+                taken = int(state[param]["step"]) if "step" in state.get(param, {}) else 0
+                step = int(state.get(param, {}).get("calls", taken)) if capturable else taken
                 wide = torch.promote_types(param.dtype, geometry.dtype)
-                key = (index, layout.rule, wide, place, step)
+                key = (index, layout.rule, wide, place, step, taken)
                 if key not in arenas:
                     staggered = geometry.refresh_schedule == "staggered"
                     arenas[key] = Arena(
-                        index, layout.rule, geometry.dtype, wide, place, step, staggered
+                        index, layout.rule, geometry.dtype, wide, place, step, staggered, capturable
                     )
                 arenas[key].add(len(self.members), layout, _segment_limit(place))
                 self.members.append(Member(index, position, name))
@@ -193,7 +194,10 @@ class Plan:
         """Makes the buffers that a change of betas or momentum has called for since the build."""
         for arena in self.arenas:
             values = hyperparameters[arena.group]
-            for name, needed in (("exp_avg", values.beta1 > 0), ("momentum", values.momentum > 0)):
+            for name, needed in (
+                ("exp_avg", values.has_exp_avg),
+                ("momentum", values.momentum > 0),
+            ):
                 if needed and name not in arena.moments:
                     arena.add_moment(name)
                     for param, key, view in self._fill(arena, self.params(groups), state, (name,)):
@@ -289,7 +293,7 @@ def _moments_of(
 ) -> list[str]:
     """The buffers an arena needs: by its group's values, or because a checkpoint brings them."""
     is_needed = {
-        "exp_avg": float(group["betas"][0]) > 0,
+        "exp_avg": Hyperparameters.read(group).has_exp_avg,
         "exp_avg_sq": arena.rule == ADAGRAD or GRAFTING[group["grafting"]].second_moment,
         "momentum": float(group["momentum"]) > 0,
     }

@@ -47,7 +47,7 @@ class Segment:
     members: list[int]  # parameters, in the order in which ``tiles`` numbers them
     tiles: Tensor
     runs: Tensor
-    owners: Tensor  # [B], for every block the position of its parameter in ``members``
+    owners: Tensor  # [B], for every block its parameter in the plan
     grad: Tensor
     direction: Tensor
     norm: Tensor  # [B]
@@ -123,7 +123,7 @@ def _segment(
         for placed in tiles:
             source = members.index(placed.member)
             rows.append(placed.tile.row(source, placed.element - start, order))
-            owners += [source] * placed.tile.blocks
+            owners += [placed.member] * placed.tile.blocks
         runs.append((count, tiles[0].tile.block_numel))
         elements = slice(tiles[0].element - start, tiles[-1].element + tiles[-1].numel - start)
         shape, slots = (count, *stack.extent), slice(block, block + count)

@@ -95,6 +95,7 @@ class Arena:
         update_dtype: of momentum, at least as wide as the parameters.
         step: steps these blocks have taken.
         is_staggered: whether the slots of the factors are state.
+        is_capturable: whether the device counts the steps, and the host only what it asked for.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Arena:
         device: torch.device,
         step: int,
         is_staggered: bool,
+        is_capturable: bool = False,
     ) -> None:
         self.group = group
         self.rule = rule
@@ -114,8 +116,10 @@ class Arena:
         self.device = device
         self.step = step
         self.is_staggered = is_staggered
+        self.is_capturable = is_capturable
         self.period: int | None = None  # over which the slots of the factors are spread
         self.steps = torch.empty(0)  # [members], what state publishes of ``step``
+        self.taken = torch.empty(0)  # [members], if capturable: on the device, without skipped ones
         self.moments: dict[str, Tensor] = {}
         self.factor_stacks: list[FactorStack] = []
         self._stacks: dict[tuple[tuple[int, ...], tuple[bool, ...]], BlockStack] = {}
@@ -171,6 +175,8 @@ class Arena:
         # On the host, since they decide the schedule, and one for each parameter: loaders write in
         # place into what is published, and the parameters of a checkpoint may differ in it.
         self.steps = torch.full((len(self.members),), self.step, dtype=torch.int64, device="cpu")
+        if self.is_capturable:
+            self.taken = torch.zeros_like(self.steps, device=self.device)
         self.factor_stacks = list(by_size.values())
         for factors in self.factor_stacks:
             factors.allocate(self.dtype, self.device)
@@ -206,7 +212,9 @@ class Arena:
     def views(self, moments: Sequence[str]) -> Iterator[tuple[int, str, Tensor]]:
         """Every state tensor as ``member, key, view``, the moments as named."""
         for index, member in enumerate(self.members):
-            yield member, "step", self.steps[index]
+            if self.is_capturable:
+                yield member, "step", self.taken[index]
+            yield member, "calls" if self.is_capturable else "step", self.steps[index]
         for stack in self.stacks:
             for placed in stack.placements:
                 size = placed.tile.block_numel

@@ -41,13 +41,14 @@ LAYERS = {
     "eigen": "kernels.norms ops",
     "diagonal": "eigen kernels.norms",
     "solver": "diagonal eigen kernels.newton ops precision schedule",
-    "refresh": "precision probe solver",
+    "refresh": "averages precision probe solver",
     "roots": "solver",
     # what is where
     "errors": "",
     "blocking": "",
-    "grafting": "",
-    "hyperparameters": "blocking grafting solver",
+    "averages": "",
+    "grafting": "averages",
+    "hyperparameters": "averages blocking grafting schedule solver",
     "layout": "blocking hyperparameters",
     "stacks": "blocking layout refresh",
     "segments": "refresh stacks",
@@ -55,11 +56,14 @@ LAYERS = {
     "checkpoint": "errors hyperparameters layout plan",
     # the step
     "gradients": "ops",
-    "direction": "hyperparameters layout ops segments",
+    "scalars": "averages grafting hyperparameters layout",
+    "capture": "gradients hyperparameters plan scalars stacks",
+    "direction": "averages hyperparameters ops scalars segments",
     "layerwise": "ops segments",
-    "optimizer": "checkpoint direction errors gradients hyperparameters layerwise layout ops plan"
-    " precision refresh segments solver",
-    "__init__": "errors optimizer roots",
+    "optimizer": "capture checkpoint direction errors gradients hyperparameters layerwise layout"
+    " ops plan precision refresh scalars segments solver",
+    "replay": "optimizer",
+    "__init__": "errors optimizer replay roots",
     "__main__": "jit ops",
 }
 
