@@ -37,7 +37,8 @@ void graft_moments_(const std::optional<at::Tensor>& exp_avg,
                     double correction1, double beta2, double weight2, double correction2,
                     double eps, bool normalized) {
   const Moments moments{beta1, correction1, beta2, weight2, correction2, eps, normalized};
-  const auto table = runs_of(runs, exp_avg, exp_avg_sq, direction, norm, grad, moments);
+  const auto table = runs_of(runs, exp_avg, exp_avg_sq, direction, norm, grad);
+  check_corrections(exp_avg, exp_avg_sq, correction1, correction2);
   if (table.empty()) return;
   with_flat(grad, [&](auto flat) {
     with_flat(norm, [&](auto length) {

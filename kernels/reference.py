@@ -71,7 +71,7 @@ def gather_blocks_(
 def magnitudes_(out: Tensor, tensors: Sequence[Tensor]) -> None:
     """``out[i] <- max |x|`` of every tensor, float64: NaN or Inf if it holds one; none is empty."""
     norms = torch._foreach_norm(list(tensors), ord=math.inf)
-    out.copy_(torch.stack([norm.to(out) for norm in norms]))
+    out.copy_(torch.stack([norm.to(out.device) for norm in norms]))
 
 
 def graft_moments_(

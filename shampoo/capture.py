@@ -21,6 +21,7 @@ from shampoo.gradients import largest_magnitudes, square_limit
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.plan import Plan
 from shampoo.scalars import Scalars
+from shampoo.segments import Selection
 from shampoo.stacks import Arena
 
 # What the numbers become in a step that is skipped.
@@ -109,8 +110,10 @@ class DeviceState:
         self._has_stepped = torch.stack([arena.taken[0] > 0 for arena in plan.arenas]).any()
         neutral = [*_NEUTRAL.values(), *_NEUTRAL_MOMENT.values()]
         self._neutral = torch.tensor(neutral, dtype=torch.float64, device=self.device)
-        # By the pattern of present gradients; never dropped, since a graph may read them.
+        # Never dropped, since a graph may read them: by the pattern of present gradients, and what
+        # was captured, of which the plan keeps only the latest.
         self._limits: dict[tuple[bool, ...], Tensor] = {}
+        self._captured: list[Sequence[Selection]] = []
 
     def accept(
         self, plan: Plan, grads: Sequence[Tensor | None], values: Sequence[Hyperparameters]
@@ -138,15 +141,34 @@ class DeviceState:
         self._has_stepped |= accepted
         return accepted
 
+    def keep(self, selections: Sequence[Selection]) -> None:
+        """Keeps what a step that is being captured works on as long as this lives."""
+        if is_capturing():
+            self._captured.append(selections)
+
     def scalars(self, hyper: Hyperparameters, arena: Arena, accepted: Tensor) -> Scalars:
-        """Counts a step of an arena; its numbers, 0-d float64 on the device."""
+        """Counts a step of an arena; its numbers, 0-d float64 on the device.
+
+        Raises:
+            ValueError: if ``lr`` or a beta is a tensor elsewhere.
+        """
+        for name, number in (
+            ("lr", hyper.lr),
+            ("betas[0]", hyper.beta1),
+            ("betas[1]", hyper.beta2),
+        ):
+            if isinstance(number, Tensor) and number.device != self.device:
+                raise ValueError(
+                    f"Invalid {name} on {number.device}. Must be on {self.device}, as the"
+                    " parameters are: a graph cannot follow it elsewhere."
+                )
         arena.taken += accepted
         plain = Scalars.of(hyper, arena.rule, arena.taken[0].double())
         numbers = [getattr(plain, name) for name in _NEUTRAL]
         numbers += [getattr(plain.moment, name) for name in _NEUTRAL_MOMENT]
         # A fill for every number of the host: a copy of it could not be captured.
         tensors = [
-            number.to(self.device)
+            number
             if isinstance(number, Tensor)
             else torch.full((), number, dtype=torch.float64, device=self.device)
             for number in numbers

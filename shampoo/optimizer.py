@@ -230,7 +230,10 @@ class Shampoo(Optimizer):
             return loss
         plan.add_missing_moments(self.param_groups, values, self.state)
         plan.assign_slots(self.param_groups, values)
-        for selection in plan.select(tuple(grad is not None for grad in grads)):
+        selections = plan.select(tuple(grad is not None for grad in grads))
+        if self._on_device is not None:
+            self._on_device.keep(selections)
+        for selection in selections:
             arena = selection.arena
             hyper, step = values[arena.group], arena.step + 1
             if not capture.is_capturing():

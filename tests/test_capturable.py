@@ -375,6 +375,14 @@ def test_what_cannot_be_captured_is_refused(arguments, message):
         make(True, **arguments)
 
 
+def test_tensors_lie_on_the_device_of_the_parameters():
+    params, opt = make(True)
+    put(params, gradients(params, 1)[0])
+    opt.param_groups[0]["betas"] = (0.9, torch.tensor(0.9, device="meta"))
+    with pytest.raises(ValueError, match=r"Invalid betas\[1\] on meta. Must be on cpu"):
+        opt.step()
+
+
 def test_all_groups_are_capturable_or_none():
     _, opt = make(True)
     with pytest.raises(ValueError, match="same in all"):

@@ -57,7 +57,7 @@ LAYERS = {
     # the step
     "gradients": "ops",
     "scalars": "averages grafting hyperparameters layout",
-    "capture": "gradients hyperparameters plan scalars stacks",
+    "capture": "gradients hyperparameters plan scalars segments stacks",
     "direction": "averages hyperparameters ops scalars segments",
     "layerwise": "ops segments",
     "optimizer": "capture checkpoint direction errors gradients hyperparameters layerwise layout"

@@ -40,15 +40,15 @@ def test_numbers_may_lie_on_the_device(impl, flat, op, change):
     """The compiled kernels compute the same bits, the references round elsewhere."""
     given = vars(good_arguments())[op]
     given |= {name: value for name, value in change.items() if name in given}
-    if impl is reference and op == "gram_ema_":
-        given = {"mode" if name == "k" else name: value for name, value in given.items()}
+    if not hasattr(impl, op):
+        pytest.skip("no kernel in CUDA")
     results = []
     for as_tensor in (False, True):
         arguments = {name: in_dtype(value, flat) for name, value in given.items()}
         if as_tensor:
             for name in NUMBERS[op]:
                 arguments[name] = torch.tensor(arguments[name], dtype=torch.float64)
-        getattr(impl, op)(**arguments)
+        getattr(impl, op)(*arguments.values())
         results.append([v for v in arguments.values() if not isinstance(v, (int, float))])
         results[-1] = [v for v in results[-1] if not (isinstance(v, Tensor) and v.dim() == 0)]
     tolerance = 4 * torch.finfo(flat).eps if impl is reference else 0.0
