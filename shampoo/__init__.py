@@ -10,6 +10,7 @@ from shampoo.errors import (
 )
 from shampoo.optimizer import Shampoo
 from shampoo.planner import plan
+from shampoo.replay import Replay
 from shampoo.roots import inverse_root
 
 __version__ = "0.1.0"
@@ -18,6 +19,7 @@ __all__ = [
     "IncompleteCheckpointError",
     "NonFiniteGradientError",
     "PlanMismatchError",
+    "Replay",
     "Shampoo",
     "ShampooDistributedError",
     "ShampooError",

@@ -18,6 +18,7 @@ from shampoo import ops
 from shampoo.agreement import FAILED
 from shampoo.exchange import Exchange, Round, applied_decay, search_direction
 from shampoo.hyperparameters import Hyperparameters
+from shampoo.scalars import Scalars
 from shampoo.segments import Segment
 from shampoo.stacks import Arena
 
@@ -91,7 +92,9 @@ class AllGather(Exchange):
         super().open(step)
         self._works = []
 
-    def deliver(self, arena: Arena, segment: Segment, hyper: Hyperparameters) -> None:
+    def deliver(
+        self, arena: Arena, segment: Segment, hyper: Hyperparameters, scalars: Scalars
+    ) -> None:
         """Writes D into this rank's slice; parts before it are complete and can travel."""
         me = self._team.me
         start = self._bases[me][self._index[id(arena)]] + segment.start

@@ -68,7 +68,7 @@ def block_state_bytes(
     size = values.geometry.dtype.itemsize
     wide = torch.promote_types(dtype, values.geometry.dtype).itemsize
     second_moment = rule == ADAGRAD or GRAFTING[values.geometry.grafting].second_moment
-    per_element = size * ((values.beta1 > 0) + second_moment) + wide * (values.momentum > 0)
+    per_element = size * (values.has_exp_avg + second_moment) + wide * (values.momentum > 0)
     total = per_element * math.prod(extent)
     if rule == FACTORED:
         counters = _COUNTER_BYTES * (1 + values.is_staggered)

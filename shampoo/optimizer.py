@@ -11,18 +11,16 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim.optimizer import Optimizer
 
-from shampoo import checkpoint, ops
+from shampoo import capture, checkpoint, ops
+from shampoo.advance import advance, rescale
 from shampoo.agreement import FAILED, OK, SKIPPED
-from shampoo.direction import direct
 from shampoo.exchange import Exchange, Round
 from shampoo.exchanges import exchanges_of
 from shampoo.hyperparameters import Hyperparameters, dtype_name, warn_about
-from shampoo.layerwise import Norms
 from shampoo.layout import FACTORED, Layout
-from shampoo.precision import full_precision
 from shampoo.proposal import Attempt, Proposal, local_gradients, propose
-from shampoo.refresh import refresh_roots_
-from shampoo.segments import FactorRange, Segment, Selection
+from shampoo.scalars import Scalars
+from shampoo.segments import Selection
 from shampoo.solver import check_method
 from shampoo.stacks import Arena
 from shampoo.step_plan import Plan, check_parameter, parameter_name
@@ -101,7 +99,11 @@ class Shampoo(Optimizer):
         foreach: accepted for compatibility; work is always batched over blocks.
         fused: True raises if the compiled kernels, so far those for a CPU, cannot be built; None
             and False take what there is.
-        capturable: not supported yet, must be False.
+        capturable: let CUDA graphs replay the step, with a refresh or without, as
+            :class:`shampoo.Replay` does. Nothing waits for the device: steps are counted and
+            skipped on it, ``lr`` and ``betas`` may be tensors there, unchecked, and a root that
+            fails its test is not retried. Needs ``nonfinite="skip"``, a ``root_method`` other than
+            ``"eigh"`` (``"auto"`` is ``"minimax"``), and all blocks on this rank.
         differentiable: not supported, must be False.
         process_group: the ranks that hold replicas of plain parameters, None for the default
             group. Parameters that are DTensors bring the ranks of their mesh. Belongs to the run,
@@ -120,7 +122,7 @@ class Shampoo(Optimizer):
     Raises:
         ValueError: for a value out of range, naming it, its bound and the remedy.
         RuntimeError: for complex parameters, those with Partial placements, flat ones (FSDP1,
-            ZeRO), ``differentiable=True`` and ``capturable=True``.
+            ZeRO) and ``differentiable=True``.
 
     With an initialised process group every block has one owner, which holds its state and computes
     its direction; all ranks apply what was sent. All ranks must call ``step()`` together, with
@@ -140,6 +142,7 @@ class Shampoo(Optimizer):
 
     # On the class, so that an unpickled or copied optimizer, which has neither, starts without.
     _plan: Plan | None = None
+    _on_device: capture.DeviceState | None = None  # of the plan, if it is capturable
     _incoming: dict[Tensor, dict[str, Any]] | None = None
     _exchange_cache: tuple[Plan, dict[Team, Exchange]] | None = None
 
@@ -200,6 +203,7 @@ class Shampoo(Optimizer):
         super().add_param_group(param_group)
         try:
             self._check_group(len(self.param_groups) - 1)
+            capture.is_capturable(self.param_groups)
         except Exception:
             self.param_groups.pop()
             raise
@@ -219,7 +223,8 @@ class Shampoo(Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """Steps skipped because a gradient was not finite."""
+        """Steps skipped because a gradient was not finite. Waits for a device that counts them."""
+        self._settle_skipped()
         return max(int(group["extra"]["skipped_steps"]) for group in self.param_groups)
 
     @torch.no_grad()
@@ -243,6 +248,7 @@ class Shampoo(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        capture.check_health(self)
         proposal = self._agree()
         if proposal is not None:
             self._take(proposal)
@@ -279,7 +285,7 @@ class Shampoo(Optimizer):
         plan = self._current_plan()
         plan.check_methods(values)
         grads = local_gradients(plan.members, plan.planned(self.param_groups))
-        return propose(plan, Round(plan.params(self.param_groups), grads, values))
+        return propose(plan, Round(plan.params(self.param_groups), grads, values), self._on_device)
 
     def _take(self, proposal: Proposal) -> None:
         """Steps 1 to 10 of algorithm.md 1.3 for all blocks of this rank, then for the weights."""
@@ -292,10 +298,11 @@ class Shampoo(Optimizer):
             exchange.fetch()
         selections = attempt.run(self._select, plan, step) or [None] * len(plan.arenas)
         for arena, selection in zip(plan.arenas, selections, strict=True):
-            exchange = exchanges[arena.team]
-            attempt.run(self._direct, selection, step, exchange)
+            exchange, hyper = exchanges[arena.team], step.hyper[arena.group]
+            scalars = attempt.run(self._count, arena, hyper, proposal.accepted)
+            attempt.run(advance, selection, hyper, scalars, exchange)
             if arena.is_layerwise:
-                self._rescale(arena, plan, selection, step, exchange, attempt)
+                rescale(arena, selection, hyper, scalars, exchange, attempt)
         word = OK if attempt.error is None else FAILED
         for exchange in exchanges.values():
             word = max(word, exchange.send(word))
@@ -319,95 +326,49 @@ class Shampoo(Optimizer):
         """The blocks that move, by arena."""
         plan.add_missing_moments(self.param_groups, step.hyper, self.state)
         plan.assign_slots(self.param_groups, step.hyper)
-        return plan.select(step.present)
+        selections = plan.select(step.present)
+        if self._on_device is not None:
+            self._on_device.keep(selections)
+        return selections
 
-    def _direct(self, selection: Selection, step: Round, exchange: Exchange) -> None:
-        """Factors, roots and search directions of one arena (steps 0 to 6)."""
-        arena, hyper = selection.arena, step.hyper[selection.arena.group]
-        arena.count_step()
-        with full_precision(arena.device):
-            slot = hyper.due_slot(arena.step)
-            due = [] if slot is None else selection.factors.get(slot, [])
-            if due:
-                # Roots see the factors of all blocks, so these move first. Segments share a
-                # workspace: their gradients are packed again, unless there is only one.
-                for segment in selection.segments:
-                    self._gather(segment, hyper, exchange)
-                    self._accumulate(segment, hyper)
-                for factors in due:
-                    self._refresh(factors, hyper, arena.step)
-            for segment in selection.segments:
-                if not due:
-                    self._gather(segment, hyper, exchange)
-                    self._accumulate(segment, hyper)
-                elif len(selection.segments) > 1:
-                    self._gather(segment, hyper, exchange)
-                direct(segment, arena.rule, hyper, arena.step)
-                if not arena.is_layerwise:
-                    exchange.deliver(arena, segment, hyper)
+    def _count(self, arena: Arena, hyper: Hyperparameters, accepted: Tensor | None) -> Scalars:
+        """Counts a step of an arena; the numbers that move it."""
+        step = arena.step + 1
+        if not capture.is_capturing():
+            arena.count_step()
+        if accepted is None or self._on_device is None:
+            return Scalars.of(hyper, arena.rule, step)
+        return self._on_device.scalars(hyper, arena, accepted)
 
-    @staticmethod
-    def _rescale(
-        arena: Arena,
-        plan: Plan,
-        selection: Selection | None,
-        step: Round,
-        exchange: Exchange,
-        attempt: Attempt,
-    ) -> None:
-        """LARS and LAMB: P <- P |W| / |P| over whole parameters, whose blocks others may own.
+    def coming_refresh(self) -> tuple[int | None, ...]:
+        """Names the roots that the next step refreshes: what a graph of it can be used for again.
 
-        Without a selection, because this rank has failed, it still adds its zeros to the sum.
+        All None for an ordinary step. The schedule follows the steps that were asked for; the host
+        does not know which of them ``capturable=True`` has skipped.
         """
-        hyper = step.hyper[arena.group]
-        segments = [] if selection is None else selection.segments
-        with full_precision(arena.device):
-            norms = Norms(arena, [plan.members[member].layout.blocks for member in arena.members])
-            attempt.run(norms.measure, segments, exchange, hyper.decoupled_decay)
-            exchange.sum_(norms.squares)
-            attempt.run(norms.rescale, segments)
-            for segment in segments:
-                attempt.run(exchange.deliver, arena, segment, hyper)
+        values = [Hyperparameters.read(group) for group in self.param_groups]
+        plan = self._current_plan()
+        plan.assign_slots(self.param_groups, values)
+        return capture.coming_refresh(plan, values)
 
-    @staticmethod
-    def _gather(segment: Segment, hyper: Hyperparameters, exchange: Exchange) -> None:
-        """Packs a private copy of the gradients; G <- G + weight_decay W if it is coupled."""
-        exchange.gradients(segment, segment.grad, -1.0 if hyper.maximize else 1.0)
-        if hyper.weight_decay != 0.0 and not hyper.decoupled_weight_decay:
-            exchange.weights(segment, segment.grad, hyper.weight_decay, True)
-
-    @staticmethod
-    def _accumulate(segment: Segment, hyper: Hyperparameters) -> None:
-        """A_k <- beta2 A_k + (1 - beta2) mat_k(G) mat_k(G)^T, from the raw gradient."""
-        for part in segment.parts:
-            for mode, factor in enumerate(part.factors):
-                ops.gram_ema_(factor, part.grad, mode, hyper.beta2, hyper.factor_weight)
-
-    @staticmethod
-    def _refresh(factors: FactorRange, hyper: Hyperparameters, step: int) -> None:
-        """X_k <- (A_k / c2 + ridge I)^(-1/p)."""
-        stack, rows = factors.stack, slice(factors.start, factors.stop)
-        refresh_roots_(
-            stack.root[rows],
-            stack.factor[rows],
-            stack.failures[rows],
-            stack.rooted[rows],
-            p=hyper.root_power(stack.order),
-            correction=hyper.correction2(step),
-            eps=hyper.eps,
-            relative_eps=hyper.relative_eps,
-            method=hyper.root_method,
-            pending=factors.pending,
-        )
+    def replayed(self) -> None:
+        """Says that a graph with one step was replayed, for which ``step()`` was not called."""
+        for arena in self._current_plan().arenas:
+            arena.count_step()
 
     def _current_plan(self) -> Plan:
         """The plan, rebuilt if parameters were added, swapped, unfrozen or moved since."""
         if self._plan is None or not self._plan.is_current(self.param_groups, self._workers):
+            capture.check_warm(False)
             live = {param for group in self.param_groups for param in group["params"]}
             for param in [param for param in self.state if param not in live]:
                 logger.warning("shampoo: a parameter was replaced; its state is dropped")
                 del self.state[param]
+            self._settle_skipped()
             self._plan = Plan(self.param_groups, self.state, self._workers, before=self._plan)
+            self._on_device = None
+            if self._plan.arenas and capture.is_capturable(self.param_groups):
+                self._on_device = capture.DeviceState(self._plan)
         return self._plan
 
     def _count_skipped(self, complaint: str) -> None:
@@ -417,11 +378,25 @@ class Shampoo(Optimizer):
         if count & (count - 1) == 0:  # 1, 2, 4, 8 ...: a run that skips for ever stays readable
             logger.warning("shampoo: step skipped, %s; %d skipped so far", complaint, count)
 
+    def _settle_skipped(self) -> None:
+        """Adds what the device has counted since to ``extra``."""
+        if self._on_device is not None:
+            skipped = int(self._on_device.skipped)
+            self._on_device.skipped.zero_()
+            for group in self.param_groups:
+                group["extra"]["skipped_steps"] += skipped
+
+    def state_dict(self) -> dict[str, Any]:
+        """As every ``torch.optim`` optimizer's. Waits for a device that counts the steps."""
+        self._settle_skipped()
+        return super().state_dict()
+
     def __getstate__(self) -> dict[str, Any]:
         """Called by torch when it copies and pickles.
 
         Published state are views, each of which would be pickled with all of its arena.
         """
+        self._settle_skipped()
         state = super().__getstate__()
         state["_workers"] = self._workers
         state["state"] = {
@@ -474,7 +449,7 @@ class Shampoo(Optimizer):
             group["extra"] = {**_EXTRA, **group.get("extra", {})}
         if "_workers" not in self.__dict__:
             self._workers = Workers()  # a pickle of a version before there were any
-        self._plan = None
+        self._plan = self._on_device = None
         if self._incoming is not None:
             self.state = defaultdict(dict, self._incoming)
             if self._incoming:

@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shampoo.agreement import OK, REFUSED, SKIPPED, Topic, digest
+from shampoo.capture import DeviceState
 from shampoo.errors import NonFiniteGradientError
 from shampoo.exchange import Round
-from shampoo.gradients import can_square, check_dense, largest_magnitudes
+from shampoo.gradients import check_dense, largest_magnitudes, square_limit
 from shampoo.regions import local_tensor
 from shampoo.step_plan import Member, Plan
 
@@ -26,6 +27,7 @@ class Proposal:
         is_nonzero: whether any gradient here is not all zero.
         complaint: why the step is to be skipped.
         error: why it is refused.
+        accepted: whether it is to change anything, 0-d bool, where only the device may know.
     """
 
     plan: Plan
@@ -34,6 +36,7 @@ class Proposal:
     is_nonzero: bool
     complaint: str = "the gradients of another rank are not finite, or too large to square"
     error: Exception | None = None
+    accepted: Tensor | None = None
 
     def topics(self) -> tuple[Topic, Topic, Topic]:
         """What must be alike on all ranks: the plan, which gradients are there, all values."""
@@ -100,18 +103,26 @@ def local_gradients(members: Sequence[Member], params: Sequence[Tensor]) -> list
     return [None if grad is None else local_tensor(grad) for grad in grads]
 
 
-def propose(plan: Plan, step: Round) -> Proposal:
-    """Whether these gradients make a step: all finite, and small enough to square."""
+def propose(plan: Plan, step: Round, on_device: DeviceState | None) -> Proposal:
+    """Whether these gradients make a step: all finite, and small enough to square.
+
+    Args:
+        on_device: what decides it without the host, where it must not wait.
+    """
     present = [
         (member, grad)
         for member, grad in zip(plan.members, step.grads, strict=True)
         if grad is not None and grad.numel() > 0  # an empty shard has nothing to say
     ]
-    magnitudes = largest_magnitudes([grad for _, grad in present]) if present else []
+    if not present:
+        return Proposal(plan, step, OK, False)
+    if on_device is not None:
+        return Proposal(plan, step, OK, True, accepted=on_device.accept(plan, step.grads))
+    magnitudes: list[float] = largest_magnitudes([grad for _, grad in present]).tolist()
     bad = [
         member
         for (member, _), magnitude in zip(present, magnitudes, strict=True)
-        if not can_square(magnitude, member.layout.numel, plan.geometry(member).dtype)
+        if not magnitude < square_limit(member.layout.numel, plan.geometry(member).dtype)
     ]
     if not bad:
         return Proposal(plan, step, OK, any(magnitudes))

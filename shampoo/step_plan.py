@@ -218,14 +218,16 @@ class Plan:
 
         Only this rank's own will have state.
         """
-        crews: dict[tuple[int, str, torch.dtype, torch.device, int, Team], list[Arena]] = {}
+        crews: dict[tuple[int, str, torch.dtype, torch.device, int, int, Team], list[Arena]] = {}
         for index, (member, param) in enumerate(zip(self.members, params, strict=True)):
             geometry, team = self._geometries[member.group], member.team
             place = torch.device(device) if device else param.device
-            step = int(state[param]["step"]) if "step" in state.get(param, {}) else 0
+            known = state.get(param, {})
+            taken = int(known["step"]) if "step" in known else 0
+            step = int(known.get("calls", taken)) if geometry.capturable else taken
             wide = torch.promote_types(param.dtype, geometry.dtype)
             rule, diagonal = member.layout.rule, member.layout.diagonal
-            key = (member.group, rule, wide, place, step, team)
+            key = (member.group, rule, wide, place, step, taken, team)
             if key not in crews:
                 crews[key] = [
                     Arena(
@@ -237,12 +239,13 @@ class Plan:
                         step,
                         is_staggered=geometry.refresh_schedule == "staggered",
                         is_layerwise=GRAFTING[geometry.grafting].layerwise and rule != ADAGRAD,
+                        is_capturable=geometry.capturable,
                         team=team,
                     )
                     for _ in team.ranks
                 ]
             for arena in crews[key]:
-                arena.members.append(index)
+                arena.enroll(index, member.layout.blocks)
             if team.is_alone:
                 for tile in member.layout.tiles:
                     most = max(1, _segment_limit(place) // tile.block_numel)
@@ -313,7 +316,10 @@ class Plan:
         """Makes the buffers that a change of betas or momentum has called for since the build."""
         for arena in self.arenas:
             values = hyperparameters[arena.group]
-            for name, needed in (("exp_avg", values.beta1 > 0), ("momentum", values.momentum > 0)):
+            for name, needed in (
+                ("exp_avg", values.has_exp_avg),
+                ("momentum", values.momentum > 0),
+            ):
                 if needed and name not in arena.moments:
                     arena.add_moment(name)
                     params = self.planned(groups)
@@ -411,7 +417,7 @@ def _moments_of(
 ) -> list[str]:
     """The buffers an arena needs: by its group's values, or because a checkpoint brings them."""
     is_needed = {
-        "exp_avg": float(group["betas"][0]) > 0,
+        "exp_avg": Hyperparameters.read(group).has_exp_avg,
         "exp_avg_sq": arena.rule == ADAGRAD or GRAFTING[group["grafting"]].second_moment,
         "momentum": float(group["momentum"]) > 0,
     }

@@ -3,6 +3,10 @@
 import pytest
 import torch
 from root_cases import Exact, fixture, spd, stack
+from test_op_numbers import (  # noqa: F401 - the same
+    test_nothing_times_nan_is_nothing,
+    test_numbers_may_lie_on_the_device,
+)
 from test_ops import (  # noqa: F401 - collected here too, with the fixture below
     test_gather_blocks,
     test_graft_moments,

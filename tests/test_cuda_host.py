@@ -6,6 +6,10 @@ import itertools
 import pytest
 import torch
 from host_build import HostOps
+from test_op_numbers import (  # noqa: F401 - the same
+    test_nothing_times_nan_is_nothing,
+    test_numbers_may_lie_on_the_device,
+)
 from test_ops import (  # noqa: F401 - collected here too, with the fixture below
     LAYOUTS,
     PARAM,

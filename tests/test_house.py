@@ -42,7 +42,7 @@ LAYERS = {
     "eigen": "kernels.norms ops",
     "diagonal": "eigen kernels.norms",
     "solver": "diagonal eigen kernels.newton ops precision schedule",
-    "refresh": "precision probe solver",
+    "refresh": "averages precision probe solver",
     "roots": "solver",
     # who works with whom
     "errors": "",
@@ -51,8 +51,9 @@ LAYERS = {
     "workers": "agreement regions",
     # what is where
     "blocking": "",
-    "grafting": "",
-    "hyperparameters": "blocking grafting solver",
+    "averages": "",
+    "grafting": "averages",
+    "hyperparameters": "averages blocking grafting schedule solver",
     "layout": "blocking hyperparameters",
     "cost": "layout",
     "ownership": "",
@@ -63,26 +64,31 @@ LAYERS = {
     " segments solver stacks workers",
     "checkpoint": "errors hyperparameters layout step_plan workers",
     # what travels
-    "exchange": "hyperparameters ops segments stacks",
-    "allgather": "agreement exchange hyperparameters ops segments stacks",
+    "exchange": "averages hyperparameters ops scalars segments stacks",
+    "allgather": "agreement exchange hyperparameters ops scalars segments stacks",
     "routes": "blocking regions",
-    "router": "agreement exchange hyperparameters ops routes segments stacks",
+    "router": "agreement averages exchange hyperparameters ops routes scalars segments stacks",
     "exchanges": "allgather blocking exchange hyperparameters regions router routes stacks"
     " step_plan workers",
     # the step
     "gradients": "ops",
-    "proposal": "agreement errors exchange gradients regions step_plan",
-    "direction": "hyperparameters layout ops segments",
+    "scalars": "averages grafting hyperparameters layout",
+    "proposal": "agreement capture errors exchange gradients regions step_plan",
+    "capture": "gradients hyperparameters scalars segments stacks step_plan",
+    "direction": "averages hyperparameters ops scalars segments",
     "layerwise": "exchange segments stacks",
-    "optimizer": "agreement checkpoint direction exchange exchanges hyperparameters layerwise"
-    " layout ops precision proposal refresh segments solver stacks step_plan workers",
+    "advance": "capture direction exchange hyperparameters layerwise ops precision proposal refresh"
+    " scalars segments stacks",
+    "optimizer": "advance agreement capture checkpoint exchange exchanges hyperparameters layout"
+    " ops proposal scalars segments solver stacks step_plan workers",
+    "replay": "optimizer",
     # before the step
     "architectures": "",
     "traffic": "layout",
     "report": "",
     "forecast": "cost grafting hyperparameters layout ownership report traffic",
     "planner": "cost forecast hyperparameters layout optimizer ownership report",
-    "__init__": "errors optimizer planner roots",
+    "__init__": "errors optimizer planner replay roots",
     "__main__": "architectures backends cost grafting hyperparameters jit ops planner",
 }
 

@@ -318,10 +318,21 @@ def test_gram_ema_and_precondition(impl, flat, shape):
         torch.testing.assert_close(norm.double(), truth.flatten(1).norm(dim=1), rtol=0, atol=near)
 
 
+def is_number(argument, value):
+    return str(argument.type) == "Tensor" and isinstance(value, float)
+
+
 @pytest.mark.parametrize("op", vars(good_arguments()))
 def test_opcheck(compiled, op):
-    arguments = tuple(vars(good_arguments())[op].values())
-    torch.library.opcheck(getattr(compiled, op), arguments)
+    arguments = vars(good_arguments())[op]
+    packet = getattr(torch.ops.shampoo, op)
+    for overload in packet.overloads():
+        schema = getattr(packet, overload)._schema
+        given = (
+            torch.tensor(value, dtype=torch.float64) if is_number(argument, value) else value
+            for argument, value in zip(schema.arguments, arguments.values(), strict=True)
+        )
+        torch.library.opcheck(getattr(packet, overload), tuple(given))
 
 
 def test_every_op_traces_without_reading_its_tables():

@@ -214,7 +214,7 @@ def geometry(limit):
     names = ("merge_dims", "precondition_1d", "precondition", "large_dim_method")
     values = dict(zip(names, ("matrix", False, True, "blocking"), strict=True))
     types = {"preconditioner_dtype": "float32", "grafting": "adam"}
-    return Geometry(limit, **values, **types, refresh_schedule="together")
+    return Geometry(limit, **values, **types, refresh_schedule="together", capturable=False)
 
 
 def blocks_of(shape, limit):
