@@ -92,8 +92,9 @@ class Span:
     @property
     def largest_piece(self) -> int:
         """Elements on the shard that holds the most of the block."""
+        # The first may hold a part of a chunk; of three and more, the second holds a whole one.
         first = self.start // self.chunk
-        return max(self.on(shard) for shard in range(first, first + min(3, self.holders)))
+        return max(self.on(shard) for shard in range(first, first + min(2, self.holders)))
 
     def on(self, shard: int) -> int:
         """Elements of the block on one shard."""

@@ -342,16 +342,28 @@ def test_small_messages_are_noted_since_latency_is_not_modelled():
     assert plan([(64, 64)], 1, layout="fsdp2").notes == ()
 
 
-def test_recommended_block_balances_and_is_no_dearer():
-    shapes = [(512, 512)] * 4
-    asked = plan(shapes, 8, layout="fsdp2", max_preconditioner_dim=512, block_candidates=(64, 128))
-    assert asked.factored_blocks == 4  # on 8 ranks
-    assert asked.compute_imbalance == 2.0
-    assert asked.recommended_block == 128
-    # fewer than four blocks an owner whatever is tried: the shortest step
-    few = plan(shapes, 512, layout="fsdp2", max_preconditioner_dim=512, block_candidates=(256, 512))
-    assert few.recommended_block == 256
-    assert plan(shapes, 8, max_preconditioner_dim=512, block_candidates=()).recommended_block == 512
+@pytest.mark.parametrize(
+    ("shapes", "ranks", "asked", "candidates", "recommended"),
+    [
+        ([(512, 512)] * 8, 2, 512, (256, 1024), 1024),  # cut alike, so not dearer
+        ([(512, 512)] * 8, 2, 256, (256, 512), 256),  # 512 is dearer
+        ([(512, 512)] * 8, 8, 512, (256,), 256),  # balanced, but one block an owner
+        ([(512, 512)] * 9, 2, 512, (256,), 256),  # enough blocks, but 5 to 4
+        ([(512, 512)] * 4, 512, 512, (256, 512), 256),  # never enough: the shortest step
+        ([(512, 512)] * 4, 512, 512, (), 512),
+    ],
+)
+def test_recommended_block_balances_and_is_no_dearer(shapes, ranks, asked, candidates, recommended):
+    report = plan(
+        shapes,
+        ranks,
+        layout="fsdp2",
+        max_preconditioner_dim=asked,
+        block_candidates=candidates,
+        network_bandwidth=350e9,
+    )
+    assert report.recommended_block == recommended
+    assert report.max_preconditioner_dim == asked
 
 
 MODEL = [(8, 8)]
