@@ -3,11 +3,17 @@
 # TORCH is what to install where .venv has no torch yet, as pip takes it; for a CPU wheel alone,
 # which is a tenth of the size, name its index: PIP_EXTRA_INDEX_URL=... make test
 
+# Where there is an nvcc, the tests also build the extension against CUDA_TORCH, in an environment of
+# its own: 2.7 GB to download, once. Its CUDA must be of nvcc's major version. To use another that
+# is there already, set SHAMPOO_CUDA_TORCH_PYTHON to its interpreter.
+
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+CUDA_TORCH ?= torch==2.11.0
 VENV ?= .venv
 
 BIN := $(abspath $(VENV))/bin
+CUDA := $(abspath $(VENV))/cuda
 CLEAN := $(abspath $(VENV))/clean
 WHEELS := $(abspath $(VENV))/wheels
 SOURCES := shampoo kernels tests benchmarks examples setup.py
@@ -23,6 +29,13 @@ bench: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
+
+ifndef SHAMPOO_CUDA_TORCH_PYTHON
+ifneq ($(shell command -v nvcc),)
+pytest: $(CUDA)/installed
+pytest: export SHAMPOO_CUDA_TORCH_PYTHON := $(CUDA)/bin/python
+endif
+endif
 
 # Not `python -m pytest`: that puts the checkout, which has no shampoo/kernels, before the package.
 pytest: $(VENV)/installed
@@ -65,6 +78,11 @@ $(VENV)/torch:
 
 $(VENV)/installed: $(VENV)/torch pyproject.toml setup.py
 	$(BIN)/pip install -q -e ".[dev,bench]"
+	touch $@
+
+$(CUDA)/installed: | $(VENV)/torch
+	$(PYTHON) -m venv $(CUDA)
+	$(CUDA)/bin/pip install --retries 10 "$(CUDA_TORCH)" ninja filelock setuptools
 	touch $@
 
 clean:

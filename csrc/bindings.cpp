@@ -8,8 +8,8 @@
 #include "arguments.h"
 #include "eigen.h"
 #include "gram.h"
+#include "minimax.h"
 #include "precondition.h"
-#include "symmetric.h"
 
 namespace shampoo {
 namespace {
@@ -136,35 +136,33 @@ void precondition_(const at::Tensor& out, const at::Tensor& norm, const at::Tens
   precondition(out, norm, grad, roots);
 }
 
-void symmetric_product_(const at::Tensor& out, const at::Tensor& left, const at::Tensor& right,
-                        const std::optional<at::Tensor>& addend, double alpha, double beta,
-                        double diagonal) {
-  TORCH_CHECK(out.dim() == 3 && out.size(1) == out.size(2), "out has shape ", out.sizes(),
-              ". Must be [B, n, n].");
-  TORCH_CHECK(out.scalar_type() == at::kFloat || out.scalar_type() == at::kDouble,
-              "out has dtype ", out.scalar_type(), ". Must be float32 or float64.");
-  const auto check_operand = [&](const char* name, const at::Tensor& tensor) {
-    TORCH_CHECK(tensor.sizes() == out.sizes() && tensor.is_contiguous() &&
-                    tensor.scalar_type() == out.scalar_type(),
-                name, " is ", tensor.scalar_type(), " of shape ", tensor.sizes(),
-                " with strides ", tensor.strides(), ". Must be contiguous ", out.scalar_type(),
-                " of shape ", out.sizes(), ".");
-  };
-  check_operand("out", out);
-  check_operand("left", left);
-  check_operand("right", right);
-  if (addend) check_operand("addend", *addend);
-  TORCH_CHECK(out.const_data_ptr() != left.const_data_ptr() &&
-                  out.const_data_ptr() != right.const_data_ptr(),
-              "out is one of its operands. Must be other memory.");
-  if (out.numel() == 0) return;
-  with_flat(out, [&](auto flat) {
+void minimax_root_(const at::Tensor& root, const at::Tensor& ridge, const at::Tensor& factor,
+                   int64_t p, double eps, double relative_eps, at::ArrayRef<double> schedule) {
+  TORCH_CHECK(factor.dim() == 3 && factor.size(1) == factor.size(2), "factor has shape ",
+              factor.sizes(), ". Must be [B, n, n].");
+  TORCH_CHECK(factor.scalar_type() == at::kFloat || factor.scalar_type() == at::kDouble,
+              "factor has dtype ", factor.scalar_type(), ". Must be float32 or float64.");
+  TORCH_CHECK(root.sizes() == factor.sizes() && root.is_contiguous() &&
+                  root.scalar_type() == factor.scalar_type(),
+              "root is ", root.scalar_type(), " of shape ", root.sizes(), " with strides ",
+              root.strides(), ". Must be contiguous ", factor.scalar_type(), " of shape ",
+              factor.sizes(), ".");
+  TORCH_CHECK(ridge.dim() == 1 && ridge.size(0) == factor.size(0) && ridge.is_contiguous() &&
+                  ridge.scalar_type() == at::kDouble,
+              "ridge is ", ridge.scalar_type(), " of shape ", ridge.sizes(),
+              ". Must be contiguous float64 of shape [", factor.size(0), "].");
+  TORCH_CHECK(p >= 1, "Invalid p=", p, ". Must be >= 1.");
+  TORCH_CHECK(!schedule.empty() && schedule.size() % 3 == 0, "schedule has ", schedule.size(),
+              " coefficients. Must have three for each step, and a step.");
+  if (factor.numel() == 0) return;
+  std::vector<RootStep> steps;
+  for (size_t i = 0; i < schedule.size(); i += 3)
+    steps.push_back({schedule[i], schedule[i + 1], schedule[i + 2]});
+  const at::Tensor packed = factor.contiguous();
+  with_flat(factor, [&](auto flat) {
     using Flat = decltype(flat);
-    const Polynomial<Flat> polynomial{static_cast<Flat>(alpha), static_cast<Flat>(beta),
-                                      static_cast<Flat>(diagonal)};
-    symmetric_product(pointer<Flat>(out), const_pointer<Flat>(left), const_pointer<Flat>(right),
-                      addend ? const_pointer<Flat>(*addend) : nullptr, out.size(0), out.size(1),
-                      polynomial);
+    minimax_root(pointer<Flat>(root), pointer<double>(ridge), const_pointer<Flat>(packed),
+                 factor.size(0), factor.size(1), p, eps, relative_eps, steps);
   });
 }
 
@@ -189,6 +187,6 @@ TORCH_LIBRARY_IMPL(shampoo, CPU, m) {
   m.impl("gram_ema_", &shampoo::gram_ema_);
   m.impl("precondition_", &shampoo::precondition_);
   m.impl("eigh_", &shampoo::eigh_);
-  m.impl("symmetric_product_", &shampoo::symmetric_product_);
+  m.impl("minimax_root_", &shampoo::minimax_root_);
   m.impl("update_blocks_", &shampoo::update_blocks_);
 }

@@ -9,25 +9,22 @@ namespace shampoo {
 template <class Flat>
 void gram_ema(Flat* factor, const Flat* grad, int64_t count, int64_t before, int64_t size,
               int64_t after, Flat beta, Flat weight) {
-  constexpr int64_t width = kWidth<Flat>;
   const Unfolding shape{before, size, after};
-  const int64_t panels = (size + width - 1) / width, numel = before * size * after;
-  const int64_t stride = kDepth<Flat> * width;
-  for_matrices<Flat>(count, panels, panels * stride, [&](int64_t b, Flat* packed,
+  const auto layout = Layout<Flat>::rows(size);
+  const int64_t panels = layout.count(), numel = before * size * after;
+  const int64_t stride = kDepth<Flat> * kWidth<Flat>;
+  for_matrices<Flat>(count, panels * stride, [&](int64_t b, Flat* packed,
                                                          const auto& for_panels) {
     Flat* matrix = factor + b * size * size;
     for (int64_t start = 0; start < shape.depth(); start += kDepth<Flat>) {
       const int64_t depth = std::min(kDepth<Flat>, shape.depth() - start);
-      const Flat decay = start == 0 ? beta : Flat(1);
-      for_panels([&](int64_t panel) {
-        pack(packed + panel * stride, grad + b * numel, shape, panel * width, start, depth);
+      for_panels(panels, [&](int64_t panel) {
+        pack(packed + panel * stride, grad + b * numel, shape, panel * kWidth<Flat>, start, depth);
       });
-      for_panels([&](int64_t panel) {
-        for_upper_tiles(packed, packed, panel, size, depth, matrix, start + depth == shape.depth(),
-                        [&](int64_t i, int64_t j, Flat sum) {
-                          Flat& entry = matrix[i * size + j];
-                          return entry = fused(weight, sum, decay * entry);
-                        });
+      const Operands<Flat> operands{packed, packed, stride, depth};
+      const Polynomial<Flat> average{weight, matrix, start == 0 ? beta : Flat(1)};
+      for_panels(panels, [&](int64_t panel) {
+        upper_tiles(matrix, layout, panel, operands, average, start + depth == shape.depth());
       });
     }
   });

@@ -2,45 +2,14 @@
 #include <ATen/Parallel.h>
 
 #include <atomic>
-#include <cstring>
 
 #include "dtypes.h"
 #include "kernels.h"
+#include "magnitude.h"
 
 namespace shampoo {
 namespace {
 
-// Without the sign, the bits of floating-point numbers are ordered as the numbers are, Inf above all
-// of them and NaN above Inf: an integer maximum is exact, loses no NaN and vectorises.
-template <class Bits, class Element>
-Bits largest_bits(const Element* from, int64_t stride, int64_t count) {
-  constexpr Bits kMagnitude = static_cast<Bits>(~Bits(0)) >> 1;
-  Bits largest = 0;
-  const auto widen = [&](int64_t at) {
-    Bits bits;
-    std::memcpy(&bits, from + at, sizeof bits);
-    largest = std::max<Bits>(largest, bits & kMagnitude);
-  };
-  if (stride == 1)
-    for (int64_t i = 0; i < count; ++i) widen(i);
-  else
-    for (int64_t i = 0; i < count; ++i) widen(i * stride);
-  return largest;
-}
-
-template <class Number, class Bits>
-Number from_bits(Bits bits) {
-  Number number;
-  std::memcpy(&number, &bits, sizeof number);
-  return number;
-}
-
-double magnitude(const float* from, int64_t stride, int64_t count) {
-  return from_bits<float>(largest_bits<uint32_t>(from, stride, count));
-}
-double magnitude(const double* from, int64_t stride, int64_t count) {
-  return from_bits<double>(largest_bits<uint64_t>(from, stride, count));
-}
 double magnitude(const Half* from, int64_t stride, int64_t count) {
   return Half::widen({largest_bits<uint16_t>(from, stride, count)});
 }

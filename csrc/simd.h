@@ -50,6 +50,9 @@ inline double fill(double x) { return x; }
 #endif
 
 template <class Flat>
+using Vector = decltype(fill(Flat()));
+
+template <class Flat>
 constexpr int kLanesOf = kVectorBytes / sizeof(Flat);
 #if !defined(__AVX512F__) && !(defined(__AVX2__) && defined(__FMA__))
 template <>

@@ -61,10 +61,10 @@ def probe(root: Tensor, factor: Tensor, ridge: Tensor, p: float) -> tuple[Tensor
     if p != int(p):
         return commutator, torch.full_like(commutator, torch.nan)
     left, right = v, xv  # X^floor(p/2) v and X^ceil(p/2) v
-    for _ in range(int(p) // 2):
-        left = times_root(left)
     for _ in range((int(p) + 1) // 2 - 1):
-        right = times_root(right)
+        left, right = right, times_root(right)
+    if p % 2 == 0:
+        left = right
     form = (left * times_factor(right)).sum(dim=(1, 2), dtype=torch.float64)
     # In logarithms: for p = 12 the power of the unit alone may leave the range of float64.
     unit = torch.exp(torch.log(size) + p * torch.log(reach))

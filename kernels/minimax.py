@@ -11,16 +11,14 @@ and the first update of M is taken in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from shampoo.kernels.norms import frobenius, largest_entry, power_of_two
-from shampoo.kernels.reference import symmetric_product_
 
 Schedule = tuple[tuple[float, float, float], ...]
-Multiply = Callable[[Tensor, Tensor, Tensor, Tensor | None, float, float, float], None]
 
 
 def minimax_root_(
@@ -31,7 +29,6 @@ def minimax_root_(
     eps: float,
     relative_eps: float,
     schedule: Sequence[float],
-    multiply: Multiply = symmetric_product_,
 ) -> None:
     """``root = (A + ridge I)^(-1/p)`` with ``ridge = max(eps, relative_eps * ||A||_S4)``.
 
@@ -43,11 +40,10 @@ def minimax_root_(
         eps: Absolute ridge.
         relative_eps: Relative ridge; the schedule must reach down to it.
         schedule: c0, c1, c2 of every step, one after another.
-        multiply: the op ``symmetric_product_``.
 
     """
     steps = triples(schedule)
-    pool = _Pool(factor, multiply)
+    pool = _Pool(factor)
     scale = power_of_two(largest_entry(factor))  # neither A^2 nor its norm can overflow
     S = torch.div(factor, _column(scale, factor), out=pool.take())
     X = pool.product(S, S)
@@ -65,10 +61,10 @@ def minimax_root_(
 
     for k, (c0, c1, c2) in enumerate(steps[1:], 1):
         if c2 != 0.0:
-            T = pool.product(M, M, c2, M, c1, c0)
+            T = torch.baddbmm(M, M, M, beta=c1, alpha=c2, out=pool.take())
         else:
             T = torch.mul(M, c1, out=pool.take())
-            _add_identity_(T, c0)
+        _add_identity_(T, c0)
         X = pool.give(X, pool.product(X, T))
         if k + 1 < len(steps):
             P = _power(T, p, pool)
@@ -89,9 +85,8 @@ def triples(schedule: Sequence[float]) -> Schedule:
 class _Pool:
     """Buffers of one shape that are written again and again, so that they stay in the cache."""
 
-    def __init__(self, like: Tensor, multiply: Multiply) -> None:
+    def __init__(self, like: Tensor) -> None:
         self.like = like
-        self.multiply = multiply
         self.free: list[Tensor] = []
 
     def take(self) -> Tensor:
@@ -102,24 +97,13 @@ class _Pool:
         self.free.append(spent)
         return spent if successor is None else successor
 
-    def product(
-        self,
-        left: Tensor,
-        right: Tensor,
-        alpha: float = 1.0,
-        addend: Tensor | None = None,
-        beta: float = 0.0,
-        diagonal: float = 0.0,
-    ) -> Tensor:
-        out = self.take()
-        self.multiply(out, left, right, addend, alpha, beta, diagonal)
-        return out
+    def product(self, left: Tensor, right: Tensor) -> Tensor:
+        return torch.bmm(left, right, out=self.take())
 
     def average(self, left: Tensor, right: Tensor) -> Tensor:
         """(left right + right left) / 2."""
-        out = self.product(left, right, 0.5)
-        self.multiply(out, right, left, out, 0.5, 1.0, 0.0)
-        return out
+        out = self.product(left, right)
+        return out.baddbmm_(right, left, beta=0.5, alpha=0.5)
 
 
 def _power(T: Tensor, p: int, pool: _Pool, is_first: bool = False) -> Tensor:
@@ -149,7 +133,7 @@ def _first_update(T: Tensor, p: int, S: Tensor, bound: Tensor, low: Tensor, pool
     P = _power(T, p, pool, is_first=True)
     M = S / bound[:, None, None]  # float64, as the bound is
     _add_identity_(M, low)
-    S.copy_(_Pool(M, pool.multiply).average(P.double(), M))
+    S.copy_(_Pool(M).average(P.double(), M))
     if P is not T:
         pool.give(P)
     return S

@@ -153,30 +153,6 @@ def precondition_(out: Tensor, norm: Tensor, grad: Tensor, roots: Sequence[Tenso
     norm.copy_(torch.linalg.vector_norm(out.view(count, -1), dim=1, dtype=torch.float64))
 
 
-def symmetric_product_(
-    out: Tensor,
-    left: Tensor,
-    right: Tensor,
-    addend: Tensor | None,
-    alpha: float,
-    beta: float,
-    diagonal: float,
-) -> None:
-    """``out <- alpha left right + beta addend + diagonal I`` for symmetric matrices that commute.
-
-    All ``[B, n, n]``; ``out`` may be ``addend``, but no operand of the product. The product is
-    symmetric up to rounding: a kernel may compute half of it.
-    """
-    if addend is None:
-        torch.bmm(left, right, out=out)
-        if alpha != 1.0:
-            out.mul_(alpha)
-    else:
-        torch.baddbmm(addend, left, right, beta=beta, alpha=alpha, out=out)
-    if diagonal != 0.0:
-        out.diagonal(dim1=1, dim2=2).add_(diagonal)
-
-
 def eigh_(values: Tensor, vectors: Tensor, stack: Tensor) -> None:
     """Eigenvalues ``[B, n]`` and eigenvectors ``[B, n, n]`` of symmetric matrices ``[B, n, n]``.
 

@@ -4,10 +4,12 @@ from shampoo.errors import (
     BlockGridMismatchError,
     IncompleteCheckpointError,
     NonFiniteGradientError,
+    PlanMismatchError,
+    ShampooDistributedError,
     ShampooError,
 )
 from shampoo.optimizer import Shampoo
-from shampoo.planner import plan  # after the import of the module shampoo.plan, whose name it takes
+from shampoo.planner import plan
 from shampoo.roots import inverse_root
 
 __version__ = "0.1.0"
@@ -15,7 +17,9 @@ __all__ = [
     "BlockGridMismatchError",
     "IncompleteCheckpointError",
     "NonFiniteGradientError",
+    "PlanMismatchError",
     "Shampoo",
+    "ShampooDistributedError",
     "ShampooError",
     "inverse_root",
     "plan",

@@ -24,20 +24,29 @@ def merge_dims(shape: Sequence[int], max_dim: int, mode: str) -> tuple[int, ...]
             ``"matrix"`` is the same but never merges down to fewer than two dimensions. ``"none"``
             only drops dimensions of size 1. A tensor of one element becomes ``(1,)``.
     """
-    sizes = [size for size in shape if size != 1]
-    if not sizes:
-        return (1,)
+    return tuple(
+        math.prod(shape[dim] for dim in group) for group in merge_groups(shape, max_dim, mode)
+    )
+
+
+def merge_groups(shape: Sequence[int], max_dim: int, mode: str) -> list[list[int]]:
+    """For each merged dimension of :func:`merge_dims`, the dimensions that it is made of."""
+    kept = [dim for dim, size in enumerate(shape) if size != 1]
+    if not kept:
+        return [list(range(len(shape)))]
     if mode == "none":
-        return tuple(sizes)
-    merged = [sizes[-1]]
-    for position in reversed(range(len(sizes) - 1)):
-        product = sizes[position] * merged[0]
-        would_flatten = position == 0 and len(merged) == 1
-        if product <= max_dim and not (mode == "matrix" and would_flatten):
-            merged[0] = product
+        return [[dim] for dim in kept]
+    groups = [[kept[-1]]]
+    product = shape[kept[-1]]
+    for dim in reversed(kept[:-1]):
+        would_flatten = dim == kept[0] and len(groups) == 1
+        if product * shape[dim] <= max_dim and not (mode == "matrix" and would_flatten):
+            groups[0].insert(0, dim)
+            product *= shape[dim]
         else:
-            merged.insert(0, sizes[position])
-    return tuple(merged)
+            groups.insert(0, [dim])
+            product = shape[dim]
+    return groups
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,17 @@ from torch import Tensor
 from shampoo.errors import BlockGridMismatchError, IncompleteCheckpointError
 from shampoo.hyperparameters import Geometry, Hyperparameters
 from shampoo.layout import Layout
-from shampoo.plan import Plan, parameter_name
+from shampoo.step_plan import Plan, parameter_name
+from shampoo.workers import Workers
 
 logger = logging.getLogger(__name__)
 
 
 def match(
-    groups: Sequence[dict[str, Any]], defaults: Mapping[str, Any], state_dict: Mapping[str, Any]
+    groups: Sequence[dict[str, Any]],
+    defaults: Mapping[str, Any],
+    state_dict: Mapping[str, Any],
+    workers: Workers,
 ) -> dict[Tensor, dict[str, Any]]:
     """The state that a checkpoint holds for every parameter of ``groups``.
 
@@ -30,6 +34,7 @@ def match(
         groups: the optimizer's parameter groups; their parameters are matched in order.
         defaults: values of hyper-parameters that the checkpoint does not have.
         state_dict: what ``state_dict()`` returned when it was saved.
+        workers: who shares the work now; blocks of other owners are not looked for.
 
     Raises:
         IncompleteCheckpointError: if the state of a parameter lacks blocks.
@@ -57,7 +62,7 @@ def match(
             )
     if found:
         _check_blocks(groups, trial, found)
-        _check_complete(trial, found)
+        _check_complete(trial, found, workers)
     return found
 
 
@@ -86,13 +91,15 @@ def _check_blocks(
                 )
 
 
-def _check_complete(groups: Sequence[dict[str, Any]], found: dict[Tensor, dict[str, Any]]) -> None:
+def _check_complete(
+    groups: Sequence[dict[str, Any]], found: dict[Tensor, dict[str, Any]], workers: Workers
+) -> None:
     """Compares with a plan of the same groups that has shapes only; drops what it does not know."""
     expected = {param: dict(entries) for param, entries in found.items()}
-    plan = Plan(groups, expected, device="meta")
+    plan = Plan(groups, expected, workers, device="meta")
     plan.check_methods([Hyperparameters.read(group) for group in groups])
     missing, total, first = 0, 0, ""
-    for member, param in zip(plan.members, plan.params(groups), strict=True):
+    for member, param in zip(plan.members, plan.planned(groups), strict=True):
         if param not in found:
             logger.warning(
                 "shampoo: the checkpoint has no state for %s; it starts anew", member.name

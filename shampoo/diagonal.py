@@ -17,14 +17,16 @@ def diagonal_root_(
     Their root is ``(diagonal + ridge)^(-1/p)``, with the conventions of ``eigen_root_``; a zero
     matrix without a ridge has the root I. Arguments as in ``eigen_root_``.
     """
-    values = factor.diagonal(dim1=1, dim2=2)  # [B, n]
-    rest = factor.clone()
-    rest.diagonal(dim1=1, dim2=2).zero_()
-    diagonal = largest_entry(rest) == 0
-    values = values.double()
+    count, n, _ = factor.shape
+    # Without its last entry, a matrix is n - 1 rows of one diagonal entry and n others.
+    rest = factor.flatten(1)[:, :-1].view(count, n - 1, n + 1)[:, :, 1:]
+    diagonal = largest_entry(rest) == 0 if n > 1 else torch.ones_like(ridge, dtype=torch.bool)
+    if diagonal.device.type == "cpu" and not diagonal.any():
+        return
+    values = factor.diagonal(dim1=1, dim2=2).double()  # [B, n]
     own = torch.clamp(relative_eps * schatten4(values), min=eps)
     if eps == 0 and relative_eps == 0:
-        cutoff = factor.shape[-1] * torch.finfo(factor.dtype).eps * values.amax(dim=1)
+        cutoff = n * torch.finfo(factor.dtype).eps * values.amax(dim=1)
         powers = torch.where(values > cutoff[:, None], values ** (-1 / p), 0.0)
     else:
         smallest = values.amin(dim=1)

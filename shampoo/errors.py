@@ -15,3 +15,11 @@ class BlockGridMismatchError(ShampooError):
 
 class IncompleteCheckpointError(ShampooError):
     """A checkpoint lacks blocks of a parameter that it claims to hold."""
+
+
+class PlanMismatchError(ShampooError):
+    """Ranks that train one model would cut, own or move its blocks differently."""
+
+
+class ShampooDistributedError(ShampooError):
+    """A rank could not take its part of a step; no rank has changed a parameter in it."""

@@ -204,6 +204,11 @@ class Hyperparameters:
         return (override or 2 * order) / self.exponent_multiplier
 
     @property
+    def decoupled_decay(self) -> float:
+        """``weight_decay`` where it is decoupled from the gradient, else 0."""
+        return self.weight_decay if self.decoupled_weight_decay else 0.0
+
+    @property
     def is_staggered(self) -> bool:
         """Whether refreshes are spread over the steps of a period."""
         return self.geometry.refresh_schedule == "staggered"

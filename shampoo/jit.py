@@ -40,7 +40,7 @@ CPU_LEVELS = {"AVX512": "-march=x86-64-v4", "AVX2": "-march=x86-64-v3"}
 # What a compiler takes from its surroundings, beside its version.
 COMPILER_ENVIRONMENT = (
     *("CXX", "PATH", "CPATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "LD_LIBRARY_PATH", "TMPDIR"),
-    *("CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX"),
+    *("CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "PYTORCH_NVCC"),
 )
 
 
@@ -105,6 +105,20 @@ def compiler_version() -> str:
     return _version(tuple(command)) if shutil.which(command[0]) else ""
 
 
+def nvcc_version() -> str:
+    """What the CUDA compiler that torch would run says of itself; empty if there is none."""
+    from torch.utils import cpp_extension
+
+    toolkit = cpp_extension.CUDA_HOME
+    command = os.environ.get("PYTORCH_NVCC") or (f"{toolkit}/bin/nvcc" if toolkit else "")
+    return _version((command,)) if shutil.which(command) else ""
+
+
+def compiler_versions() -> list[str]:
+    """What every compiler that a build needs says of itself; empty for one that is not there."""
+    return [compiler_version(), nvcc_version()] if has_cuda_sources() else [compiler_version()]
+
+
 def portable_flags() -> list[str]:
     """The flags of the C++ compiler that do not depend on which one it is."""
     level = CPU_LEVELS.get(torch.backends.cpu.get_cpu_capability())
@@ -128,17 +142,17 @@ def cache_dir() -> Path:
 
 
 def library_path() -> Path:
-    """Where the library lies, built or not: ``cache/sources/compiler``, both hashes.
+    """Where the library lies, built or not: ``cache/sources/compilers``, both hashes.
 
-    ``sources`` stands for torch, CUDA, flags and files, ``compiler`` for what the compiler says of
-    itself: a machine without one can so find what another has built.
+    ``sources`` stands for torch, CUDA, flags and files, ``compilers`` for what those say of
+    themselves: a machine that lacks one can so find what another has built.
     """
     parts = [torch.__version__, str(torch.version.cuda), *portable_flags(), *cuda_flags()]
     parts += [path.name for path in sources()]
     for path in sorted(source_dir().iterdir()):
         if path.suffix in {".h", ".cuh", ".cpp", ".cu"}:
             parts += [path.name, path.read_text(encoding="utf-8")]
-    return cache_dir() / _digest(*parts) / _digest(compiler_version()) / LIBRARY
+    return cache_dir() / _digest(*parts) / _digest(*compiler_versions()) / LIBRARY
 
 
 def _digest(*parts: str) -> str:
@@ -160,7 +174,8 @@ def load(retry: bool = False) -> None:
         library = library_path()
         if _loads(library):
             return
-        if not compiler_version() and any(map(_loads, library.parent.parent.glob(f"*/{LIBRARY}"))):
+        lacking = not all(compiler_versions())
+        if lacking and any(map(_loads, library.parent.parent.glob(f"*/{LIBRARY}"))):
             return
         _require_compiler()
         library.parent.mkdir(parents=True, exist_ok=True)
@@ -191,9 +206,10 @@ def _require_compiler() -> None:
     if has_cuda_sources():
         from torch.utils import cpp_extension
 
-        toolkit = Path(cpp_extension.CUDA_HOME or "")
-        if not (toolkit / "include" / "cuda_runtime.h").is_file():
-            raise BuildError(f"no CUDA toolkit in {str(toolkit)!r}. Install it or set CUDA_HOME.")
+        toolkit = cpp_extension.CUDA_HOME
+        if not toolkit or not Path(toolkit, "include", "cuda_runtime.h").is_file():
+            where = toolkit or "PATH"
+            raise BuildError(f"no CUDA toolkit in {where!r}. Install it or set CUDA_HOME.")
 
 
 def _surroundings() -> str:

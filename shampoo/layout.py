@@ -1,5 +1,6 @@
 """How one tensor is treated: its merged shape, its blocks, and the rule that moves them."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,21 @@ class Layout:
     rule: str
     tiles: tuple[Tile, ...]
     diagonal: tuple[bool, ...]
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The merged shape."""
+        return self.tiles[0].dims
+
+    @property
+    def numel(self) -> int:
+        """Elements of the tensor."""
+        return math.prod(self.dims)
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks."""
+        return sum(tile.blocks for tile in self.tiles)
 
     @property
     def order(self) -> int:

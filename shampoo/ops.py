@@ -9,11 +9,10 @@ trace them all.
 import functools
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from shampoo import jit
 from shampoo.kernels import health, minimax, reference
@@ -59,41 +58,20 @@ precondition_ = _define(
     "precondition_(Tensor(a!) out, Tensor(b!) norm, Tensor grad, Tensor[] roots) -> ()",
     reference.precondition_,
 )
-symmetric_product_ = _define(
-    "symmetric_product_(Tensor(a!) out, Tensor left, Tensor right, Tensor? addend, float alpha,"
-    " float beta, float diagonal) -> ()",
-    reference.symmetric_product_,
-)
 eigh_ = _define(
     "eigh_(Tensor(a!) values, Tensor(b!) vectors, Tensor stack) -> ()",
     reference.eigh_,
 )
-
-
-def _minimax_root_(
-    root: Tensor,
-    ridge: Tensor,
-    factor: Tensor,
-    p: int,
-    eps: float,
-    relative_eps: float,
-    schedule: Sequence[float],
-) -> None:
-    """The chain in plain PyTorch, around the op for its products."""
-    multiply = symmetric_product_
-    minimax.minimax_root_(root, ridge, factor, p, eps, relative_eps, schedule, multiply)
-
-
 minimax_root_ = _define(
     "minimax_root_(Tensor(a!) root, Tensor(b!) ridge, Tensor factor, int p, float eps,"
     " float relative_eps, float[] schedule) -> ()",
-    _minimax_root_,
+    minimax.minimax_root_,
 )
 # The same for up to 128 rows, where one launch can hold the whole chain.
 small_root_ = _define(
     "small_root_(Tensor(a!) root, Tensor(b!) ridge, Tensor factor, int p, float eps,"
     " float relative_eps, float[] schedule) -> ()",
-    _minimax_root_,
+    minimax.minimax_root_,
 )
 judge_roots_ = _define(
     "judge_roots_(Tensor(a!) ok, Tensor root, Tensor factor, Tensor ridge, float p) -> ()",

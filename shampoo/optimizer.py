@@ -8,20 +8,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim.optimizer import Optimizer
 
 from shampoo import checkpoint, ops
+from shampoo.agreement import FAILED, OK, SKIPPED
 from shampoo.direction import direct
-from shampoo.errors import NonFiniteGradientError
-from shampoo.gradients import can_square, check_dense, largest_magnitudes
+from shampoo.exchange import Exchange, Round
+from shampoo.exchanges import exchanges_of
 from shampoo.hyperparameters import Hyperparameters, dtype_name, warn_about
-from shampoo.layerwise import rescale
+from shampoo.layerwise import Norms
 from shampoo.layout import FACTORED, Layout
-from shampoo.plan import Member, Plan, check_parameter, parameter_name
+from shampoo.step_plan import Plan, check_parameter, parameter_name
 from shampoo.precision import full_precision
+from shampoo.proposal import Attempt, Proposal, local_gradients, propose
 from shampoo.refresh import refresh_roots_
 from shampoo.segments import FactorRange, Segment, Selection
 from shampoo.solver import check_method
+from shampoo.stacks import Arena
+from shampoo.workers import Team, Workers
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +123,7 @@ class Shampoo(Optimizer):
     # On the class, so that an unpickled or copied optimizer, which has neither, starts without.
     _plan: Plan | None = None
     _incoming: dict[Tensor, dict[str, Any]] | None = None
+    _exchange_cache: tuple[Plan, dict[Team, Exchange]] | None = None
 
     def __init__(
         self,
@@ -153,8 +159,13 @@ class Shampoo(Optimizer):
         fused: bool | None = None,
         capturable: bool = False,
         differentiable: bool = False,
+        process_group: ProcessGroup | None = None,
+        num_trainers_per_group: int = -1,
+        communication_dtype: torch.dtype | None = None,
+        overlap: bool = False,
     ) -> None:
         given = locals()
+        self._workers = Workers(process_group, num_trainers_per_group, communication_dtype, overlap)
         defaults = {name: given[name] for name in _DEFAULTS}
         defaults["preconditioner_dtype"] = dtype_name(preconditioner_dtype)
         Hyperparameters.read(defaults)
@@ -211,73 +222,138 @@ class Shampoo(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        proposal = self._agree()
+        if proposal is not None:
+            self._take(proposal)
+        return loss
+
+    def _agree(self) -> Proposal | None:
+        """What to do in this step, if all ranks that must step alike can do it."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        holders = self._workers.holders(params)
+        proposal, error = None, None
+        try:
+            proposal = self._propose()
+            status, is_nonzero, error = proposal.status, proposal.is_nonzero, proposal.error
+        except Exception as raised:
+            if holders.is_alone:
+                raise
+            status, is_nonzero, error = FAILED, False, raised
+        if not holders.is_alone:
+            agreement = self._workers.agreement(holders, params[0].device)
+            topics = () if proposal is None else proposal.topics()
+            status, is_nonzero = agreement.settle(status, is_nonzero, topics, error)
+        elif error is not None:
+            raise error
+        assert proposal is not None
+        if status == SKIPPED:
+            self._count_skipped(proposal.complaint)
+        # The step that torch.distributed.checkpoint makes to fill an empty state is inert.
+        is_step = is_nonzero or not proposal.plan.is_fresh
+        return proposal if status == OK and is_step and any(proposal.round.present) else None
+
+    def _propose(self) -> Proposal:
+        """Looks at this rank's part of the parameters and gradients. Changes nothing."""
         values = [Hyperparameters.read(group) for group in self.param_groups]
         plan = self._current_plan()
         plan.check_methods(values)
-        params = plan.params(self.param_groups)
-        grads = [param.grad for param in params]
-        if not self._accepts(plan, grads, values):
-            return loss
-        plan.add_missing_moments(self.param_groups, values, self.state)
-        plan.assign_slots(self.param_groups, values)
-        selections = plan.select(tuple(grad is not None for grad in grads))
-        for selection in selections:
-            arena = selection.arena
-            arena.count_step()
-            with full_precision(arena.device):
-                self._step_arena(
-                    selection, values[arena.group], params, grads, plan.is_layerwise(arena)
-                )
-        return loss
+        grads = local_gradients(plan.members, plan.planned(self.param_groups))
+        return propose(plan, Round(plan.params(self.param_groups), grads, values))
 
-    def _step_arena(
-        self,
-        selection: Selection,
-        hyper: Hyperparameters,
-        params: list[Tensor],
-        grads: list[Tensor | None],
-        layerwise: bool,
-    ) -> None:
-        arena, step = selection.arena, selection.arena.step
-        slot = hyper.due_slot(step)
-        due = [] if slot is None else selection.factors.get(slot, [])
-        decay = hyper.weight_decay if hyper.decoupled_weight_decay else 0.0
-        if due:
-            # Roots see the factors of all blocks, so these move first. Segments share a workspace:
-            # their gradients are packed again, unless there is only one.
+    def _take(self, proposal: Proposal) -> None:
+        """Steps 1 to 10 of algorithm.md 1.3 for all blocks of this rank, then for the weights."""
+        plan, step = proposal.plan, proposal.round
+        exchanges = self._exchanges(plan)
+        attempt = Attempt(is_shared=not plan.holders.is_alone)
+        for exchange in exchanges.values():
+            attempt.run(exchange.open, step)
+        for exchange in exchanges.values():
+            exchange.fetch()
+        selections = attempt.run(self._select, plan, step) or [None] * len(plan.arenas)
+        for arena, selection in zip(plan.arenas, selections, strict=True):
+            exchange = exchanges[arena.team]
+            attempt.run(self._direct, selection, step, exchange)
+            if arena.is_layerwise:
+                self._rescale(arena, plan, selection, step, exchange, attempt)
+        word = OK if attempt.error is None else FAILED
+        for exchange in exchanges.values():
+            word = max(word, exchange.send(word))
+        if not plan.holders.is_alone:
+            agreement = self._workers.agreement(plan.holders, plan.arenas[0].device)
+            # A team that is all there is knows every word already.
+            if any(team.size < plan.holders.size for team in exchanges):
+                word = agreement.confirm(word)
+            if word != OK:
+                agreement.fail(attempt.error)
+        for exchange in exchanges.values():
+            exchange.apply()
+
+    def _exchanges(self, plan: Plan) -> dict[Team, Exchange]:
+        if self._exchange_cache is None or self._exchange_cache[0] is not plan:
+            params = plan.planned(self.param_groups)
+            self._exchange_cache = plan, exchanges_of(plan, params, self._workers)
+        return self._exchange_cache[1]
+
+    def _select(self, plan: Plan, step: Round) -> Sequence[Selection | None]:
+        """The blocks that move, by arena."""
+        plan.add_missing_moments(self.param_groups, step.hyper, self.state)
+        plan.assign_slots(self.param_groups, step.hyper)
+        return plan.select(step.present)
+
+    def _direct(self, selection: Selection, step: Round, exchange: Exchange) -> None:
+        """Factors, roots and search directions of one arena (steps 0 to 6)."""
+        arena, hyper = selection.arena, step.hyper[selection.arena.group]
+        arena.count_step()
+        with full_precision(arena.device):
+            slot = hyper.due_slot(arena.step)
+            due = [] if slot is None else selection.factors.get(slot, [])
+            if due:
+                # Roots see the factors of all blocks, so these move first. Segments share a
+                # workspace: their gradients are packed again, unless there is only one.
+                for segment in selection.segments:
+                    self._gather(segment, hyper, exchange)
+                    self._accumulate(segment, hyper)
+                for factors in due:
+                    self._refresh(factors, hyper, arena.step)
             for segment in selection.segments:
-                self._gather(segment, hyper, params, grads)
-                self._accumulate(segment, hyper)
-            for factors in due:
-                self._refresh(factors, hyper, step)
-        for segment in selection.segments:
-            if not due:
-                self._gather(segment, hyper, params, grads)
-                self._accumulate(segment, hyper)
-            elif len(selection.segments) > 1:
-                self._gather(segment, hyper, params, grads)
-            direct(segment, arena.rule, hyper, step)
-            if not layerwise:
-                self._update(segment, hyper, params, decay)
-        if layerwise and selection.segments:
-            rescale(selection.segments, params, decay)
-            for segment in selection.segments:
-                self._update(segment, hyper, params, weight_decay=0.0)
+                if not due:
+                    self._gather(segment, hyper, exchange)
+                    self._accumulate(segment, hyper)
+                elif len(selection.segments) > 1:
+                    self._gather(segment, hyper, exchange)
+                direct(segment, arena.rule, hyper, arena.step)
+                if not arena.is_layerwise:
+                    exchange.deliver(arena, segment, hyper)
 
     @staticmethod
-    def _gather(
-        segment: Segment,
-        hyper: Hyperparameters,
-        params: list[Tensor],
-        grads: list[Tensor | None],
+    def _rescale(
+        arena: Arena,
+        plan: Plan,
+        selection: Selection | None,
+        step: Round,
+        exchange: Exchange,
+        attempt: Attempt,
     ) -> None:
+        """LARS and LAMB: P <- P |W| / |P| over whole parameters, whose blocks others may own.
+
+        Without a selection, because this rank has failed, it still adds its zeros to the sum.
+        """
+        hyper = step.hyper[arena.group]
+        segments = [] if selection is None else selection.segments
+        with full_precision(arena.device):
+            norms = Norms(arena, [plan.members[member].layout.blocks for member in arena.members])
+            attempt.run(norms.measure, segments, exchange, hyper.decoupled_decay)
+            exchange.sum_(norms.squares)
+            attempt.run(norms.rescale, segments)
+            for segment in segments:
+                attempt.run(exchange.deliver, arena, segment, hyper)
+
+    @staticmethod
+    def _gather(segment: Segment, hyper: Hyperparameters, exchange: Exchange) -> None:
         """Packs a private copy of the gradients; G <- G + weight_decay W if it is coupled."""
-        sources = [grads[member] for member in segment.members]
-        sign = -1.0 if hyper.maximize else 1.0
-        ops.gather_blocks_(segment.grad, sources, segment.tiles, sign, False)
+        exchange.gradients(segment, segment.grad, -1.0 if hyper.maximize else 1.0)
         if hyper.weight_decay != 0.0 and not hyper.decoupled_weight_decay:
-            weights = [params[member] for member in segment.members]
-            ops.gather_blocks_(segment.grad, weights, segment.tiles, hyper.weight_decay, True)
+            exchange.weights(segment, segment.grad, hyper.weight_decay, True)
 
     @staticmethod
     def _accumulate(segment: Segment, hyper: Hyperparameters) -> None:
@@ -303,75 +379,22 @@ class Shampoo(Optimizer):
             pending=factors.pending,
         )
 
-    @staticmethod
-    def _update(
-        segment: Segment, hyper: Hyperparameters, params: list[Tensor], weight_decay: float
-    ) -> None:
-        """M <- mu M + P, W <- W - lr D, with decoupled weight decay."""
-        momentum = segment.moments.get("momentum") if hyper.momentum > 0 else None
-        dtype = segment.direction.dtype if momentum is None else momentum.dtype
-        ops.update_blocks_(
-            [params[member] for member in segment.members],
-            momentum,
-            segment.direction.to(dtype),  # wider only for float64 parameters
-            segment.scale.to(dtype),
-            segment.tiles,
-            hyper.lr,
-            weight_decay,
-            hyper.momentum,
-            hyper.nesterov,
-        )
-
     def _current_plan(self) -> Plan:
         """The plan, rebuilt if parameters were added, swapped, unfrozen or moved since."""
-        if self._plan is None or not self._plan.is_current(self.param_groups):
+        if self._plan is None or not self._plan.is_current(self.param_groups, self._workers):
             live = {param for group in self.param_groups for param in group["params"]}
             for param in [param for param in self.state if param not in live]:
                 logger.warning("shampoo: a parameter was replaced; its state is dropped")
                 del self.state[param]
-            self._plan = Plan(self.param_groups, self.state)
+            self._plan = Plan(self.param_groups, self.state, self._workers, before=self._plan)
         return self._plan
 
-    def _accepts(
-        self, plan: Plan, grads: Sequence[Tensor | None], values: Sequence[Hyperparameters]
-    ) -> bool:
-        """Whether these gradients make a step: some, all finite, and not an inert first one."""
-        present = [
-            (member, grad)
-            for member, grad in zip(plan.members, grads, strict=True)
-            if grad is not None
-        ]
-        if not present:
-            return False
-        for member, grad in present:
-            check_dense(grad, member.name)
-        magnitudes = largest_magnitudes([grad for _, grad in present])
-        bad = [
-            member
-            for (member, grad), magnitude in zip(present, magnitudes, strict=True)
-            if not can_square(magnitude, grad.numel(), values[member.group].geometry.dtype)
-        ]
-        if bad:
-            self._refuse(bad, len(present), values)
-            return False
-        return any(magnitudes) or not plan.is_fresh
-
-    def _refuse(self, bad: Sequence[Member], total: int, values: Sequence[Hyperparameters]) -> None:
-        """Counts a skipped step, or raises if one of the groups says so."""
-        what = (
-            f"the gradient of {bad[0].name} is not finite, or too large to square"
-            f" ({len(bad)} of {total} gradients are)"
-        )
-        if any(values[member.group].nonfinite == "raise" for member in bad):
-            raise NonFiniteGradientError(
-                f"{what[0].upper()}{what[1:]}. Nothing was changed. Lower lr or clip gradients,"
-                ' or pass nonfinite="skip" to leave such steps out.'
-            )
+    def _count_skipped(self, complaint: str) -> None:
         for group in self.param_groups:
             group["extra"]["skipped_steps"] += 1
         count = self.skipped_steps
         if count & (count - 1) == 0:  # 1, 2, 4, 8 ...: a run that skips for ever stays readable
-            logger.warning("shampoo: step skipped, %s; %d skipped so far", what, count)
+            logger.warning("shampoo: step skipped, %s; %d skipped so far", complaint, count)
 
     def __getstate__(self) -> dict[str, Any]:
         """Called by torch when it copies and pickles.
@@ -379,6 +402,7 @@ class Shampoo(Optimizer):
         Published state are views, each of which would be pickled with all of its arena.
         """
         state = super().__getstate__()
+        state["_workers"] = self._workers
         state["state"] = {
             param: {key: view.clone() for key, view in entries.items()}
             for param, entries in self.state.items()
@@ -402,7 +426,9 @@ class Shampoo(Optimizer):
         """
 
         def keep_state(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
-            self._incoming = checkpoint.match(self.param_groups, self.defaults, incoming)
+            self._incoming = checkpoint.match(
+                self.param_groups, self.defaults, incoming, self._workers
+            )
             return {**incoming, "state": {}}
 
         # Registered now, so that it sees what the user's own hooks make of the state.
@@ -425,6 +451,8 @@ class Shampoo(Optimizer):
                 group.setdefault(name, value)
             group["preconditioner_dtype"] = dtype_name(group["preconditioner_dtype"])
             group["extra"] = {**_EXTRA, **group.get("extra", {})}
+        if "_workers" not in self.__dict__:
+            self._workers = Workers()  # a pickle of a version before there were any
         self._plan = None
         if self._incoming is not None:
             self.state = defaultdict(dict, self._incoming)
@@ -432,8 +460,11 @@ class Shampoo(Optimizer):
                 self._current_plan()
 
 
+# Who shares the work belongs to a run, not to what is trained: it is in no group or checkpoint.
+_SHARING = inspect.signature(Workers.__init__).parameters
+
 _DEFAULTS: dict[str, Any] = {
     name: parameter.default
     for name, parameter in inspect.signature(Shampoo.__init__).parameters.items()
-    if parameter.default is not inspect.Parameter.empty
+    if parameter.default is not inspect.Parameter.empty and name not in _SHARING
 }

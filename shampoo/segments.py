@@ -40,10 +40,12 @@ class Part:
         return self._all_rooted
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # known by identity: exchanges keep tables for each
 class Segment:
     """A run of blocks with the views and tables that the ops take."""
 
+    start: int  # the element of the arena at which it begins
+    placements: tuple[Placement, ...]
     members: list[int]  # parameters, in the order in which ``tiles`` numbers them
     tiles: Tensor
     runs: Tensor
@@ -93,7 +95,8 @@ def select(
         for placed in stack.placements:
             if not present[placed.member]:
                 continue
-            if placed.element != end or numel + placed.numel > max_numel:
+            is_cut = placed.element != end or placed.element in arena.cuts
+            if is_cut or numel + placed.numel > max_numel:
                 runs.append([])
                 numel = 0
             runs[-1].append((stack, placed))
@@ -146,6 +149,8 @@ def _segment(
         )
         block += count
     return Segment(
+        start,
+        tuple(placed for _, placed in run),
         members,
         torch.tensor(rows, dtype=torch.int64, device="cpu"),
         torch.tensor(runs, dtype=torch.int64, device="cpu"),

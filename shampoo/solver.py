@@ -17,9 +17,10 @@ from shampoo.schedule import minimax_schedule, smallest_relative_eps, tabulated_
 
 ROOT_METHODS = ("auto", "eigh", "coupled_newton", "minimax")
 
-_CPU_CHUNK = 2 << 20  # bytes of a stack worked on at a time: its buffers stay in the cache
-_GPU_CHUNK = 256 << 20  # bounds the temporary memory
-_CPU_EIGH_FROM = 384  # from this n, float64 LAPACK, a matrix a thread, measures faster
+# Bytes of a stack worked on at a time, which bounds the temporary memory.
+_CPU_CHUNK = 16 << 20
+_GPU_CHUNK = 256 << 20
+_CPU_EIGH_FROM = 640  # from this n, float64 LAPACK, a matrix a thread, measures faster
 
 
 def solve_(

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from shampoo.blocking import Tile
-from shampoo.layout import FACTORED, Layout
+from shampoo.layout import FACTORED
 from shampoo.refresh import is_root
+from shampoo.workers import Team
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum")  # the elementwise state an arena may have
 FACTOR_STATE = ("factor", "root", "failures", "slot")  # of a factor; a diagonal one has the first
@@ -95,6 +96,8 @@ class Arena:
         update_dtype: of momentum, at least as wide as the parameters.
         step: steps these blocks have taken.
         is_staggered: whether the slots of the factors are state.
+        is_layerwise: whether directions are rescaled over whole parameters: LARS and LAMB.
+        team: the ranks that divide the blocks of these parameters; those here are one rank's.
     """
 
     def __init__(
@@ -106,6 +109,8 @@ class Arena:
         device: torch.device,
         step: int,
         is_staggered: bool,
+        is_layerwise: bool,
+        team: Team,
     ) -> None:
         self.group = group
         self.rule = rule
@@ -114,19 +119,21 @@ class Arena:
         self.device = device
         self.step = step
         self.is_staggered = is_staggered
+        self.is_layerwise = is_layerwise
+        self.team = team
+        self.members: list[int] = []  # indices of all its parameters, whoever owns their blocks
+        self.numel = 0
+        self.cuts: frozenset[int] = frozenset()  # elements at which a segment must end
         self.period: int | None = None  # over which the slots of the factors are spread
         self.steps = torch.empty(0)  # [members], what state publishes of ``step``
         self.moments: dict[str, Tensor] = {}
         self.factor_stacks: list[FactorStack] = []
         self._stacks: dict[tuple[tuple[int, ...], tuple[bool, ...]], BlockStack] = {}
 
-    def add(self, member: int, layout: Layout, max_numel: int) -> None:
-        """Gives the blocks of a parameter a place; tiles stay below ``max_numel`` elements."""
-        for tile in layout.tiles:
-            key = (tile.extent, layout.diagonal)
-            stack = self._stacks.setdefault(key, BlockStack(*key))
-            for part in tile.split(max(1, max_numel // tile.block_numel)):
-                stack.tiles.append((member, part))
+    def add(self, member: int, tile: Tile, diagonal: tuple[bool, ...]) -> None:
+        """Gives blocks of a parameter a place."""
+        key = (tile.extent, diagonal)
+        self._stacks.setdefault(key, BlockStack(*key)).tiles.append((member, tile))
 
     def assign_slots(self, period: int) -> None:
         """Spreads the refreshes of a period evenly over its steps, by cost, d^3 for a root.
@@ -150,8 +157,8 @@ class Arena:
             stack.slot.copy_(slots[: stack.count])
             slots = slots[stack.count :]
 
-    def allocate(self, moments: Sequence[str]) -> None:
-        """Places every tile and makes the state, zero."""
+    def place(self) -> None:
+        """Lays out all blocks, once they are added."""
         by_size: dict[tuple[int, int, bool], FactorStack] = {}
         element = 0
         for stack in self.stacks:
@@ -168,10 +175,13 @@ class Arena:
                     stack.factors.append((factors, factors.count))
                     factors.count += stack.count
         self.numel = element
+        self.factor_stacks = list(by_size.values())
+
+    def allocate(self, moments: Sequence[str]) -> None:
+        """Makes the state of the blocks, zero, once they are placed."""
         # On the host, since they decide the schedule, and one for each parameter: loaders write in
         # place into what is published, and the parameters of a checkpoint may differ in it.
         self.steps = torch.full((len(self.members),), self.step, dtype=torch.int64, device="cpu")
-        self.factor_stacks = list(by_size.values())
         for factors in self.factor_stacks:
             factors.allocate(self.dtype, self.device)
         for name in moments:
@@ -189,14 +199,10 @@ class Arena:
         return list(self._stacks.values())
 
     @property
-    def members(self) -> list[int]:
-        """Indices of the parameters that have blocks here."""
-        return sorted({member for stack in self.stacks for member, _ in stack.tiles})
-
-    @property
     def largest_tile(self) -> int:
         """Elements of the largest tile, the least that a segment holds."""
-        return max(placed.numel for stack in self.stacks for placed in stack.placements)
+        sizes = [placed.numel for stack in self.stacks for placed in stack.placements]
+        return max(sizes, default=0)
 
     def count_step(self) -> None:
         """Every block here has taken one more step."""

@@ -1,10 +1,26 @@
-"""What every test shares: one thread, one seed, and uninitialised memory on request."""
+"""What every test shares: one thread, one seed, and uninitialised memory on request.
+
+Where ``CI=true``, only a missing GPU excuses a test that is skipped.
+"""
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from ranks import Ranks
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if os.environ.get("CI") != "true":
+        return
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    reasons = {report.longrepr[2] for report in reporter.stats.get("skipped", [])}
+    if missing := sorted(reason for reason in reasons if "GPU" not in reason):
+        reporter.write_line("\nNot allowed with CI=true:", red=True)
+        reporter.write_line("\n".join(missing), red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -13,6 +29,14 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)  # tiny tensors, and reductions in one order
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Processes that play the ranks of a run; none is started before one is asked for."""
+    pool = Ranks()
+    yield pool
+    pool.close()
 
 
 @pytest.fixture(autouse=True)

@@ -66,15 +66,6 @@ def good_arguments() -> SimpleNamespace:
         "vectors": torch.empty(2, 4, 4),
         "stack": stack + stack.mT,
     }
-    product = {
-        "out": torch.empty(2, 4, 4),
-        "left": torch.eye(4).repeat(2, 1, 1),
-        "right": torch.eye(4).repeat(2, 1, 1),
-        "addend": torch.eye(4).repeat(2, 1, 1),
-        "alpha": 0.5,
-        "beta": 0.3,
-        "diagonal": 0.1,
-    }
     factor = torch.eye(4).repeat(2, 1, 1)
     ridge = torch.ones(2, dtype=torch.float64)
     root = {
@@ -108,5 +99,4 @@ def good_arguments() -> SimpleNamespace:
         minimax_root_=root,
         small_root_=root,
         judge_roots_=judge,
-        symmetric_product_=product,
     )

@@ -1,11 +1,13 @@
 """The whole extension against a CUDA build of torch: compiled, linked and loaded without a GPU.
 
-``SHAMPOO_CUDA_TORCH_PYTHON`` names the interpreter of an environment with such a torch. Its package
-``shampoo`` is not used: the one under test is copied beside it.
+``SHAMPOO_CUDA_TORCH_PYTHON`` names the interpreter of an environment with such a torch: `make test`
+makes one where there is an nvcc. Its package ``shampoo`` is not used: the one under test is copied
+beside it.
 """
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -47,14 +49,23 @@ def site(tmp_path: Path) -> Path:
     return folder
 
 
+def toolkit() -> Path:
+    """The toolkit of the ``nvcc`` on PATH, which may be a script that runs the real one."""
+    told = subprocess.run(["nvcc", "--dryrun", "any.cu"], capture_output=True, text=True).stderr
+    found = re.search(r"^#\$ TOP=(.*)$", told, re.MULTILINE)
+    assert found, told
+    return Path(found[1]).resolve()
+
+
 @pytest.mark.slow
 def test_the_extension_builds_and_loads_against_cuda(site: Path, tmp_path: Path) -> None:
     python = os.environ.get("SHAMPOO_CUDA_TORCH_PYTHON")
     if not python:
-        pytest.skip("SHAMPOO_CUDA_TORCH_PYTHON does not name a Python with a CUDA build of torch")
+        pytest.skip("SHAMPOO_CUDA_TORCH_PYTHON names no Python with a CUDA build of torch")
     if not shutil.which("nvcc"):
         pytest.skip("no nvcc on PATH: the extension cannot be built for CUDA")
     environment = {
+        "CUDA_HOME": str(toolkit()),
         "SHAMPOO_CUDA_ARCH": "8.0 9.0",
         "SHAMPOO_BACKEND": "compiled",
         **os.environ,

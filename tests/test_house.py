@@ -18,7 +18,7 @@ LAYERS = {
     "kernels.reference": "",
     "kernels.norms": "",
     "kernels.newton": "kernels.norms",
-    "kernels.minimax": "kernels.norms kernels.reference",
+    "kernels.minimax": "kernels.norms",
     "kernels.health": "kernels.norms",
     # the same in Triton
     "kernels.chip": "",
@@ -43,24 +43,38 @@ LAYERS = {
     "solver": "diagonal eigen kernels.newton ops precision schedule",
     "refresh": "precision probe solver",
     "roots": "solver",
-    # what is where
+    # who works with whom
     "errors": "",
+    "agreement": "errors",
+    "regions": "",
+    "workers": "agreement regions",
+    # what is where
     "blocking": "",
     "grafting": "",
     "hyperparameters": "blocking grafting solver",
     "layout": "blocking hyperparameters",
     "cost": "layout",
     "ownership": "",
-    "stacks": "blocking layout refresh",
+    "division": "cost layout ownership workers",
+    "stacks": "blocking layout refresh workers",
     "segments": "refresh stacks",
-    "plan": "errors grafting hyperparameters layout segments solver stacks",
-    "checkpoint": "errors hyperparameters layout plan",
+    "step_plan": "agreement blocking division errors grafting hyperparameters layout regions segments"
+    " solver stacks workers",
+    "checkpoint": "errors hyperparameters layout step_plan workers",
+    # what travels
+    "exchange": "hyperparameters ops segments stacks",
+    "allgather": "agreement exchange hyperparameters ops segments stacks",
+    "routes": "blocking regions",
+    "router": "agreement exchange hyperparameters ops routes segments stacks",
+    "exchanges": "allgather blocking exchange hyperparameters regions router routes stacks"
+    " step_plan workers",
     # the step
     "gradients": "ops",
+    "proposal": "agreement errors exchange gradients regions step_plan",
     "direction": "hyperparameters layout ops segments",
-    "layerwise": "ops segments",
-    "optimizer": "checkpoint direction errors gradients hyperparameters layerwise layout ops plan"
-    " precision refresh segments solver",
+    "layerwise": "exchange segments stacks",
+    "optimizer": "agreement checkpoint direction exchange exchanges hyperparameters layerwise"
+    " layout ops precision proposal refresh segments solver stacks step_plan workers",
     # before the step
     "architectures": "",
     "traffic": "layout",

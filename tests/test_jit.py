@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 import shampoo
 import shampoo.kernels
@@ -315,6 +316,23 @@ def sources(monkeypatch, tmp_path):
     return folder
 
 
+@pytest.fixture
+def toolkits(sources, monkeypatch, tmp_path):
+    """Two CUDA toolkits, named by what their nvcc says, for a torch that has CUDA."""
+    folders = []
+    for version in ("V13.0.88", "V13.1.80"):
+        nvcc = tmp_path / version / "bin" / "nvcc"
+        nvcc.parent.mkdir(parents=True)
+        nvcc.write_text(f"#!/bin/sh\necho release {version}\n")
+        nvcc.chmod(0o755)
+        folders.append(tmp_path / version)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("SHAMPOO_BACKEND", "compiled")
+    monkeypatch.setenv("SHAMPOO_CUDA_ARCH", "9.0")
+    monkeypatch.delenv("PYTORCH_NVCC", raising=False)
+    return folders
+
+
 def append(path: Path) -> None:
     path.write_text(path.read_text() + "\n")
 
@@ -340,6 +358,40 @@ def test_the_key_changes_with_everything_that_shapes_the_library(sources, monkey
     assert jit.library_path() == before
     CHANGES[change](sources, monkeypatch)
     assert jit.library_path() != before
+
+
+def test_the_key_changes_with_nvcc(toolkits, monkeypatch):
+    first, second = toolkits
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(first))
+    before = jit.library_path()
+    assert jit.library_path() == before
+    assert jit.nvcc_version() == "release V13.0.88"
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(second))
+    after = jit.library_path()
+    assert after.parent.parent == before.parent.parent, "found where a compiler is missing"
+    assert after != before
+    monkeypatch.setenv("PYTORCH_NVCC", str(first / "bin" / "nvcc"))
+    assert jit.library_path() == before
+    monkeypatch.setenv("SHAMPOO_BACKEND", "auto")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    on_cpu = jit.library_path()
+    monkeypatch.delenv("PYTORCH_NVCC")
+    assert jit.library_path() == on_cpu, "no nvcc is run for a library without CUDA"
+
+
+def test_a_machine_without_nvcc_uses_what_another_has_built(toolkits, monkeypatch):
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(toolkits[0]))
+    library = jit.library_path()
+    library.parent.mkdir(parents=True)
+    library.write_bytes(b"a library")
+    loaded = []
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    jit.load()
+    assert loaded == [str(library)]
+    library.unlink()
+    with pytest.raises(jit.BuildError, match="no CUDA toolkit in 'PATH'"):
+        jit.load()
 
 
 def test_no_cuda_toolkit_is_asked_for_without_cuda_sources(sources, monkeypatch):

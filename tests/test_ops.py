@@ -439,5 +439,6 @@ def test_compiled_kernels_are_registered_for_the_cpu(compiled):
         "precondition_",
         "magnitudes_",
         "eigh_",
+        "minimax_root_",
         "update_blocks_",
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -28,44 +29,31 @@ from shampoo import inverse_root
 from shampoo.kernels.newton import coupled_newton, iteration_bound
 from shampoo.schedule import minimax_schedule, tabulated_powers
 
-# (pair, p, relative eps) on which the slow float64 Newton runs as well; the others run on all.
-NEWTON_CASES = [("f0", p, eps) for p in range(1, 9) for eps in EPS]
-NEWTON_CASES += [("f2", 4, 1e-6), ("f1", 2, 1e-7), ("f1", 4, 1e-7)]
+
+@functools.cache
+def float32_eigh_error(name: str, p: int, relative_eps: float) -> float:
+    XL, XR = (float32_eigh(A, p, relative_eps) for A in fixture(name)[:2])
+    return direction_error(XL, XR, name, p, relative_eps)
 
 
-def check_pair(name: str, p: int, relative_eps: float, method: str) -> None:
-    L, R = fixture(name)[:2]
-    direction, root = limits(p, relative_eps)
-    XL, XR = (inverse_root(A[None], p, relative_eps=relative_eps, method=method)[0] for A in (L, R))
-    for side, X in enumerate((XL, XR)):
-        reference = exact(name, side)
-        assert torch.equal(X, X.mT)
-        assert X.diagonal().min() > 0
-        assert reference.error(X, p, relative_eps * reference.norm) <= root
-    error = direction_error(XL, XR, name, p, relative_eps)
-    plain = [float32_eigh(A, p, relative_eps) for A in (L, R)]
-    assert error <= direction
-    assert error <= direction_error(*plain, name, p, relative_eps) + 1e-3
-
-
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", PAIRS)
 @pytest.mark.parametrize("relative_eps", EPS)
 @pytest.mark.parametrize("p", range(1, 9))
-def test_minimax_on_real_factors(name: str, p: int, relative_eps: float) -> None:
-    check_pair(name, p, relative_eps, "minimax")
-
-
-@pytest.mark.parametrize("name", PAIRS)
-@pytest.mark.parametrize("p", range(1, 9))
-def test_eigh_on_real_factors(name: str, p: int) -> None:
-    check_pair(name, p, EPS[p % 3], "eigh")
-    if name == "f1":  # the hardest
-        check_pair(name, p, 1e-7, "eigh")
-
-
-@pytest.mark.parametrize(("name", "p", "relative_eps"), NEWTON_CASES)
-def test_newton_on_real_factors(name: str, p: int, relative_eps: float) -> None:
-    check_pair(name, p, relative_eps, "coupled_newton")
+def test_real_factors(p: int, relative_eps: float, name: str, method: str) -> None:
+    """The precise level for every method, and never worse than the textbook in float32."""
+    roots = []
+    direction, limit = limits(p, relative_eps)
+    for side, A in enumerate(fixture(name)[:2]):
+        X = inverse_root(A[None], p, relative_eps=relative_eps, method=method)[0]
+        assert torch.equal(X, X.mT)
+        assert X.diagonal().min() > 0
+        reference = exact(name, side)
+        assert reference.error(X, p, relative_eps * reference.norm) <= limit
+        roots.append(X)
+    error = direction_error(*roots, name, p, relative_eps)
+    assert error <= direction
+    assert error <= float32_eigh_error(name, p, relative_eps) + 1e-3
 
 
 @pytest.mark.parametrize("p", tabulated_powers())

@@ -5,21 +5,28 @@ parameters after construction; it is never trusted without :meth:`Plan.is_curren
 local and deterministic: groups, parameters and blocks in their order decide everything.
 """
 
+import functools
 import logging
-from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from shampoo.agreement import digest
+from shampoo.blocking import Tile
+from shampoo.division import Share, divide
 from shampoo.errors import BlockGridMismatchError
 from shampoo.grafting import GRAFTING
 from shampoo.hyperparameters import Geometry, Hyperparameters
 from shampoo.layout import ADAGRAD, Layout
+from shampoo.regions import check_placements, local_tensor
 from shampoo.segments import Selection, select
 from shampoo.solver import check_method
 from shampoo.stacks import MOMENTS, Arena
+from shampoo.workers import Team, Workers
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +42,22 @@ Published = list[tuple[Tensor, str, Tensor]]
 
 @dataclass(frozen=True)
 class Member:
-    """One planned parameter."""
+    """One planned parameter.
+
+    ``owners`` are those of its blocks: positions in its team, row-major in its grid of blocks.
+    """
 
     group: int
     position: int
     name: str
+    layout: Layout
+    team: Team
+    owners: tuple[int, ...]
+
+    def blocks(self) -> Iterator[tuple[int, Tile]]:
+        """The index of every block in the grid of the parameter, and its tile, alone in it."""
+        for tile in self.layout.tiles:
+            yield from zip(tile.block_indices(), tile.split(1), strict=True)
 
 
 @dataclass(frozen=True)
@@ -76,16 +94,12 @@ def check_parameter(param: Tensor, name: str) -> None:
             f"Shampoo does not support complex parameters ({name}). Optimize"
             " torch.view_as_real(parameter) instead."
         )
-    if hasattr(param, "device_mesh"):
-        raise RuntimeError(
-            f"Shampoo does not support DTensor parameters yet ({name}): its blocks would be cut"
-            " from a shard. Train without fully_shard or tensor parallelism, for example with"
-            " DistributedDataParallel."
-        )
+    check_placements(param, name)
     if getattr(param, "_fsdp_flattened", False) or hasattr(param, "_is_flat_param"):
         raise RuntimeError(
             f"Shampoo got a flat parameter of {param.numel()} elements ({name}). FSDP1 and"
-            " DeepSpeed ZeRO >= 1 hide the shapes of matrices: use DistributedDataParallel."
+            " DeepSpeed ZeRO >= 1 hide the shapes of matrices: use fully_shard (FSDP2) or"
+            " DistributedDataParallel."
         )
 
 
@@ -105,6 +119,8 @@ class Plan:
         groups: ``optimizer.param_groups``.
         state: ``optimizer.state``. What it holds for a planned parameter is copied into the arenas,
             and replaced by views of them.
+        workers: who shares the work.
+        before: the plan that this one replaces; blocks keep the owners they had in it.
         device: where to put state instead of beside the parameters; ``"meta"`` makes a plan whose
             views have shapes and dtypes only.
 
@@ -113,40 +129,24 @@ class Plan:
     """
 
     def __init__(
-        self, groups: Sequence[dict[str, Any]], state: State, device: str | None = None
+        self,
+        groups: Sequence[dict[str, Any]],
+        state: State,
+        workers: Workers,
+        device: str | None = None,
+        before: "Plan | None" = None,
     ) -> None:
         self.members: list[Member] = []
-        self.arenas: list[Arena] = []
         self._geometries = [Geometry.of(group) for group in groups]
         self._seen: list[list[_Seen]] = []
+        self._replicas = workers.replicas()
         self._workspaces: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._selections: dict[tuple[bool, ...], list[Selection]] = {}
-        arenas: dict[tuple[int, str, torch.dtype, torch.device, int], Arena] = {}
-        params: list[Tensor] = []
-        for index, (group, geometry) in enumerate(zip(groups, self._geometries, strict=True)):
-            seen = []
-            for position, param in enumerate(group["params"]):
-                planned = _is_trained(param) or (param.numel() > 0 and bool(state.get(param)))
-                seen.append(_Seen(param, planned, param.device, param.dtype, param.shape))
-                if not planned:
-                    continue
-                name = parameter_name(group, index, position)
-                check_parameter(param, name)
-                layout = Layout.of(param.shape, geometry)
-                place = torch.device(device) if device else param.device
-                step = int(state[param]["step"]) if "step" in state.get(param, {}) else 0
-                wide = torch.promote_types(param.dtype, geometry.dtype)
-                key = (index, layout.rule, wide, place, step)
-                if key not in arenas:
-                    staggered = geometry.refresh_schedule == "staggered"
-                    arenas[key] = Arena(
-                        index, layout.rule, geometry.dtype, wide, place, step, staggered
-                    )
-                arenas[key].add(len(self.members), layout, _segment_limit(place))
-                self.members.append(Member(index, position, name))
-                params.append(param)
-            self._seen.append(seen)
-        self.arenas = list(arenas.values())
+        self._enlist(groups, state, workers, before)
+        params = self.planned(groups)
+        self.holders = workers.holders([param for group in groups for param in group["params"]])
+        self.crews = self._place(groups, params, state, device)
+        self.arenas = [crew[crew[0].team.me] for crew in self.crews]
         published: Published = []
         for arena in self.arenas:
             group = groups[arena.group]
@@ -163,9 +163,106 @@ class Plan:
         for param, name, view in published:
             state[param][name] = view
 
-    def is_current(self, groups: Sequence[dict[str, Any]]) -> bool:
-        """Whether the plan still describes these groups: same parameters, same geometry."""
-        if len(groups) != len(self._seen):
+    def _enlist(
+        self,
+        groups: Sequence[dict[str, Any]],
+        state: State,
+        workers: Workers,
+        before: "Plan | None",
+    ) -> None:
+        """Finds the parameters to move, and the owners of their blocks."""
+        found: list[tuple[int, int, str, Tensor, Layout]] = []
+        for index, (group, geometry) in enumerate(zip(groups, self._geometries, strict=True)):
+            seen = []
+            for position, param in enumerate(group["params"]):
+                planned = _is_trained(param) or (param.numel() > 0 and bool(state.get(param)))
+                seen.append(_Seen(param, planned, param.device, param.dtype, param.shape))
+                if planned:
+                    name = parameter_name(group, index, position)
+                    check_parameter(param, name)
+                    layout = Layout.of(param.shape, geometry)
+                    found.append((index, position, name, param, layout))
+            self._seen.append(seen)
+        workers.settle_trainers(
+            sum(layout.blocks for *_, param, layout in found if not isinstance(param, DTensor))
+        )
+        shares = [
+            Share(
+                index,
+                param,
+                layout,
+                workers.team_of(param),
+                int(groups[index]["precondition_frequency"]),
+            )
+            for index, _, _, param, layout in found
+        ]
+        kept = None if before is None else before.owners()
+        for (index, position, name, _, layout), share, owners in zip(
+            found, shares, divide(shares, kept), strict=True
+        ):
+            self.members.append(Member(index, position, name, layout, share.team, tuple(owners)))
+
+    def owners(self) -> dict[Tensor, tuple[int, ...]]:
+        """Who owns the blocks of every planned parameter."""
+        planned = [seen.param for group in self._seen for seen in group if seen.planned]
+        return {param: member.owners for param, member in zip(planned, self.members, strict=True)}
+
+    def _place(
+        self,
+        groups: Sequence[dict[str, Any]],
+        params: Sequence[Tensor],
+        state: State,
+        device: str | None,
+    ) -> list[list[Arena]]:
+        """One arena for every position of a team, since all must know where all directions lie.
+
+        Only this rank's own will have state.
+        """
+        crews: dict[tuple[int, str, torch.dtype, torch.device, int, Team], list[Arena]] = {}
+        for index, (member, param) in enumerate(zip(self.members, params, strict=True)):
+            geometry, team = self._geometries[member.group], member.team
+            place = torch.device(device) if device else param.device
+            step = int(state[param]["step"]) if "step" in state.get(param, {}) else 0
+            wide = torch.promote_types(param.dtype, geometry.dtype)
+            rule, diagonal = member.layout.rule, member.layout.diagonal
+            key = (member.group, rule, wide, place, step, team)
+            if key not in crews:
+                crews[key] = [
+                    Arena(
+                        member.group,
+                        rule,
+                        geometry.dtype,
+                        wide,
+                        place,
+                        step,
+                        is_staggered=geometry.refresh_schedule == "staggered",
+                        is_layerwise=GRAFTING[geometry.grafting].layerwise and rule != ADAGRAD,
+                        team=team,
+                    )
+                    for _ in team.ranks
+                ]
+            for arena in crews[key]:
+                arena.members.append(index)
+            if team.is_alone:
+                for tile in member.layout.tiles:
+                    most = max(1, _segment_limit(place) // tile.block_numel)
+                    for part in tile.split(most):
+                        crews[key][0].add(index, part, diagonal)
+            else:
+                for block, tile in member.blocks():
+                    crews[key][member.owners[block]].add(index, tile, diagonal)
+        for crew in crews.values():
+            for arena in crew:
+                arena.place()
+        return list(crews.values())
+
+    def planned(self, groups: Sequence[dict[str, Any]]) -> list[Tensor]:
+        """The planned parameters, in plan order."""
+        return [groups[member.group]["params"][member.position] for member in self.members]
+
+    def is_current(self, groups: Sequence[dict[str, Any]], workers: Workers) -> bool:
+        """Whether the plan still holds: same parameters, same geometry, same ranks."""
+        if len(groups) != len(self._seen) or workers.replicas() != self._replicas:
             return False
         for group, geometry, seen in zip(groups, self._geometries, self._seen, strict=True):
             params = group["params"]
@@ -180,9 +277,32 @@ class Plan:
         """Whether no block has taken a step yet."""
         return all(arena.step == 0 for arena in self.arenas)
 
+    @functools.cached_property
+    def digest(self) -> int:
+        """62 bits of :meth:`entries`."""
+        return digest(repr(self.entries()))
+
+    def entries(self) -> list[dict[str, str]]:
+        """What ranks that train together must have planned alike, parameter by parameter."""
+        planned = [seen for group in self._seen for seen in group if seen.planned]
+        return [
+            {
+                "name": member.name,
+                "shape": str(tuple(seen.shape)),
+                "dtype": str(seen.dtype),
+                **{
+                    field.name: str(getattr(self.geometry(member), field.name))
+                    for field in fields(Geometry)
+                },
+                "ranks that divide its blocks": str(member.team.size),
+                "owners of its blocks": str(member.owners),
+            }
+            for member, seen in zip(self.members, planned, strict=True)
+        ]
+
     def params(self, groups: Sequence[dict[str, Any]]) -> list[Tensor]:
-        """The planned parameters, in plan order."""
-        return [groups[member.group]["params"][member.position] for member in self.members]
+        """What this rank holds of the planned parameters, in plan order."""
+        return [local_tensor(param) for param in self.planned(groups)]
 
     def add_missing_moments(
         self,
@@ -196,7 +316,8 @@ class Plan:
             for name, needed in (("exp_avg", values.beta1 > 0), ("momentum", values.momentum > 0)):
                 if needed and name not in arena.moments:
                     arena.add_moment(name)
-                    for param, key, view in self._fill(arena, self.params(groups), state, (name,)):
+                    params = self.planned(groups)
+                    for param, key, view in self._fill(arena, params, state, (name,)):
                         state[param][key] = view
                     self._selections.clear()
 
@@ -229,32 +350,32 @@ class Plan:
                     present,
                     self._workspace(arena),
                     _segment_limit(arena.device),
-                    shared=not self.is_layerwise(arena),
+                    shared=not arena.is_layerwise,
                 )
                 for arena in self.arenas
             ]
         return self._selections[present]
 
-    def is_layerwise(self, arena: Arena) -> bool:
-        """Whether directions are rescaled over whole parameters: LARS and LAMB."""
-        grafting = GRAFTING[self._geometries[arena.group].grafting]
-        return grafting.layerwise and arena.rule != ADAGRAD
+    def geometry(self, member: Member) -> Geometry:
+        """What decides how a parameter is cut."""
+        return self._geometries[member.group]
+
+    @staticmethod
+    def longest_segment(arena: Arena) -> int:
+        """Elements of workspace that the segments of an arena need."""
+        if arena.is_layerwise:
+            return arena.numel  # every segment has a place of its own
+        return min(arena.numel, max(_segment_limit(arena.device), arena.largest_tile))
 
     def _workspace(self, arena: Arena) -> Tensor:
         """``[2, W]``, shared by all arenas of a device and dtype."""
-        sharers = [
-            other
-            for other in self.arenas
-            if (other.device, other.dtype) == (arena.device, arena.dtype)
-        ]
-        needed = max(
-            other.numel
-            if self.is_layerwise(other)
-            else min(other.numel, max(_segment_limit(other.device), other.largest_tile))
-            for other in sharers
-        )
         key = (arena.device, arena.dtype)
         if key not in self._workspaces:
+            needed = max(
+                self.longest_segment(other)
+                for other in self.arenas
+                if (other.device, other.dtype) == key
+            )
             self._workspaces[key] = torch.empty(2, needed, dtype=arena.dtype, device=arena.device)
         return self._workspaces[key]
 

@@ -1,0 +1,203 @@
+"""Replicated parameters (DDP): every rank moves all of them by the directions of all owners.
+
+A rank writes the directions of its blocks into its slice of a persistent buffer, and one AllGather
+fills the rest (algorithm.md 3.5, distributed.md 3.2). All ranks, owners too, then move the
+parameters by the bits that travelled, so that replicas stay equal to the bit. A slice is laid out
+by the plan alone: it does not depend on which gradients are there.
+"""
+
+import bisect
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shampoo import ops
+from shampoo.agreement import FAILED
+from shampoo.exchange import Exchange, Round, applied_decay, search_direction
+from shampoo.hyperparameters import Hyperparameters
+from shampoo.segments import Segment
+from shampoo.stacks import Arena
+
+_HEADER = 16  # elements in front of a slice: its rank's word, and what keeps slices aligned
+_PARTS = 4  # of a buffer that is sent while the rest is computed
+_PATTERNS = 16  # of present gradients, whose tables are kept
+
+
+class AllGather(Exchange):
+    """The exchange of a team whose ranks all hold the same parameters.
+
+    Args:
+        crews: arenas of the team, for each of its positions, in the order in which the step
+            delivers.
+        group: the team's process group.
+        dtype: in which directions travel.
+        overlap: send in parts, each as soon as the step has delivered it.
+    """
+
+    def __init__(
+        self,
+        crews: Sequence[Sequence[Arena]],
+        group: dist.ProcessGroup,
+        dtype: torch.dtype,
+        overlap: bool,
+    ) -> None:
+        super().__init__()
+        self._crews = crews
+        self._group = group
+        self._team = crews[0][0].team
+        self._index = {id(crew[self._team.me]): index for index, crew in enumerate(crews)}
+        self._tables: dict[tuple[bool, ...], list[list[tuple[int, list[int], Tensor, Tensor]]]] = {}
+        # Where arenas begin among the elements of a rank, and where the parts of its slice do.
+        self._bases = [
+            [0, *accumulate(crew[position].numel for crew in crews)]
+            for position in range(self._team.size)
+        ]
+        self._edges = [
+            self._edges_of(position, _PARTS if overlap else 1)
+            for position in range(self._team.size)
+        ]
+        device = crews[0][0].device
+        self._buffers = []
+        for part in range(len(self._edges[0]) - 1):
+            longest = max(edges[part + 1] - edges[part] for edges in self._edges)
+            length = _HEADER + -(-longest // _HEADER) * _HEADER
+            # Zero: padding and absent blocks are never read, but nothing undefined travels either.
+            self._buffers.append(torch.zeros(self._team.size, length, dtype=dtype, device=device))
+        own = self._edges[self._team.me]
+        for base, crew in zip(self._bases[self._team.me], crews, strict=False):
+            crew[self._team.me].cuts = frozenset(edge - base for edge in own)
+        self._works: list[dist.Work | None] = []
+
+    def _edges_of(self, position: int, parts: int) -> list[int]:
+        """Cuts a rank's elements at the starts of blocks into parts of about equal length."""
+        total = self._bases[position][-1]
+        starts = [
+            base + placed.element
+            for base, crew in zip(self._bases[position], self._crews, strict=False)
+            for stack in crew[position].stacks
+            for placed in stack.placements
+        ]
+        edges = [0]
+        for part in range(1, parts):
+            at = bisect.bisect_left(starts, max(edges[-1], total * part // parts))
+            edges.append(starts[at] if at < len(starts) else total)
+        return [*edges, total]
+
+    def open(self, step: Round) -> None:
+        """Takes a step's parameters and gradients."""
+        super().open(step)
+        self._works = []
+
+    def deliver(self, arena: Arena, segment: Segment, hyper: Hyperparameters) -> None:
+        """Writes D into this rank's slice; parts before it are complete and can travel."""
+        me = self._team.me
+        start = self._bases[me][self._index[id(arena)]] + segment.start
+        part = bisect.bisect_right(self._edges[me], start) - 1
+        self._launch(part, word=0)
+
+        def weights(out: Tensor) -> None:
+            self.weights(segment, out, 1.0, False)
+
+        offset = _HEADER + start - self._edges[me][part]
+        out = self._buffers[part][me, offset : offset + segment.direction.numel()]
+        out.copy_(search_direction(arena, segment, hyper, weights))
+
+    def sum_(self, values: Tensor) -> None:
+        """Adds up what the ranks of the team know, in place."""
+        dist.all_reduce(values, group=self._group)
+
+    def _launch(self, until: int, word: int) -> None:
+        """Starts to send the parts before ``until`` that have not been sent yet."""
+        me = self._team.me
+        for part in range(len(self._works), until):
+            buffer = self._buffers[part]
+            buffer[me, 0] = word
+            self._works.append(
+                _all_gather(buffer.view(-1), buffer[me], self._group, len(self._buffers) > 1)
+            )
+
+    def send(self, word: int) -> int:
+        """Sends what is left with this rank's word; returns the team's, once all is here."""
+        self._launch(len(self._buffers), word)
+        for work in self._works:
+            if work is not None:
+                work.wait()
+        words = torch.stack([buffer[:, 0] for buffer in self._buffers])
+        return FAILED if bool((words != 0).any()) else word
+
+    def apply(self) -> None:
+        """W <- W - lr D for all blocks, by the bits that travelled."""
+        for index, entries in enumerate(self._table()):
+            arena = self._crews[index][self._team.me]
+            hyper = self.round.hyper[arena.group]
+            dtype = arena.update_dtype if hyper.momentum > 0 else arena.dtype
+            for part, members, tiles, ones in entries:
+                ops.update_blocks_(
+                    [self.round.params[member] for member in members],
+                    None,
+                    self._buffers[part].view(-1).to(arena.device, dtype),
+                    ones.to(dtype),
+                    tiles,
+                    hyper.lr,
+                    applied_decay(arena, hyper),
+                    0.0,
+                    False,
+                )
+
+    def _table(self) -> list[list[tuple[int, list[int], Tensor, Tensor]]]:
+        """For every arena, the parts in which present blocks lie: members, tiles, scales of 1."""
+        present = self.round.present
+        if present not in self._tables:
+            if len(self._tables) >= _PATTERNS:
+                self._tables.pop(next(iter(self._tables)))
+            self._tables[present] = [
+                self._entries(index, present) for index in range(len(self._crews))
+            ]
+        return self._tables[present]
+
+    def _entries(
+        self, index: int, present: tuple[bool, ...]
+    ) -> list[tuple[int, list[int], Tensor, Tensor]]:
+        crew = self._crews[index]
+        members = [member for member in crew[0].members if present[member]]
+        sources = {member: source for source, member in enumerate(members)}
+        rows: list[list[list[int]]] = [[] for _ in self._buffers]
+        placed = [
+            (position, placement)
+            for position, arena in enumerate(crew)
+            for stack in arena.stacks
+            for placement in stack.placements
+            if placement.member in sources
+        ]
+        order = max((len(placement.tile.dims) for _, placement in placed), default=0)
+        counts = [0] * len(self._buffers)
+        for position, placement in placed:
+            start = self._bases[position][index] + placement.element
+            edges = self._edges[position]
+            part = bisect.bisect_right(edges, start) - 1
+            offset = position * self._buffers[part].shape[1] + _HEADER + start - edges[part]
+            row = placement.tile.row(sources[placement.member], offset, order)
+            rows[part].append(row)
+            counts[part] += placement.tile.blocks
+        return [
+            (
+                part,
+                members,
+                torch.tensor(rows[part], dtype=torch.int64, device="cpu"),
+                torch.ones(counts[part], dtype=crew[0].dtype, device=crew[0].device),
+            )
+            for part in range(len(self._buffers))
+            if rows[part]
+        ]
+
+
+def _all_gather(
+    buffer: Tensor, own: Tensor, group: dist.ProcessGroup, is_async: bool
+) -> dist.Work | None:
+    """Fills the slices of the others, in place; torch 2.13 renamed the function."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    work: dist.Work | None = gather(buffer, own, group=group, async_op=is_async)
+    return work

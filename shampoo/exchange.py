@@ -1,0 +1,138 @@
+"""How a team moves gradients to the owners of blocks and search directions back.
+
+The step asks an exchange for packed gradients and weights, and hands it the direction of every
+segment; what happens in between depends on who holds what. :class:`Alone` is one rank that owns all
+it holds; the others are in :mod:`shampoo.allgather` and :mod:`shampoo.router`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shampoo import ops
+from shampoo.hyperparameters import Hyperparameters
+from shampoo.segments import Segment
+from shampoo.stacks import Arena
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one step brings: this rank's part of every planned parameter, and its group's values."""
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor | None]
+    hyper: Sequence[Hyperparameters]  # by parameter group
+
+    @property
+    def present(self) -> tuple[bool, ...]:
+        """Which parameters have a gradient."""
+        return tuple(grad is not None for grad in self.grads)
+
+
+def applied_decay(arena: Arena, hyper: Hyperparameters) -> float:
+    """The decoupled decay of ``W <- (1 - lr weight_decay) W``, which acts where weights are moved.
+
+    With momentum, and for LARS and LAMB, it is part of the direction instead.
+    """
+    in_direction = hyper.momentum > 0 or arena.is_layerwise
+    return 0.0 if in_direction else hyper.decoupled_decay
+
+
+def needs_weights(arena: Arena, hyper: Hyperparameters) -> bool:
+    """Whether the owner of a block must know its weights to find the direction."""
+    in_gradient = hyper.weight_decay != 0.0 and not hyper.decoupled_weight_decay
+    in_direction = hyper.momentum > 0 and hyper.decoupled_decay != 0.0
+    return in_gradient or in_direction or arena.is_layerwise
+
+
+class Exchange(ABC):
+    """What the step asks for, in the order in which it asks."""
+
+    def __init__(self) -> None:
+        self.round = Round((), (), ())
+
+    def open(self, step: Round) -> None:
+        """Takes a step's parameters and gradients. No communication: this may fail."""
+        self.round = step
+
+    def fetch(self) -> None:  # noqa: B027, to do nothing is right where gradients are whole
+        """Brings gradients to the owners of their blocks, where they do not have them."""
+
+    def gradients(self, segment: Segment, out: Tensor, sign: float) -> None:
+        """``out <- sign G``, the gradients of a segment's blocks."""
+        sources = [self.round.grads[member] for member in segment.members]
+        ops.gather_blocks_(out, sources, segment.tiles, sign, False)
+
+    def weights(self, segment: Segment, out: Tensor, factor: float, accumulate: bool) -> None:
+        """``out <- factor W (+ out)``."""
+        sources = [self.round.params[member] for member in segment.members]
+        ops.gather_blocks_(out, sources, segment.tiles, factor, accumulate)
+
+    @abstractmethod
+    def deliver(self, arena: Arena, segment: Segment, hyper: Hyperparameters) -> None:
+        """Takes the finished ``P = scale * direction`` of a segment: steps 8 to 10."""
+
+    def sum_(self, values: Tensor) -> None:  # noqa: B027, the sum of one rank is there
+        """Adds up what the ranks of the team know, in place."""
+
+    def send(self, word: int) -> int:
+        """Sends the directions with this rank's word; returns the team's, once they are here."""
+        return word
+
+    def apply(self) -> None:  # noqa: B027, directions may have been applied on delivery
+        """Moves the parameters by the directions that came."""
+
+
+class Alone(Exchange):
+    """One rank owns all blocks of what it holds: directions go straight into the parameters."""
+
+    def deliver(self, arena: Arena, segment: Segment, hyper: Hyperparameters) -> None:
+        """M <- mu M + P, W <- W - lr D."""
+        momentum = segment.moments.get("momentum") if hyper.momentum > 0 else None
+        dtype = segment.direction.dtype if momentum is None else momentum.dtype
+        ops.update_blocks_(
+            [self.round.params[member] for member in segment.members],
+            momentum,
+            segment.direction.to(dtype),  # wider only for float64 parameters
+            segment.scale.to(dtype),
+            segment.tiles,
+            hyper.lr,
+            0.0 if arena.is_layerwise else hyper.decoupled_decay,
+            hyper.momentum,
+            hyper.nesterov,
+        )
+
+
+def search_direction(
+    arena: Arena, segment: Segment, hyper: Hyperparameters, weights: Callable[[Tensor], None]
+) -> Tensor:
+    """D of steps 8 and 9, ``P <- P + weight_decay W``, ``M <- mu M + P``, for another to apply.
+
+    In the order of roundings of ``update_blocks_``, which does the same where the owner of a block
+    also moves its parameter.
+
+    Args:
+        weights: writes the weights of the segment's blocks to a tensor.
+
+    Returns:
+        [numel] of the segment, in the dtype of momentum, else of the direction; state, perhaps.
+    """
+    momentum = segment.moments.get("momentum") if hyper.momentum > 0 else None
+    direction = segment.direction.to(arena.dtype if momentum is None else momentum.dtype)
+    start = block = 0
+    for count, size in segment.runs.tolist():
+        blocks = direction[start : start + count * size].view(count, size)
+        blocks.mul_(segment.scale[block : block + count, None].to(direction.dtype))
+        start, block = start + count * size, block + count
+    if momentum is None:
+        return direction
+    if hyper.decoupled_decay != 0.0 and not arena.is_layerwise:
+        weight = torch.empty_like(direction)
+        weights(weight)
+        direction.add_(weight.mul_(hyper.decoupled_decay))
+    momentum.mul_(hyper.momentum).add_(direction)
+    # Without alpha: torch would fuse the product into the sum and round once.
+    return direction.add_(momentum * hyper.momentum) if hyper.nesterov else momentum

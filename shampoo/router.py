@@ -1,0 +1,348 @@
+"""Sharded parameters (FSDP2, HSDP, tensor parallel): pieces travel to owners and back.
+
+Two uneven all-to-alls a step: gradients (and weights, where a direction depends on them) from the
+holders of shards to the owners of blocks, directions to every holder. Who sends what is decided by
+the plan alone (:mod:`shampoo.routes`); absent gradients leave their place on the wire empty.
+"""
+
+import functools
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shampoo import ops
+from shampoo.agreement import FAILED
+from shampoo.exchange import (
+    Exchange,
+    Round,
+    applied_decay,
+    needs_weights,
+    search_direction,
+)
+from shampoo.hyperparameters import Hyperparameters
+from shampoo.routes import Piece, Routed, Routes, routes_of, spans
+from shampoo.segments import Segment
+from shampoo.stacks import Arena
+
+_HEADER = 1  # element in front of what goes to each rank: the sender's word
+_PATTERNS = 16  # of present gradients, whose tables are kept
+
+Pieces = list[list[Piece]]
+Block = tuple[int, int]  # member, index in its grid of blocks
+
+
+@dataclass
+class _Wire:
+    """What is sent in one direction, and the places of the pieces on it."""
+
+    outgoing: Tensor
+    incoming: Tensor
+    outgoing_splits: list[int]
+    incoming_splits: list[int]
+
+    @classmethod
+    def of(
+        cls, outgoing: Pieces, incoming: Pieces, dtype: torch.dtype, device: torch.device
+    ) -> "_Wire":
+        """Buffers for these pieces."""
+        splits = [
+            [_HEADER + sum(piece.numel for piece in peer) for peer in side]
+            for side in (outgoing, incoming)
+        ]
+        # Zero: places of absent gradients are never read, but nothing undefined travels either.
+        sent, received = (torch.zeros(sum(side), dtype=dtype, device=device) for side in splits)
+        return cls(sent, received, *splits)
+
+    def exchange(self, group: dist.ProcessGroup, word: int) -> Tensor:
+        """Sends everything; returns the words of all ranks."""
+        for offset in _starts(self.outgoing_splits):
+            self.outgoing[offset] = word
+        dist.all_to_all_single(
+            self.incoming, self.outgoing, self.incoming_splits, self.outgoing_splits, group=group
+        )
+        return self.incoming[_starts(self.incoming_splits)]
+
+
+def _starts(splits: Sequence[int]) -> list[int]:
+    return [sum(splits[:position]) for position in range(len(splits))]
+
+
+@dataclass
+class _Copies:
+    """Views for one foreach copy."""
+
+    to: list[Tensor] = field(default_factory=list)
+    source: list[Tensor] = field(default_factory=list)
+
+    def run(self) -> None:
+        if self.to:
+            torch._foreach_copy_(self.to, self.source)
+
+
+class Router(Exchange):
+    """The exchange of a team whose ranks hold shards.
+
+    Args:
+        arenas: this rank's, all of one team.
+        routed: the team's parameters, in plan order.
+        group: the team's process group.
+        gradient_dtype: wide enough for every gradient and weight.
+        dtype: in which directions travel.
+        longest: elements of the longest segment.
+    """
+
+    def __init__(
+        self,
+        arenas: Sequence[Arena],
+        routed: Sequence[Routed],
+        group: dist.ProcessGroup,
+        gradient_dtype: torch.dtype,
+        dtype: torch.dtype,
+        longest: int,
+    ) -> None:
+        super().__init__()
+        self._arenas = arenas
+        self._team = arenas[0].team
+        self._group = group
+        self._device = arenas[0].device
+        self._gradient_dtype = gradient_dtype
+        self._routes = routes_of(routed, self._team.me, self._team.size)
+        outgoing, incoming = self._routes.directions_out, self._routes.directions_in
+        self._directions = _Wire.of(outgoing, incoming, dtype, self._device)
+        self._out_places = _by_block(spans(outgoing, _HEADER))
+        self._arena_of = {
+            member: index for index, arena in enumerate(arenas) for member in arena.members
+        }
+        widest = functools.reduce(torch.promote_types, (arena.update_dtype for arena in arenas))
+        self._weights = torch.empty(longest, dtype=widest, device=self._device)
+        self._space = torch.empty(longest, dtype=dtype, device=self._device)
+        self._incoming: _Incoming | None = None  # laid out anew when other weights travel
+        self._departures: WeakKeyDictionary[Segment, _Copies] = WeakKeyDictionary()
+        self._applied: dict[tuple[bool, ...], list[tuple[Arena, list[int], Tensor, Tensor]]] = {}
+
+    def open(self, step: Round) -> None:
+        """Packs the pieces of this rank's gradients, and of weights where owners need them."""
+        super().open(step)
+        weighted = frozenset(
+            index
+            for index, arena in enumerate(self._arenas)
+            if needs_weights(arena, step.hyper[arena.group])
+        )
+        if self._incoming is None or weighted != self._incoming.weighted:
+            self._incoming = self._lay_out(weighted)
+        self._incoming.pack(step)
+
+    def _lay_out(self, weighted: frozenset[int]) -> "_Incoming":
+        members = {member for index in weighted for member in self._arenas[index].members}
+        dtype = self._gradient_dtype
+        return _Incoming(self._routes, weighted, members, dtype, self._device)
+
+    def fetch(self) -> None:
+        """The first all-to-all."""
+        assert self._incoming is not None
+        # No word: ranks have agreed before, and what goes wrong from here on is said in send().
+        self._incoming.wire.exchange(self._group, 0)
+
+    def gradients(self, segment: Segment, out: Tensor, sign: float) -> None:
+        """``out <- sign G``, from the pieces that came; ``out`` is the segment's."""
+        assert self._incoming is not None
+        self._incoming.copies(segment, segment.grad, is_weight=False).run()
+        if sign != 1.0:
+            out.mul_(sign)
+
+    def weights(self, segment: Segment, out: Tensor, factor: float, accumulate: bool) -> None:
+        """``out <- factor W (+ out)``, with the roundings of weights that are here."""
+        assert self._incoming is not None
+        space = self._weights[: segment.grad.numel()]
+        self._incoming.copies(segment, space, is_weight=True).run()
+        whole = [[0, 0, len(space), 0, 1, len(space)]]
+        table = torch.tensor(whole, dtype=torch.int64, device="cpu")
+        ops.gather_blocks_(out, [space], table, factor, accumulate)
+
+    def deliver(self, arena: Arena, segment: Segment, hyper: Hyperparameters) -> None:
+        """Puts the pieces of D on the wire."""
+
+        def weights(out: Tensor) -> None:
+            self.weights(segment, out, 1.0, False)
+
+        direction = search_direction(arena, segment, hyper, weights)
+        space = self._space[: len(direction)]
+        space.copy_(direction)  # rounded to what travels, and where views of it have been made
+        if segment not in self._departures:
+            copies = _Copies()
+            for block, view in _block_views(segment, space):
+                for offset, piece in self._out_places.get(block, ()):
+                    copies.to.append(_piece_view(self._directions.outgoing, offset, piece))
+                    copies.source.append(_inside(view, piece))
+            self._departures[segment] = copies
+        self._departures[segment].run()
+
+    def sum_(self, values: Tensor) -> None:
+        """Adds up what the ranks of the team know, in place."""
+        dist.all_reduce(values, group=self._group)
+
+    def send(self, word: int) -> int:
+        """The second all-to-all, with this rank's word; returns the team's."""
+        words = self._directions.exchange(self._group, word)
+        return FAILED if bool((words != 0).any()) else word
+
+    def apply(self) -> None:
+        """W <- W - lr D on this rank's shards, by the bits that travelled."""
+        for arena, members, tiles, ones in self._table():
+            hyper = self.round.hyper[arena.group]
+            dtype = arena.update_dtype if hyper.momentum > 0 else arena.dtype
+            ops.update_blocks_(
+                [self.round.params[member] for member in members],
+                None,
+                self._directions.incoming.to(dtype),
+                ones.to(dtype),
+                tiles,
+                hyper.lr,
+                applied_decay(arena, hyper),
+                0.0,
+                False,
+            )
+
+    def _table(self) -> list[tuple[Arena, list[int], Tensor, Tensor]]:
+        """For every arena with present pieces here: members, tiles, scales of 1."""
+        present = self.round.present
+        if present not in self._applied:
+            if len(self._applied) >= _PATTERNS:
+                self._applied.pop(next(iter(self._applied)))
+            by_arena: dict[int, list[tuple[int, Piece]]] = {}
+            for offset, piece in spans(self._routes.directions_in, _HEADER):
+                if present[piece.member]:
+                    by_arena.setdefault(self._arena_of[piece.member], []).append((offset, piece))
+            self._applied[present] = [
+                (
+                    self._arenas[index],
+                    members := sorted({piece.member for _, piece in found}),
+                    _tiles(found, {member: place for place, member in enumerate(members)}),
+                    torch.ones(len(found), dtype=self._arenas[index].dtype, device=self._device),
+                )
+                for index, found in sorted(by_arena.items())
+            ]
+        return self._applied[present]
+
+
+class _Incoming:
+    """The way to the owners: for each peer its gradients, then the weights that go with them.
+
+    Args:
+        weighted: arenas whose directions depend on weights.
+        members: the parameters of these arenas.
+    """
+
+    def __init__(
+        self,
+        routes: Routes,
+        weighted: frozenset[int],
+        members: Collection[int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.weighted = weighted
+        outgoing, incoming = (
+            [[*peer, *(piece for piece in peer if piece.member in members)] for peer in side]
+            for side in (routes.gradients_out, routes.gradients_in)
+        )
+        self.wire = _Wire.of(outgoing, incoming, dtype, device)
+        self._sent = _halves(routes.gradients_out, outgoing)
+        self._came = tuple(_by_block(half) for half in _halves(routes.gradients_in, incoming))
+        self._tables: dict[tuple[bool, ...], tuple[list[int], Tensor]] = {}
+        self._copies: WeakKeyDictionary[Segment, dict[bool, _Copies]] = WeakKeyDictionary()
+
+    def pack(self, step: Round) -> None:
+        """Copies this rank's pieces of what is present to the wire, in its own dtype."""
+        present = step.present
+        if present not in self._tables:
+            if len(self._tables) >= _PATTERNS:
+                self._tables.pop(next(iter(self._tables)))
+            self._tables[present] = self._table(present)
+        members, table = self._tables[present]
+        if not members:
+            return
+        sources = [step.grads[member] for member in members]
+        sources += [step.params[member] for member in members]
+        # The op writes float32 and float64; what is narrower comes out of float32 as it went in.
+        wide = torch.promote_types(self.wire.outgoing.dtype, torch.float32)
+        out = self.wire.outgoing.to(wide)
+        ops.gather_blocks_(out, sources, table, 1.0, False)
+        if out is not self.wire.outgoing:
+            self.wire.outgoing.copy_(out)
+
+    def _table(self, present: tuple[bool, ...]) -> tuple[list[int], Tensor]:
+        """Which parameters to pack, and the tiles: sources are their gradients, then they."""
+        halves = [[entry for entry in half if present[entry[1].member]] for half in self._sent]
+        members = sorted({piece.member for _, piece in halves[0]})
+        places = {member: place for place, member in enumerate(members)}
+        order = max((len(piece.shape) for _, piece in halves[0]), default=0)
+        gradients = _rows(halves[0], places, order)
+        weights = _rows(halves[1], {m: len(members) + at for m, at in places.items()}, order)
+        return members, torch.tensor(gradients + weights, dtype=torch.int64, device="cpu")
+
+    def copies(self, segment: Segment, to: Tensor, is_weight: bool) -> _Copies:
+        """From the wire into the blocks of a segment, which lie one after another in ``to``."""
+        known = self._copies.setdefault(segment, {})
+        if is_weight not in known:
+            copies = _Copies()
+            for block, view in _block_views(segment, to):
+                for offset, piece in self._came[is_weight].get(block, ()):
+                    copies.to.append(_inside(view, piece))
+                    copies.source.append(_piece_view(self.wire.incoming, offset, piece))
+            known[is_weight] = copies
+        return known[is_weight]
+
+
+def _halves(first: Pieces, both: Pieces) -> tuple[list[tuple[int, Piece]], list[tuple[int, Piece]]]:
+    """Splits what ``both`` sends into the pieces of ``first``, which each peer gets first."""
+    halves: tuple[list[tuple[int, Piece]], list[tuple[int, Piece]]] = ([], [])
+    entries = spans(both, _HEADER)
+    for own, peer in zip(first, both, strict=True):
+        for position in range(len(peer)):
+            halves[position >= len(own)].append(next(entries))
+    return halves
+
+
+def _by_block(entries: Iterable[tuple[int, Piece]]) -> dict[Block, list[tuple[int, Piece]]]:
+    found: dict[Block, list[tuple[int, Piece]]] = {}
+    for offset, piece in entries:
+        found.setdefault((piece.member, piece.block), []).append((offset, piece))
+    return found
+
+
+def _rows(
+    entries: Iterable[tuple[int, Piece]], sources: Mapping[int, int], order: int
+) -> list[list[int]]:
+    return [
+        piece.local_tile().row(sources[piece.member], offset, order) for offset, piece in entries
+    ]
+
+
+def _tiles(entries: Sequence[tuple[int, Piece]], sources: Mapping[int, int]) -> Tensor:
+    order = max(len(piece.shape) for _, piece in entries)
+    return torch.tensor(_rows(entries, sources, order), dtype=torch.int64, device="cpu")
+
+
+def _block_views(segment: Segment, flat: Tensor) -> Iterator[tuple[Block, Tensor]]:
+    """Every block of a segment: which it is, and its view of a tensor that holds the segment."""
+    for placed in segment.placements:
+        start = placed.element - segment.start
+        for block in placed.tile.block_indices():
+            stop = start + placed.tile.block_numel
+            yield (placed.member, block), flat[start:stop].view(placed.tile.extent)
+            start = stop
+
+
+def _piece_view(wire: Tensor, offset: int, piece: Piece) -> Tensor:
+    return wire[offset : offset + piece.numel].view(piece.shape)
+
+
+def _inside(block: Tensor, piece: Piece) -> Tensor:
+    for mode, (start, size) in enumerate(zip(piece.start, piece.shape, strict=True)):
+        block = block.narrow(mode, start, size)
+    return block

@@ -1,0 +1,212 @@
+"""Who shares the work: teams of ranks that divide blocks among them, and their process groups."""
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+from shampoo.agreement import Agreement
+from shampoo.regions import mesh_ranks
+
+logger = logging.getLogger(__name__)
+
+COMMUNICATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_BLOCKS_PER_TRAINER = 4  # with fewer, padding and imbalance cost more than sharing saves
+
+
+@dataclass(frozen=True)
+class Team:
+    """Ranks that divide the blocks of some parameters among them.
+
+    Attributes:
+        ranks: global ranks, ascending: the order of their process group.
+        me: position of this rank in ``ranks``.
+        is_sharded: whether each rank holds but a part of the parameters.
+    """
+
+    ranks: tuple[int, ...]
+    me: int
+    is_sharded: bool = False
+
+    @property
+    def size(self) -> int:
+        """How many ranks."""
+        return len(self.ranks)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is nobody to share with."""
+        return self.size == 1
+
+
+class Workers:
+    """The process groups of one optimizer. Nothing here communicates before a step does.
+
+    Args:
+        process_group: the ranks that hold replicas of plain parameters; None is the default group.
+            Parameters that are DTensors bring their own ranks, those of their mesh.
+        num_trainers_per_group: how many consecutive ranks divide the blocks of replicated
+            parameters; -1 means the ranks of one node, 0 or 1 that none are divided.
+        communication_dtype: in which directions travel, None for the one they are computed in.
+        overlap: send directions in parts, the first while later ones are computed.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup | None = None,
+        num_trainers_per_group: int = -1,
+        communication_dtype: torch.dtype | None = None,
+        overlap: bool = False,
+    ) -> None:
+        is_count = isinstance(num_trainers_per_group, int) and num_trainers_per_group >= -1
+        if not is_count or isinstance(num_trainers_per_group, bool):
+            raise ValueError(
+                f"Invalid num_trainers_per_group={num_trainers_per_group!r}. Must be an integer"
+                " >= -1 (-1: the ranks of one node, 1: blocks are not divided)."
+            )
+        if communication_dtype is not None and communication_dtype not in COMMUNICATION_DTYPES:
+            raise ValueError(
+                f"Invalid communication_dtype={communication_dtype!r}. Must be None or one of"
+                f" {', '.join(map(str, COMMUNICATION_DTYPES))}."
+            )
+        if not isinstance(overlap, bool):
+            raise ValueError(f"Invalid overlap={overlap!r}. Must be True or False.")
+        self.process_group = process_group
+        self.num_trainers_per_group = num_trainers_per_group
+        self.communication_dtype = communication_dtype
+        self.overlap = overlap
+        self._trainers: int | None = None
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._agreements: dict[tuple[int, ...], Agreement] = {}
+
+    def replicas(self) -> Team:
+        """All ranks that hold the same plain parameters; this one alone without a process group."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return Team((0,), 0)
+        ranks = tuple(dist.get_process_group_ranks(self.process_group or dist.group.WORLD))
+        rank = dist.get_rank()
+        if rank not in ranks:
+            raise ValueError(
+                f"Invalid process_group: its ranks are {ranks}, this is rank {rank}. Build the"
+                " optimizer only on ranks of its group."
+            )
+        return Team(ranks, ranks.index(rank))
+
+    def settle_trainers(self, blocks: int) -> None:
+        """Decides, once, how many ranks divide the blocks of replicated parameters."""
+        if self._trainers is None:
+            self._trainers = trainers_per_group(
+                self.num_trainers_per_group,
+                self.replicas().size,
+                int(os.environ.get("LOCAL_WORLD_SIZE", self.replicas().size)),
+                blocks,
+            )
+
+    def team_of(self, param: Tensor) -> Team:
+        """The ranks that divide the blocks of a parameter, after :meth:`settle_trainers`."""
+        if isinstance(param, DTensor):
+            team = _team_of_mesh(param)
+            return team if not team.is_alone else Team(team.ranks, 0)
+        everyone = self.replicas()
+        size = self._trainers or 1
+        first = everyone.me // size * size
+        return Team(everyone.ranks[first : first + size], everyone.me - first)
+
+    def holders(self, params: Sequence[Tensor]) -> Team:
+        """The ranks that must step alike: all that hold parameters which this rank holds too."""
+        ranks: set[int] = set()
+        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        for mesh in {param.device_mesh for param in params if isinstance(param, DTensor)}:
+            ranks.update(mesh.mesh.flatten().tolist())
+        if self.num_trainers_per_group not in (0, 1) and not all(
+            isinstance(param, DTensor) for param in params
+        ):
+            ranks.update(self.replicas().ranks)
+        ordered = tuple(sorted(ranks | {rank}))
+        return Team(ordered, ordered.index(rank))
+
+    def group(self, team: Team) -> dist.ProcessGroup:
+        """The process group of a team, made at first use: all of the team must ask for it."""
+        if team.ranks not in self._groups:
+            parent = self.process_group or dist.group.WORLD
+            assert parent is not None
+            if tuple(dist.get_process_group_ranks(parent)) == team.ranks:
+                self._groups[team.ranks] = parent
+            else:
+                self._groups[team.ranks] = dist.new_group(
+                    list(team.ranks),
+                    backend=dist.get_backend_config(parent),
+                    use_local_synchronization=True,
+                )
+        return self._groups[team.ranks]
+
+    def agreement(self, holders: Team, device: torch.device) -> Agreement:
+        """How the ranks that must step alike agree to."""
+        if holders.ranks not in self._agreements:
+            self._agreements[holders.ranks] = Agreement(self.group(holders), device)
+        return self._agreements[holders.ranks]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Process groups cannot be copied: a copy makes its own, in the default group."""
+        return {**self.__dict__, "process_group": None, "_groups": {}, "_agreements": {}}
+
+
+def _team_of_mesh(param: DTensor) -> Team:
+    ranks = mesh_ranks(param)
+    is_sharded = not all(isinstance(placement, Replicate) for placement in param.placements)
+    return Team(ranks, ranks.index(dist.get_rank()), is_sharded)
+
+
+def trainers_per_group(requested: int, replicas: int, local: int, blocks: int) -> int:
+    """How many ranks divide the blocks of replicated parameters (distributed.md 6).
+
+    Args:
+        requested: ``num_trainers_per_group``.
+        replicas: ranks that hold the parameters.
+        local: ranks of this node.
+        blocks: of all replicated parameters.
+
+    Raises:
+        ValueError: if ``requested`` does not divide ``replicas``.
+    """
+    divisors = [size for size in range(1, replicas + 1) if replicas % size == 0]
+    if requested in (0, 1):
+        return 1
+    if requested == -1:
+        size = max(size for size in divisors if size <= max(1, local))
+        fitting = max(
+            other
+            for other in divisors
+            if size % other == 0 and (other == 1 or blocks >= _BLOCKS_PER_TRAINER * other)
+        )
+        if fitting < size:
+            logger.info(
+                "shampoo: %d blocks are too few for %d ranks to divide: groups of %d do",
+                blocks,
+                size,
+                fitting,
+            )
+        return fitting
+    if requested > replicas:
+        logger.warning(
+            "shampoo: num_trainers_per_group=%d, but there are %d ranks: using %d",
+            requested,
+            replicas,
+            replicas,
+        )
+        return replicas
+    if replicas % requested:
+        raise ValueError(
+            f"Invalid num_trainers_per_group={requested}. Must divide the {replicas} ranks that"
+            f" hold the parameters: one of {', '.join(map(str, divisors))}."
+        )
+    return requested
