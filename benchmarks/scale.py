@@ -117,6 +117,7 @@ def predict(
         layout=layout,
         replicas=replicas,
         parameter_dtype=torch.bfloat16,
+        communication_dtype=torch.bfloat16,
         cost_model=model,
         max_preconditioner_dim=BLOCK,
         precondition_frequency=FREQUENCY,

@@ -44,40 +44,6 @@ def assign_owners(costs: Sequence[float], ranks: int, loads: list[float]) -> lis
     return owners
 
 
-def group_size(world_size: int, blocks: int, local_world_size: int, asked: int = -1) -> int:
-    """How many consecutive ranks share one set of owners (distributed.md 6, rules 1 and 2).
-
-    Args:
-        world_size: ranks that hold copies of the parameters, >= 1.
-        blocks: with factors; there should be at least four for each owner, or some owners have
-            nothing to do and the AllGather pads for them.
-        local_world_size: ranks of a node, whose links are the fast ones.
-        asked: ``num_trainers_per_group``. -1 is the largest divisor of ``world_size`` that divides
-            a node and has enough blocks; 0 and 1 are one rank; more than the world is the world.
-
-    Raises:
-        ValueError: for a size that does not divide the world, naming those that do.
-    """
-    if world_size < 1:
-        raise ValueError(f"Invalid world_size={world_size}. Must be >= 1.")
-    if local_world_size < 1:
-        raise ValueError(f"Invalid local_world_size={local_world_size}. Must be >= 1.")
-    divisors = [size for size in range(1, world_size + 1) if world_size % size == 0]
-    if asked == -1:
-        node = min(local_world_size, world_size)
-        return max(size for size in divisors if size == 1 or _fits(size, node, blocks))
-    if asked < -1 or (asked <= world_size and asked > 1 and asked not in divisors):
-        raise ValueError(
-            f"Invalid num_trainers_per_group={asked}. Must be -1 or divide the {world_size} ranks:"
-            f" one of {', '.join(map(str, divisors))}."
-        )
-    return min(max(asked, 1), world_size)
-
-
-def _fits(size: int, node: int, blocks: int) -> bool:
-    return node % size == 0 and blocks >= 4 * size
-
-
 def aligned_slots(costs: Sequence[float], owners: Sequence[int], period: int) -> list[int]:
     """In which step of a period each block refreshes its roots, alike on all ranks.
 

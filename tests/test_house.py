@@ -79,10 +79,11 @@ LAYERS = {
     "architectures": "",
     "traffic": "layout",
     "report": "",
-    "forecast": "cost grafting hyperparameters layout ownership report traffic",
-    "planner": "cost forecast hyperparameters layout optimizer ownership report",
+    "forecast": "allgather cost division grafting hyperparameters layout ownership report traffic"
+    " workers",
+    "planner": "cost forecast hyperparameters layout optimizer report workers",
     "__init__": "errors optimizer planner roots",
-    "__main__": "architectures cost grafting hyperparameters jit ops planner",
+    "__main__": "architectures cost grafting hyperparameters jit ops planner workers",
 }
 
 FOLDERS = {"shampoo": ROOT / "shampoo", "shampoo.kernels": ROOT / "kernels"}

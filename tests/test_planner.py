@@ -9,6 +9,8 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from trajectory import apply, state_tensors
 
 from shampoo import Shampoo, plan
@@ -17,7 +19,7 @@ from shampoo.architectures import ARCHITECTURES
 from shampoo.cost import CostModel
 from shampoo.hyperparameters import Geometry
 from shampoo.layout import Layout
-from shampoo.ownership import aligned_slots, assign_owners, group_size
+from shampoo.ownership import aligned_slots, assign_owners
 
 # Constants of distributed.md: section 5's balance, and 5.1's 150 and 15 TFLOP/s.
 RELATIVE = CostModel(accumulate=((1, 1.0),), apply=((1, 1.0),), root=((1, 100.0),), byte=0.0)
@@ -192,7 +194,7 @@ def test_gathering_takes_the_time_of_the_design(name, group, compute, exchange):
         num_trainers_per_group=group,
         max_preconditioner_dim=2048 if name == "resnet50" else 1024,
         precondition_frequency=50,
-        parameter_dtype=torch.bfloat16,
+        communication_dtype=torch.bfloat16,
         cost_model=TIMED,
         block_candidates=(),
     )
@@ -273,9 +275,10 @@ def test_gathered_slices_are_padded_to_the_longest():
         layout, blocks = blocks_of(shape, 4)
         costs += CostModel().layout_seconds(layout, 10)
         numels += map(len, blocks)
-    slices = [64] * ranks  # headers
+    slices = [0] * ranks
     for owner, numel in zip(assign_owners(costs, ranks, [0.0] * ranks), numels, strict=True):
-        slices[owner] += math.ceil(2 * numel / 64) * 64
+        slices[owner] += numel
+    longest = 2 * (16 + math.ceil(max(slices) / 16) * 16)  # a header, whole lines
     report = plan(
         SHAPES,
         6,
@@ -283,10 +286,70 @@ def test_gathered_slices_are_padded_to_the_longest():
         max_preconditioner_dim=4,
         communication_dtype=torch.float16,
     )
-    assert report.traffic_bytes == (2 * max(slices),) * 3
-    assert report.buffer_bytes == 3 * max(slices)
-    assert report.padding == 3 * max(slices) / (2 * sum(numels))
+    assert report.traffic_bytes == (2 * longest,) * 3
+    assert report.buffer_bytes == 3 * longest
+    assert report.padding == 3 * longest / (2 * sum(numels))
     assert plan(SHAPES, 1).traffic_bytes == (0,)
+
+
+def real_step(rank, world, replicas, arguments):
+    """Bytes of state, received and of buffers that one rank of a real optimizer has."""
+    shapes = [shape for shape in SHAPES if shape]
+    values = [torch.randn(shape, dtype=torch.bfloat16) for shape in shapes]
+    params = [nn.Parameter(value) for value in values]
+    if replicas:
+        mesh = init_device_mesh("cpu", (replicas, world // replicas), mesh_dim_names=("r", "s"))
+        params = [
+            nn.Parameter(distribute_tensor(value, mesh, [Replicate(), Shard(0)]))
+            for value in values
+        ]
+    optimizer = Shampoo(params, max_preconditioner_dim=4, **arguments)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    [exchange] = optimizer._exchange_cache[1].values()
+    if not replicas:
+        [buffer] = exchange._buffers
+        own = buffer[rank].nbytes
+        return bytes_of(optimizer), buffer.nbytes - own, buffer.nbytes
+    received = held = 0
+    for wire in (exchange._incoming.wire, exchange._directions):
+        size = wire.incoming.element_size()
+        # less a word for every rank
+        received += size * sum(n - 1 for peer, n in enumerate(wire.incoming_splits) if peer != rank)
+        held += size * sum(n - 1 for n in wire.incoming_splits + wire.outgoing_splits)
+    return bytes_of(optimizer), received, held
+
+
+@pytest.mark.parametrize(
+    ("layout", "replicas", "arguments"),
+    [
+        ("ddp", 0, {"num_trainers_per_group": 3}),
+        ("ddp", 0, {"num_trainers_per_group": 3, "communication_dtype": torch.float16}),
+        ("fsdp2", 1, {}),
+        ("fsdp2", 1, {"momentum": 0.9, "weight_decay": 0.1, "refresh_schedule": "staggered"}),
+        ("fsdp2", 1, {"weight_decay": 0.1, "communication_dtype": torch.bfloat16}),
+        ("fsdp2", 1, {"grafting": "lamb"}),
+        ("hsdp", 3, {}),
+    ],
+)
+def test_real_ranks_hold_and_receive_what_was_planned(ranks, layout, replicas, arguments):
+    shapes = [shape for shape in SHAPES if shape]
+    found = ranks.returns(real_step, 3, 3, replicas, arguments)
+    report = plan(
+        shapes,
+        3,
+        layout=layout,
+        replicas=max(1, replicas),
+        parameter_dtype=torch.bfloat16,
+        max_preconditioner_dim=4,
+        **arguments,
+    )
+    state, received, held = zip(*found, strict=True)
+    assert report.state_bytes == state
+    assert report.traffic_bytes == received
+    if layout != "hsdp":  # there, who sends a piece that several hold is averaged
+        assert report.buffer_bytes == max(held)
 
 
 def test_slots_let_the_dearest_blocks_of_all_ranks_meet():
@@ -308,28 +371,9 @@ def test_a_period_refreshes_everything_once_whatever_the_schedule():
     assert report.staggered.worst < report.together.worst
 
 
-@pytest.mark.parametrize(
-    ("world", "blocks", "node", "asked", "size"),
-    [
-        (64, 1000, 8, -1, 8),
-        (64, 31, 8, -1, 4),
-        (64, 3, 8, -1, 1),
-        (12, 1000, 8, -1, 4),  # 6 divides the world, but its groups would straddle nodes
-        (4, 1000, 8, -1, 4),
-        (7, 1000, 8, -1, 7),
-        (64, 3, 8, 64, 64),
-        (64, 1000, 8, 0, 1),
-        (64, 1000, 8, 1, 1),
-        (6, 1000, 8, 100, 6),
-    ],
-)
-def test_groups_follow_the_rules(world, blocks, node, asked, size):
-    assert group_size(world, blocks, node, asked) == size
-
-
 def test_a_smaller_group_is_explained():
     notes = plan([(8, 8)] * 9, 8, max_preconditioner_dim=8).notes
-    assert "four of the 9 blocks with factors" in notes[0]
+    assert "four of the 9 blocks an owner" in notes[0]
     assert plan([(8, 8)], 8, num_trainers_per_group=16).notes == (
         "num_trainers_per_group=16 is more than the world",
     )
@@ -469,7 +513,7 @@ def test_command_reads_shapes_and_a_cost_model(tmp_path, monkeypatch, capsys):
     assert lines["layout"] == "ddp, 4 ranks: groups of 2 share the blocks"
     assert lines["blocks"] == "26 of at most 4 a side, 6 with factors"
     assert lines["model"] == "of cost  a machine of tests"
-    assert "num_trainers_per_group=1" in lines["recommended"]  # six blocks are too few for two
+    assert "num_trainers_per_group=4" in lines["recommended"]
 
 
 def test_command_names_what_is_wrong(tmp_path, monkeypatch, capsys):
