@@ -14,8 +14,8 @@ from shampoo.division import Share, divide
 from shampoo.grafting import GRAFTING
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.layout import ADAGRAD, FACTORED, Layout
-from shampoo.ownership import aligned_slots
 from shampoo.report import PlanReport, StepSeconds
+from shampoo.slots import aligned_slots
 from shampoo.traffic import Rows
 from shampoo.workers import Team
 
@@ -90,6 +90,7 @@ class _Kind:
     root: float
     seconds: float  # a step, the roots spread over their period
     state_bytes: int
+    rooted_sides: tuple[int, ...]
     needs_weights: bool  # at the owner
 
 
@@ -129,6 +130,7 @@ class _Blocks:
                 root=model.root_seconds(*block),
                 seconds=model.block_seconds(*block, frequency),
                 state_bytes=block_state_bytes(*block, values, tensor.dtype),
+                rooted_sides=_rooted_sides(*block),
                 needs_weights=_needs_weights(values, layout.rule),
             )
             by_block |= dict.fromkeys(tile.block_indices(), kind)
@@ -144,6 +146,13 @@ class _Blocks:
     def update_bytes(self, numel: int, tensor: Tensor) -> int:
         """Of moving ``numel`` elements of a tensor: direction read, weight read and written."""
         return numel * (self.direction_itemsize + 2 * tensor.dtype.itemsize)
+
+
+def _rooted_sides(extent: Sequence[int], diagonal: Sequence[bool], rule: str) -> tuple[int, ...]:
+    """The sides of a block that have a root."""
+    if rule != FACTORED:
+        return ()
+    return tuple(s for s, is_diagonal in zip(extent, diagonal, strict=True) if not is_diagonal)
 
 
 def _needs_weights(values: Hyperparameters, rule: str) -> bool:
@@ -224,19 +233,27 @@ def _all_to_all(blocks: _Blocks) -> _Exchange:
 
 def _slot_seconds(blocks: _Blocks, frequency: int) -> tuple[StepSeconds, int]:
     """Compute of a step when refreshes are staggered, and how many slots of a period are used."""
-    roots = [kind.root for kind in blocks.kinds]
-    slots = aligned_slots(roots, blocks.owners, frequency)
+    sides: list[list[int]] = [[] for _ in range(blocks.setting.owners)]
+    for kind, owner in zip(blocks.kinds, blocks.owners, strict=True):
+        sides[owner] += kind.rooted_sides
+    for owned in sides:
+        owned.sort(reverse=True)
+    slots = aligned_slots([[float(side**3) for side in owned] for owned in sides], frequency)
+    seconds = {
+        side: blocks.setting.cost_model.root_seconds((side,), (False,), FACTORED)
+        for owned in sides
+        for side in set(owned)
+    }
     ordinary = blocks.per_owner("ordinary")
-    refreshing: dict[tuple[int, int], float] = {}
-    for root, owner, slot in zip(roots, blocks.owners, slots, strict=True):
-        key = (slot, owner)
-        refreshing[key] = refreshing.get(key, 0.0) + root
     # A rank without a root in a slot still takes its ordinary step.
     longest = [max(ordinary)] * frequency
-    for (slot, owner), seconds in refreshing.items():
-        longest[slot] = max(longest[slot], ordinary[owner] + seconds)
-    used = len({slot for root, slot in zip(roots, slots, strict=True) if root > 0.0})
-    return StepSeconds(sum(longest) / frequency, max(longest)), used
+    for start, owned in zip(ordinary, sides, strict=True):
+        refreshing: dict[int, float] = {}
+        for side, slot in zip(owned, slots, strict=False):
+            refreshing[slot] = refreshing.get(slot, start) + seconds[side]
+        for slot, taken in refreshing.items():
+            longest[slot] = max(longest[slot], taken)
+    return StepSeconds(sum(longest) / frequency, max(longest)), len(set(slots))
 
 
 def forecast(groups: Groups, setting: Setting) -> PlanReport:

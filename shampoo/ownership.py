@@ -42,34 +42,3 @@ def assign_owners(costs: Sequence[float], ranks: int, loads: list[float]) -> lis
     for load, rank in heap:
         loads[rank] = load
     return owners
-
-
-def aligned_slots(costs: Sequence[float], owners: Sequence[int], period: int) -> list[int]:
-    """In which step of a period each block refreshes its roots, alike on all ranks.
-
-    Every rank starts its dearest block in the same step, then the next: a step waits for the rank
-    with the longest root, so dear blocks should meet dear ones (distributed.md 5.1).
-
-    Args:
-        costs: [B], seconds of each block's roots; blocks with 0 have none and share slot 0.
-        owners: [B], from :func:`assign_owners`.
-        period: ``precondition_frequency``, >= 1.
-
-    Returns:
-        [B], each in ``range(period)``.
-
-    Raises:
-        ValueError: for ``period < 1``.
-    """
-    if period < 1:
-        raise ValueError(f"Invalid period={period}. Must be >= 1.")
-    owned: dict[int, list[int]] = {}
-    for index in sorted(range(len(costs)), key=lambda entry: -costs[entry]):
-        if costs[index] > 0.0:
-            owned.setdefault(owners[index], []).append(index)
-    used = min(period, max(map(len, owned.values()), default=1))
-    slots = [0] * len(costs)
-    for blocks in owned.values():
-        for position, index in enumerate(blocks):
-            slots[index] = position % used * period // used
-    return slots

@@ -16,6 +16,7 @@ from torch import Tensor
 from shampoo.blocking import Tile
 from shampoo.layout import FACTORED
 from shampoo.refresh import is_root
+from shampoo.slots import aligned_slots
 from shampoo.workers import Team
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum")  # the elementwise state an arena may have
@@ -135,27 +136,29 @@ class Arena:
         key = (tile.extent, diagonal)
         self._stacks.setdefault(key, BlockStack(*key)).tiles.append((member, tile))
 
-    def assign_slots(self, period: int) -> None:
-        """Spreads the refreshes of a period evenly over its steps, by cost, d^3 for a root.
+    def assign_slots(self, period: int, crew: Sequence["Arena"]) -> None:
+        """Spreads the refreshes of a period evenly over its steps, alike on the ranks of a team.
 
-        Neighbours share a slot, so that a step still refreshes them in one batch. No step costs
-        more than the mean and the dearest factor.
+        Args:
+            period: in steps.
+            crew: the arenas of all positions of the team, this one among them.
         """
         self.period = period
-        stacks = [stack for stack in self.factor_stacks if not stack.diagonal]
-        if not stacks:
-            return
-        costs = torch.cat(
-            [
-                torch.full((stack.count,), stack.size**3, dtype=torch.float64, device="cpu")
-                for stack in stacks
-            ]
+        slots = torch.tensor(
+            aligned_slots([arena.root_costs() for arena in crew], period), dtype=torch.int32
         )
-        middles = costs.cumsum(0) - costs / 2
-        slots = (middles / costs.sum() * period).int()
-        for stack in stacks:
+        for stack in self._rooted_stacks():
             stack.slot.copy_(slots[: stack.count])
             slots = slots[stack.count :]
+
+    def root_costs(self) -> list[float]:
+        """Of every root, d^3, the dearest first."""
+        return [float(stack.size**3) for stack in self._rooted_stacks() for _ in range(stack.count)]
+
+    def _rooted_stacks(self) -> list[FactorStack]:
+        """The stacks that have roots, largest first."""
+        stacks = [stack for stack in self.factor_stacks if not stack.diagonal]
+        return sorted(stacks, key=lambda stack: -stack.size)
 
     def place(self) -> None:
         """Lays out all blocks, once they are added."""

@@ -332,10 +332,10 @@ class Plan:
         self, groups: Sequence[dict[str, Any]], hyperparameters: Sequence[Hyperparameters]
     ) -> None:
         """Spreads the refreshes of staggered groups anew if their period is not the one it was."""
-        for arena in self.arenas:
+        for arena, crew in zip(self.arenas, self.crews, strict=True):
             period = hyperparameters[arena.group].precondition_frequency
             if arena.is_staggered and arena.period != period:
-                arena.assign_slots(period)
+                arena.assign_slots(period, crew)
                 groups[arena.group]["extra"]["refresh_period"] = period
                 self._selections.clear()
 

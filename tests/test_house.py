@@ -55,8 +55,9 @@ LAYERS = {
     "layout": "blocking hyperparameters",
     "cost": "layout",
     "ownership": "",
+    "slots": "",
     "division": "cost layout ownership workers",
-    "stacks": "blocking layout refresh workers",
+    "stacks": "blocking layout refresh slots workers",
     "segments": "refresh stacks",
     "step_plan": "agreement blocking division errors grafting hyperparameters layout regions segments"
     " solver stacks workers",
@@ -79,8 +80,7 @@ LAYERS = {
     "architectures": "",
     "traffic": "layout",
     "report": "",
-    "forecast": "allgather cost division grafting hyperparameters layout ownership report traffic"
-    " workers",
+    "forecast": "allgather cost division grafting hyperparameters layout report slots traffic workers",
     "planner": "cost forecast hyperparameters layout optimizer report workers",
     "__init__": "errors optimizer planner roots",
     "__main__": "architectures cost grafting hyperparameters jit ops planner workers",

@@ -1,10 +1,6 @@
 """The planner against real optimizers, brute force over elements, and the design's own tables."""
 
-import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,12 +10,12 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from trajectory import apply, state_tensors
 
 from shampoo import Shampoo, plan
-from shampoo.__main__ import main
 from shampoo.architectures import ARCHITECTURES
 from shampoo.cost import CostModel
 from shampoo.hyperparameters import Geometry
 from shampoo.layout import Layout
-from shampoo.ownership import aligned_slots, assign_owners
+from shampoo.ownership import assign_owners
+from shampoo.slots import aligned_slots
 
 # Constants of distributed.md: section 5's balance, and 5.1's 150 and 15 TFLOP/s.
 RELATIVE = CostModel(accumulate=((1, 1.0),), apply=((1, 1.0),), root=((1, 100.0),), byte=0.0)
@@ -173,8 +169,10 @@ def test_refresh_schedules_take_the_time_of_the_design(name, ranks, period, toge
     )
     assert report.together.mean * 50 == pytest.approx(period, abs=0.02)
     assert report.together.worst == pytest.approx(together, rel=0.03)
-    assert report.staggered.worst == pytest.approx(staggered, abs=6e-4)
-    assert report.staggered.mean == pytest.approx(report.together.mean, rel=1e-9)
+    # There, both roots of a block share a slot; here each has its own.
+    assert 0.45 * staggered < report.staggered.worst < staggered + 5e-4
+    assert report.together.mean <= report.staggered.mean * (1 + 1e-9)
+    assert report.staggered.mean <= report.together.mean * 1.02
 
 
 @pytest.mark.parametrize(
@@ -352,13 +350,23 @@ def test_real_ranks_hold_and_receive_what_was_planned(ranks, layout, replicas, a
         assert report.buffer_bytes == max(held)
 
 
-def test_slots_let_the_dearest_blocks_of_all_ranks_meet():
-    costs = [5.0, 1.0, 9.0, 4.0, 0.0, 7.0]
-    owners = [0, 0, 1, 1, 1, 0]
-    # rank 0: 7, 5, 1; rank 1: 9, 4; three slots of a period of 6: 0, 2, 4
-    assert aligned_slots(costs, owners, 6) == [2, 4, 0, 2, 0, 0]
-    assert aligned_slots(costs, owners, 2) == [1, 0, 0, 1, 0, 0]
-    assert aligned_slots([], [], 3) == []
+@pytest.mark.parametrize("period", [1, 2, 5, 50])
+def test_slots_let_the_dearest_roots_of_all_ranks_meet(period):
+    costs = [[9.0, 7.0, 7.0, 2.0, 1.0], [8.0, 8.0, 6.0], [], [9.0, 1.0, 1.0, 1.0, 1.0, 1.0]]
+    slots = aligned_slots(costs, period)
+    assert len(slots) == 6  # one for each position, on whichever rank
+    assert slots == sorted(slots)
+    assert set(slots) <= set(range(period))
+    slowest = [9.0, 8.0, 7.0, 2.0, 1.0, 1.0]
+    for slot in set(slots):
+        taken = sum(cost for cost, place in zip(slowest, slots, strict=True) if place == slot)
+        assert taken <= sum(slowest) / period + 9.0
+    assert aligned_slots([[], []], period) == []
+
+
+def test_equal_roots_are_spread_evenly():
+    assert aligned_slots([[3.0] * 4, [3.0] * 3], 8) == [1, 3, 5, 7]
+    assert aligned_slots([[3.0] * 6], 3) == [0, 0, 1, 1, 2, 2]
 
 
 def test_a_period_refreshes_everything_once_whatever_the_schedule():
@@ -410,58 +418,6 @@ def test_recommended_block_balances_and_is_no_dearer(shapes, ranks, asked, candi
     assert report.max_preconditioner_dim == asked
 
 
-MODEL = [(8, 8)]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ((MODEL, 0), "Invalid world_size=0. Must be an integer >= 1."),
-        ((MODEL, 2.0), "Invalid world_size=2.0. Must be an integer"),
-        (([], 1), "nothing to train"),
-        (([(0, 3)], 1), "nothing to train"),
-        (([(3, -1)], 1), r"Invalid shape (3, -1) of tensor0. Must be a list of integers >= 0."),
-        (({"w": 3}, 1), "Invalid shape 3 of w"),
-        ((nn.ReLU(), 1), "nothing to train"),
-    ],
-)
-def test_bad_models_and_worlds_are_named(arguments, words):
-    with pytest.raises(ValueError) as error:  # noqa: PT011
-        plan(*arguments)
-    assert words in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"layout": "fsdp"}, "Invalid layout='fsdp'. Must be one of ddp, fsdp2, hsdp."),
-        ({"layout": "hsdp"}, "Invalid replicas=1. Must divide the 12 ranks and be >= 2"),
-        ({"layout": "hsdp", "replicas": 5}, "one of 2, 3, 4, 6, 12"),
-        ({"replicas": 2}, 'Must be 1 unless layout="hsdp"'),
-        ({"num_trainers_per_group": 5}, "one of 1, 2, 3, 4, 6, 12."),
-        ({"num_trainers_per_group": -2}, "Invalid num_trainers_per_group=-2"),
-        ({"devices_per_node": 0}, "Invalid devices_per_node=0"),
-        ({"network_bandwidth": 0.0}, "Invalid network_bandwidth=0.0. Must be > 0"),
-        ({"block_candidates": (512, 0)}, "Invalid block_candidates[1]=0"),
-        ({"grafted_only": ["embed*"]}, "Invalid grafted_only='embed*'. Must match a name, such as"),
-        ({"grafted_only": "embed*"}, "Invalid grafted_only='embed*'"),
-        ({"parameter_dtype": "bfloat16"}, "Invalid parameter_dtype='bfloat16'. Must be a floating"),
-        ({"communication_dtype": torch.int8}, "Invalid communication_dtype=torch.int8"),
-        ({"precondition_frequency": 0}, "Invalid precondition_frequency=0"),
-        ({"grafting": "adagard"}, "Invalid grafting='adagard'"),
-    ],
-)
-def test_bad_arguments_are_named(arguments, words):
-    with pytest.raises(ValueError) as error:  # noqa: PT011
-        plan(MODEL, 12, **arguments)
-    assert words in str(error.value)
-
-
-def test_an_argument_shampoo_does_not_have_is_refused():
-    with pytest.raises(TypeError, match="'block_size', which is not an argument of Shampoo"):
-        plan(MODEL, 1, block_size=3)
-
-
 @pytest.mark.parametrize(
     ("name", "numel", "tensors"),
     [("vit-l16", 304_326_632, 296), ("llama-7b", 6_738_415_616, 291),
@@ -471,56 +427,3 @@ def test_architectures_have_the_published_sizes(name, numel, tensors):
     architecture = ARCHITECTURES[name]()
     assert (architecture.numel, len(architecture.shapes)) == (numel, tensors)
     assert set(architecture.embeddings) <= set(architecture.shapes)
-
-
-def test_command_prints_the_same_numbers_in_every_process(tmp_path):
-    arguments = ["vit-l16", "--world-size", "64", "--layout", "fsdp2", "--dtype", "bfloat16"]
-    command = [sys.executable, "-m", "shampoo", "plan", *arguments, "--json", "--frequency", "50"]
-    outputs = [
-        subprocess.run(
-            command,
-            env=os.environ | {"PYTHONHASHSEED": seed},
-            cwd=tmp_path,
-            capture_output=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    ]
-    expected = plan(
-        ARCHITECTURES["vit-l16"]().shapes,
-        64,
-        layout="fsdp2",
-        parameter_dtype=torch.bfloat16,
-        precondition_frequency=50,
-    )
-    assert outputs[0] == outputs[1]
-    assert json.loads(outputs[0]) == json.loads(json.dumps(expected.to_json()))
-
-
-def command(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["shampoo", "plan", *map(str, arguments)])
-    return main()
-
-
-def test_command_reads_shapes_and_a_cost_model(tmp_path, monkeypatch, capsys):
-    shapes, model = tmp_path / "shapes.json", tmp_path / "model.json"
-    shapes.write_text(json.dumps({"embed": [40, 6], "head": [10, 6]}))
-    constants = CostModel(machine="a machine of tests").to_json()
-    model.write_text(json.dumps({"cost_model": constants}))
-    options = ("--world-size", 4, "--block", 4, "--group", 2, "--cost-model", model)
-    assert command(monkeypatch, shapes, *options, "--grafted-only", "emb*") == 0
-    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert lines["layout"] == "ddp, 4 ranks: groups of 2 share the blocks"
-    assert lines["blocks"] == "26 of at most 4 a side, 6 with factors"
-    assert lines["model"] == "of cost  a machine of tests"
-    assert "num_trainers_per_group=4" in lines["recommended"]
-
-
-def test_command_names_what_is_wrong(tmp_path, monkeypatch, capsys):
-    broken = tmp_path / "broken.json"
-    broken.write_text("{")
-    for model, words in ((broken, "broken.json is not JSON"), ("lama-7b", "one of resnet50, vit")):
-        with pytest.raises(SystemExit) as stop:
-            command(monkeypatch, model, "--world-size", 4)
-        assert stop.value.code == 2
-        assert words in capsys.readouterr().err
