@@ -11,11 +11,11 @@ from shampoo.allgather import AllGather
 from shampoo.blocking import merge_groups
 from shampoo.exchange import Alone, Exchange
 from shampoo.hyperparameters import Geometry
-from shampoo.step_plan import Plan
 from shampoo.regions import Region, regions_of
 from shampoo.router import Router
 from shampoo.routes import Routed
 from shampoo.stacks import Arena
+from shampoo.step_plan import Plan
 from shampoo.workers import Team, Workers
 
 

@@ -19,13 +19,13 @@ from shampoo.exchanges import exchanges_of
 from shampoo.hyperparameters import Hyperparameters, dtype_name, warn_about
 from shampoo.layerwise import Norms
 from shampoo.layout import FACTORED, Layout
-from shampoo.step_plan import Plan, check_parameter, parameter_name
 from shampoo.precision import full_precision
 from shampoo.proposal import Attempt, Proposal, local_gradients, propose
 from shampoo.refresh import refresh_roots_
 from shampoo.segments import FactorRange, Segment, Selection
 from shampoo.solver import check_method
 from shampoo.stacks import Arena
+from shampoo.step_plan import Plan, check_parameter, parameter_name
 from shampoo.workers import Team, Workers
 
 logger = logging.getLogger(__name__)

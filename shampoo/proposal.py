@@ -11,8 +11,8 @@ from shampoo.agreement import OK, REFUSED, SKIPPED, Topic, digest
 from shampoo.errors import NonFiniteGradientError
 from shampoo.exchange import Round
 from shampoo.gradients import can_square, check_dense, largest_magnitudes
-from shampoo.step_plan import Member, Plan
 from shampoo.regions import local_tensor
+from shampoo.step_plan import Member, Plan
 
 Result = TypeVar("Result")
 

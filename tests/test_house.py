@@ -59,8 +59,8 @@ LAYERS = {
     "division": "cost layout ownership workers",
     "stacks": "blocking layout refresh slots workers",
     "segments": "refresh stacks",
-    "step_plan": "agreement blocking division errors grafting hyperparameters layout regions segments"
-    " solver stacks workers",
+    "step_plan": "agreement blocking division errors grafting hyperparameters layout regions"
+    " segments solver stacks workers",
     "checkpoint": "errors hyperparameters layout step_plan workers",
     # what travels
     "exchange": "hyperparameters ops segments stacks",
