@@ -80,7 +80,8 @@ LAYERS = {
     "architectures": "",
     "traffic": "layout",
     "report": "",
-    "forecast": "allgather cost division grafting hyperparameters layout report slots traffic workers",
+    "forecast": "allgather cost division grafting hyperparameters layout report slots traffic"
+    " workers",
     "planner": "cost forecast hyperparameters layout optimizer report workers",
     "__init__": "errors optimizer planner roots",
     "__main__": "architectures cost grafting hyperparameters jit ops planner workers",
