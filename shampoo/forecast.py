@@ -238,7 +238,7 @@ def _slot_seconds(blocks: _Blocks, frequency: int) -> tuple[StepSeconds, int]:
         sides[owner] += kind.rooted_sides
     for owned in sides:
         owned.sort(reverse=True)
-    slots = aligned_slots([[float(side**3) for side in owned] for owned in sides], frequency)
+    slots = aligned_slots([[side**3 for side in owned] for owned in sides], frequency)
     seconds = {
         side: blocks.setting.cost_model.root_seconds((side,), (False,), FACTORED)
         for owned in sides

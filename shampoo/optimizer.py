@@ -103,11 +103,29 @@ class Shampoo(Optimizer):
             and False take what there is.
         capturable: not supported yet, must be False.
         differentiable: not supported, must be False.
+        process_group: the ranks that hold replicas of plain parameters, None for the default
+            group. Parameters that are DTensors bring the ranks of their mesh. Belongs to the run,
+            as the next three do: no checkpoint holds it.
+        num_trainers_per_group: how many consecutive ranks divide the blocks of replicated
+            parameters among them; each such group does all of the work once. -1 means the ranks of
+            one node (``LOCAL_WORLD_SIZE``), fewer where there are not 4 blocks for each; 0 or 1
+            turns it off. The result does not depend on it. Sharded parameters are always divided
+            among the ranks of their mesh.
+        communication_dtype: in which search directions travel: ``torch.float32``,
+            ``torch.bfloat16`` or ``torch.float16``; None for the dtype they are computed in, which
+            rounds nothing.
+        overlap: send the directions of replicated parameters in parts, the first while later ones
+            are computed. LARS, LAMB and a mix with sharded parameters send them in one.
 
     Raises:
         ValueError: for a value out of range, naming it, its bound and the remedy.
-        RuntimeError: for complex or sharded parameters, ``differentiable=True`` and
-            ``capturable=True``.
+        RuntimeError: for complex parameters, those with Partial placements, flat ones (FSDP1,
+            ZeRO), ``differentiable=True`` and ``capturable=True``.
+
+    With an initialised process group every block has one owner, which holds its state and computes
+    its direction; all ranks apply what was sent. All ranks must call ``step()`` together, with
+    gradients for the same parameters; a rank that cannot go on takes the others with it, with the
+    same error, instead of leaving them to wait.
 
     ``step()`` counts from 1 for every parameter since it joined the optimizer or was first
     unfrozen, with or without a gradient; a call in which no parameter has one changes nothing. A
@@ -216,6 +234,9 @@ class Shampoo(Optimizer):
 
         Raises:
             NonFiniteGradientError: with ``nonfinite="raise"``; nothing has changed.
+            PlanMismatchError: if ranks differ in parameters, gradients that are there, or
+                hyper-parameters; nothing has changed.
+            ShampooDistributedError: if a rank has failed; no parameter has changed.
             RuntimeError: for sparse gradients; nothing has changed.
         """
         loss = None

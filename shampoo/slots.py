@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 
 
-def aligned_slots(costs: Sequence[Sequence[float]], period: int) -> list[int]:
+def aligned_slots(costs: Sequence[Sequence[int]], period: int) -> list[int]:
     """The slot of the dearest root of every rank, of the second dearest, and so on.
 
     A step waits for the rank with the longest roots, so all ranks refresh their j-th dearest in
@@ -13,16 +13,15 @@ def aligned_slots(costs: Sequence[Sequence[float]], period: int) -> list[int]:
     roots of one size, in one batch.
 
     Args:
-        costs: of the roots of each rank, dearest first.
+        costs: of the roots of each rank, in whole units, dearest first.
         period: steps, ``precondition_frequency``.
 
     Returns:
         Slots in ``range(period)``, ascending, as many as the rank with the most roots has.
     """
-    slowest = [max(column) for column in zip_longest(*costs, fillvalue=0.0)]
-    total = sum(slowest)
-    slots, done = [], 0.0
+    slowest = [max(column) for column in zip_longest(*costs, fillvalue=0)]
+    total, slots, done = sum(slowest), [], 0
     for cost in slowest:
-        slots.append(min(period - 1, int((done + cost / 2) / total * period)))
+        slots.append(done * period // total)
         done += cost
     return slots

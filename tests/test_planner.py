@@ -353,26 +353,27 @@ def test_real_ranks_hold_and_receive_what_was_planned(ranks, layout, replicas, a
 
 @pytest.mark.parametrize("period", [1, 2, 5, 50])
 def test_slots_let_the_dearest_roots_of_all_ranks_meet(period):
-    costs = [[9.0, 7.0, 7.0, 2.0, 1.0], [8.0, 8.0, 6.0], [], [9.0, 1.0, 1.0, 1.0, 1.0, 1.0]]
+    costs = [[9, 7, 7, 2, 1], [8, 8, 6], [], [9, 1, 1, 1, 1, 1]]
     slots = aligned_slots(costs, period)
     assert len(slots) == 6  # one for each position, on whichever rank
     assert slots == sorted(slots)
     assert set(slots) <= set(range(period))
-    slowest = [9.0, 8.0, 7.0, 2.0, 1.0, 1.0]
+    slowest = [9, 8, 7, 2, 1, 1]
     for slot in set(slots):
         taken = sum(cost for cost, place in zip(slowest, slots, strict=True) if place == slot)
-        assert taken <= sum(slowest) / period + 9.0
+        assert taken <= sum(slowest) / period + 9
     assert aligned_slots([[], []], period) == []
 
 
 def test_equal_roots_are_spread_evenly():
-    assert aligned_slots([[3.0] * 4, [3.0] * 3], 8) == [1, 3, 5, 7]
-    assert aligned_slots([[3.0] * 6], 3) == [0, 0, 1, 1, 2, 2]
+    assert aligned_slots([[3] * 4, [3] * 3], 8) == [0, 2, 4, 6]
+    assert aligned_slots([[3] * 6], 3) == [0, 0, 1, 1, 2, 2]
+    assert aligned_slots([[7] * 49], 49) == list(range(49))  # 1 / 49 * 49 < 1 in floats
 
 
 def test_a_staggered_step_takes_the_ordinary_step_and_its_slot():
-    # Rank 0 owns a block of 8 and the one of 4, rank 1 the other of 8. Slots of the roots of the
-    # busiest: 8 in 0, 8 in 2, 4 and 4 in 3.
+    # Rank 0 owns a block of 8 and the one of 4, rank 1 the other of 8. Of a total of 9 * 128, the
+    # roots of rank 0 start at 0, 4, 8 and 8.5 of 9: in slots 0, 1, 3 and 3.
     report = plan(
         [(8, 8), (8, 8), (4, 4)],
         2,
@@ -384,7 +385,7 @@ def test_a_staggered_step_takes_the_ordinary_step_and_its_slot():
         block_candidates=(),
     )
     ordinary, root = 3 * (8 * 8 * 16 + 4 * 4 * 8), 100 * 8**3
-    steps = [ordinary + root, ordinary, ordinary + root, ordinary + 2 * root / 8]
+    steps = [ordinary + root, ordinary + root, ordinary, ordinary + 2 * root / 8]
     assert report.staggered.worst == pytest.approx(max(steps), rel=1e-12)
     assert report.staggered.mean == pytest.approx(sum(steps) / 4, rel=1e-12)
     assert report.together.worst == pytest.approx(ordinary + 2 * root + 2 * root / 8, rel=1e-12)

@@ -188,3 +188,25 @@ def test_together_keeps_no_slots():
 def test_an_unknown_schedule_is_refused():
     with pytest.raises(ValueError, match=r"refresh_schedule='sometimes'.*together, staggered"):
         make(refresh_schedule="sometimes")
+
+
+def slots_of_a_rank(rank: int) -> list[int]:
+    """Six equal blocks with one factor each on four ranks: two ranks own two, two own one."""
+    param = torch.nn.Parameter(torch.ones(48))
+    opt = Shampoo(
+        [param],
+        **{**HYPER, "precondition_frequency": 10},
+        precondition_1d=True,
+        merge_dims="full",
+        num_trainers_per_group=4,
+    )
+    param.grad = torch.ones(48)
+    opt.step()
+    return sorted(int(value) for key, value in opt.state[param].items() if ".slot" in key)
+
+
+def test_ranks_refresh_in_the_same_steps(ranks: Ranks):
+    """Every rank waits for the slowest: one root on each of four ranks should cost one root."""
+    slots = ranks.returns(slots_of_a_rank, 4)
+    assert sorted(map(len, slots)) == [1, 1, 2, 2]
+    assert {slot for own in slots for slot in own} == {0, 5}
