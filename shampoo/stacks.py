@@ -144,16 +144,15 @@ class Arena:
             crew: the arenas of all positions of the team, this one among them.
         """
         self.period = period
-        slots = torch.tensor(
-            aligned_slots([arena.root_costs() for arena in crew], period), dtype=torch.int32
-        )
+        costs = [arena.root_costs() for arena in crew]
+        slots = torch.tensor(aligned_slots(costs, period), dtype=torch.int32, device="cpu")
         for stack in self._rooted_stacks():
             stack.slot.copy_(slots[: stack.count])
             slots = slots[stack.count :]
 
-    def root_costs(self) -> list[float]:
+    def root_costs(self) -> list[int]:
         """Of every root, d^3, the dearest first."""
-        return [float(stack.size**3) for stack in self._rooted_stacks() for _ in range(stack.count)]
+        return [stack.size**3 for stack in self._rooted_stacks() for _ in range(stack.count)]
 
     def _rooted_stacks(self) -> list[FactorStack]:
         """The stacks that have roots, largest first."""
