@@ -119,9 +119,10 @@ void small_root_(const at::Tensor& root, const at::Tensor& ridge, const at::Tens
 }  // namespace
 }  // namespace shampoo
 
+// Names beside those of the ops: shampoo/backends.py decides which calls come here.
 TORCH_LIBRARY_IMPL(shampoo, CUDA, m) {
-  m.impl("gather_blocks_", &shampoo::gather_blocks_);
-  m.impl("graft_moments_", &shampoo::graft_moments_);
-  m.impl("update_blocks_", &shampoo::update_blocks_);
-  m.impl("small_root_", &shampoo::small_root_);
+  m.impl("cuda_gather_blocks_", &shampoo::gather_blocks_);
+  m.impl("cuda_graft_moments_", &shampoo::graft_moments_);
+  m.impl("cuda_update_blocks_", &shampoo::update_blocks_);
+  m.impl("cuda_small_root_", &shampoo::small_root_);
 }

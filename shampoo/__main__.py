@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from shampoo import jit, ops
+from shampoo import backends, jit, ops
 from shampoo.architectures import ARCHITECTURES
 from shampoo.cost import CostModel
 from shampoo.grafting import GRAFTING
@@ -32,20 +32,22 @@ def report(build: bool) -> dict[str, object]:
     except jit.BuildError as error:
         reason, library = str(error), ""
     kernels = {
-        name: "compiled" if usable else "reference" for name, usable in ops.kernels("CPU").items()
+        name: "cpp" if usable else "reference" for name, usable in ops.kernels("CPU").items()
     }
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    card, backend = backends.card(), backends.chosen()
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "",
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name() if card else "",
+        "backend": backend,
         "compiler": jit.compiler_version().partition("\n")[0],
         "flags": " ".join(jit.cxx_flags()),
         "threads": torch.get_num_threads(),
         "cache": str(jit.cache_dir()),
         "library": library,
         "cpu_kernels": kernels,
+        "gpu_kernels": backends.describe(backend, card, backends.table()) if card else {},
         "reason": reason,
     }
 

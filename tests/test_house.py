@@ -30,8 +30,9 @@ LAYERS = {
     "kernels.symmetric_gemm": "kernels.chip",
     "kernels.minimax_triton": "kernels.chain kernels.minimax kernels.planes kernels.symmetric_gemm",
     # the op table
-    "jit": "",
-    "ops": "jit kernels.gram kernels.health kernels.minimax kernels.minimax_triton"
+    "backends": "",
+    "jit": "backends",
+    "ops": "backends jit kernels.gram kernels.health kernels.minimax kernels.minimax_triton"
     " kernels.precondition kernels.probe kernels.reference",
     # inverse roots
     "precision": "",
@@ -84,7 +85,7 @@ LAYERS = {
     " workers",
     "planner": "cost forecast hyperparameters layout optimizer report workers",
     "__init__": "errors optimizer planner roots",
-    "__main__": "architectures cost grafting hyperparameters jit ops planner workers",
+    "__main__": "architectures backends cost grafting hyperparameters jit ops planner workers",
 }
 
 FOLDERS = {"shampoo": ROOT / "shampoo", "shampoo.kernels": ROOT / "kernels"}
