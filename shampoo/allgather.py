@@ -27,6 +27,11 @@ _PARTS = 4  # of a buffer that is sent while the rest is computed
 _PATTERNS = 16  # of present gradients, whose tables are kept
 
 
+def slice_length(numel: int) -> int:
+    """Elements of a slice in which a rank sends at most ``numel`` elements of directions."""
+    return _HEADER + -(-numel // _HEADER) * _HEADER
+
+
 class AllGather(Exchange):
     """The exchange of a team whose ranks all hold the same parameters.
 
@@ -64,7 +69,7 @@ class AllGather(Exchange):
         self._buffers = []
         for part in range(len(self._edges[0]) - 1):
             longest = max(edges[part + 1] - edges[part] for edges in self._edges)
-            length = _HEADER + -(-longest // _HEADER) * _HEADER
+            length = slice_length(longest)
             # Zero: padding and absent blocks are never read, but nothing undefined travels either.
             self._buffers.append(torch.zeros(self._team.size, length, dtype=dtype, device=device))
         own = self._edges[self._team.me]

@@ -16,6 +16,7 @@ from torch import Tensor
 from shampoo.blocking import Tile
 from shampoo.layout import FACTORED
 from shampoo.refresh import is_root
+from shampoo.slots import aligned_slots
 from shampoo.workers import Team
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum")  # the elementwise state an arena may have
@@ -152,38 +153,28 @@ class Arena:
         key = (tile.extent, diagonal)
         self._stacks.setdefault(key, BlockStack(*key)).tiles.append((member, tile))
 
-    @property
-    def refreshed(self) -> int:
-        """How many factors have roots."""
-        return sum(stack.count for stack in self.factor_stacks if not stack.diagonal)
-
-    def assign_slots(self, period: int, parts: int) -> None:
-        """Spreads the refreshes of a period over its steps, by cost, d^3 for a root.
-
-        Neighbours share a slot, so that a step still refreshes them in one batch. With as many
-        parts as steps, no step costs more than the mean and the dearest factor.
+    def assign_slots(self, period: int, crew: Sequence["Arena"]) -> None:
+        """Spreads the refreshes of a period evenly over its steps, alike on the ranks of a team.
 
         Args:
-            period: steps.
-            parts: into how many parts the period is divided, at the start of each of which roots
-                may be due; the same on all ranks of the team, because every rank waits for the
-                slowest: roots that all take in the same step cost the time of one.
+            period: in steps.
+            crew: the arenas of all positions of the team, this one among them.
         """
         self.period = period
-        stacks = [stack for stack in self.factor_stacks if not stack.diagonal]
-        if not stacks:
-            return
-        costs = torch.cat(
-            [
-                torch.full((stack.count,), stack.size**3, dtype=torch.float64, device="cpu")
-                for stack in stacks
-            ]
-        )
-        middles = costs.cumsum(0) - costs / 2
-        slots = (middles / costs.sum() * parts).int() * period // parts
-        for stack in stacks:
+        costs = [arena.root_costs() for arena in crew]
+        slots = torch.tensor(aligned_slots(costs, period), dtype=torch.int32, device="cpu")
+        for stack in self._rooted_stacks():
             stack.slot.copy_(slots[: stack.count])
             slots = slots[stack.count :]
+
+    def root_costs(self) -> list[int]:
+        """Of every root, d^3, the dearest first."""
+        return [stack.size**3 for stack in self._rooted_stacks() for _ in range(stack.count)]
+
+    def _rooted_stacks(self) -> list[FactorStack]:
+        """The stacks that have roots, largest first."""
+        stacks = [stack for stack in self.factor_stacks if not stack.diagonal]
+        return sorted(stacks, key=lambda stack: -stack.size)
 
     def place(self) -> None:
         """Lays out all blocks, once they are added."""

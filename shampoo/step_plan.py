@@ -338,11 +338,10 @@ class Plan:
         self, groups: Sequence[dict[str, Any]], hyperparameters: Sequence[Hyperparameters]
     ) -> None:
         """Spreads the refreshes of staggered groups anew if their period is not the one it was."""
-        for crew, arena in zip(self.crews, self.arenas, strict=True):
+        for arena, crew in zip(self.arenas, self.crews, strict=True):
             period = hyperparameters[arena.group].precondition_frequency
             if arena.is_staggered and arena.period != period:
-                most = max(other.refreshed for other in crew)
-                arena.assign_slots(period, max(1, min(period, most)))
+                arena.assign_slots(period, crew)
                 groups[arena.group]["extra"]["refresh_period"] = period
                 self._selections.clear()
 

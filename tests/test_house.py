@@ -57,8 +57,9 @@ LAYERS = {
     "layout": "blocking hyperparameters",
     "cost": "layout",
     "ownership": "",
+    "slots": "",
     "division": "cost layout ownership workers",
-    "stacks": "blocking layout refresh workers",
+    "stacks": "blocking layout refresh slots workers",
     "segments": "refresh stacks",
     "step_plan": "agreement blocking division errors grafting hyperparameters layout regions"
     " segments solver stacks workers",
@@ -86,10 +87,11 @@ LAYERS = {
     "architectures": "",
     "traffic": "layout",
     "report": "",
-    "forecast": "cost grafting hyperparameters layout ownership report traffic",
-    "planner": "cost forecast hyperparameters layout optimizer ownership report",
+    "forecast": "allgather cost division grafting hyperparameters layout report slots traffic"
+    " workers",
+    "planner": "cost forecast hyperparameters layout optimizer report workers",
     "__init__": "errors optimizer planner replay roots",
-    "__main__": "architectures backends cost grafting hyperparameters jit ops planner",
+    "__main__": "architectures backends cost grafting hyperparameters jit ops planner workers",
 }
 
 FOLDERS = {"shampoo": ROOT / "shampoo", "shampoo.kernels": ROOT / "kernels"}
