@@ -5,6 +5,7 @@ from shampoo.errors import (
     IncompleteCheckpointError,
     NonFiniteGradientError,
     PlanMismatchError,
+    ReplicaMismatchError,
     ShampooDistributedError,
     ShampooError,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "IncompleteCheckpointError",
     "NonFiniteGradientError",
     "PlanMismatchError",
+    "ReplicaMismatchError",
     "Shampoo",
     "ShampooDistributedError",
     "ShampooError",

@@ -9,7 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from shampoo.agreement import Attempt
 from shampoo.exchange import Exchange
+from shampoo.hyperparameters import Hyperparameters
+from shampoo.precision import full_precision
 from shampoo.segments import Segment
 from shampoo.stacks import Arena
 
@@ -19,11 +22,11 @@ class Norms:
 
     Args:
         arena: the arena; its members are all parameters, its blocks those of this rank.
-        first: for every member, the place of its first block among all blocks.
-        blocks: how many blocks there are.
+        counts: how many blocks each member has.
     """
 
     def __init__(self, arena: Arena, counts: Sequence[int]) -> None:
+        self.arena = arena
         device = arena.device
         self._first = dict(zip(arena.members, _starts(counts), strict=True))
         self._owner = torch.repeat_interleave(
@@ -41,6 +44,8 @@ class Norms:
             exchange: what knows the weights.
             weight_decay: decoupled; 0 if it is coupled, and so already in P.
         """
+        self._places.clear()
+        self.squares.zero_()
         for segment in segments:
             weights = segment.grad
             exchange.weights(segment, weights, 1.0, False)
@@ -64,6 +69,25 @@ class Norms:
         ratio = torch.where((weight_norm > 0) & (norm > 0), weight_norm / norm, 1.0)
         for segment, places in zip(segments, self._places, strict=True):
             segment.scale.copy_(ratio[self._owner[places]])
+
+
+def rescale(
+    norms: Norms,
+    segments: Sequence[Segment],
+    exchange: Exchange,
+    hyper: Hyperparameters,
+    attempt: Attempt,
+) -> None:
+    """P <- P |W| / |P| for an arena, whose blocks others may own too; then delivers it.
+
+    A rank that has failed still takes part in the sum.
+    """
+    with full_precision(norms.arena.device):
+        attempt.run(norms.measure, segments, exchange, hyper.decoupled_decay)
+        exchange.sum_(norms.squares)
+        attempt.run(norms.rescale, segments)
+        for segment in segments:
+            attempt.run(exchange.deliver, norms.arena, segment, hyper)
 
 
 def _starts(counts: Sequence[int]) -> list[int]:

@@ -12,20 +12,21 @@ from torch.distributed import ProcessGroup
 from torch.optim.optimizer import Optimizer
 
 from shampoo import checkpoint, ops
-from shampoo.agreement import FAILED, OK, SKIPPED
+from shampoo.agreement import FAILED, OK, SKIPPED, Agreement, Attempt, Verdict
 from shampoo.direction import direct
+from shampoo.errors import ShampooDistributedError
 from shampoo.exchange import Exchange, Round
-from shampoo.exchanges import exchanges_of
+from shampoo.exchanges import Exchanges, Purpose, join_groups
+from shampoo.factors import accumulate, gather, refresh
 from shampoo.hyperparameters import Hyperparameters, dtype_name, warn_about
-from shampoo.layerwise import Norms
+from shampoo.layerwise import rescale
 from shampoo.layout import FACTORED, Layout
 from shampoo.precision import full_precision
-from shampoo.proposal import Attempt, Proposal, local_gradients, propose
-from shampoo.refresh import refresh_roots_
-from shampoo.segments import FactorRange, Segment, Selection
+from shampoo.proposal import Proposal, local_gradients, propose
+from shampoo.replicas import Copies, copies_of
+from shampoo.segments import Selection
 from shampoo.solver import check_method
-from shampoo.stacks import Arena
-from shampoo.step_plan import Plan, check_parameter, parameter_name
+from shampoo.step_plan import Owners, Plan, check_parameter, parameter_name
 from shampoo.workers import Team, Workers
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,8 @@ class Shampoo(Optimizer):
             and False take what there is.
         capturable: not supported yet, must be False.
         differentiable: not supported, must be False.
+        check_replicas_every: steps between comparisons of what several ranks hold of the
+            parameters, bit for bit, 0 for never. A difference raises on all of them.
 
     Raises:
         ValueError: for a value out of range, naming it, its bound and the remedy.
@@ -123,7 +126,8 @@ class Shampoo(Optimizer):
     # On the class, so that an unpickled or copied optimizer, which has neither, starts without.
     _plan: Plan | None = None
     _incoming: dict[Tensor, dict[str, Any]] | None = None
-    _exchange_cache: tuple[Plan, dict[Team, Exchange]] | None = None
+    _exchanges: Exchanges | None = None
+    _damage: Exception | None = None
 
     def __init__(
         self,
@@ -163,9 +167,11 @@ class Shampoo(Optimizer):
         num_trainers_per_group: int = -1,
         communication_dtype: torch.dtype | None = None,
         overlap: bool = False,
+        check_replicas_every: int = 0,
     ) -> None:
         given = locals()
-        self._workers = Workers(process_group, num_trainers_per_group, communication_dtype, overlap)
+        self._workers = Workers(**{name: given[name] for name in _SHARING})
+        self._owners: Owners = {}  # who has owned the blocks of a parameter: they stay
         defaults = {name: given[name] for name in _DEFAULTS}
         defaults["preconditioner_dtype"] = dtype_name(preconditioner_dtype)
         Hyperparameters.read(defaults)
@@ -217,6 +223,12 @@ class Shampoo(Optimizer):
         Raises:
             NonFiniteGradientError: with ``nonfinite="raise"``; nothing has changed.
             RuntimeError: for sparse gradients; nothing has changed.
+            PlanMismatchError: if ranks would do different things; nothing has changed.
+            ReplicaMismatchError: if ``check_replicas_every`` finds a difference; nothing has
+                changed.
+            ShampooDistributedError: if a rank has failed. No parameter has changed, but statistics
+                may have moved.
+            Where ranks share the work, all of them raise in the same step.
         """
         loss = None
         if closure is not None:
@@ -231,51 +243,94 @@ class Shampoo(Optimizer):
         """What to do in this step, if all ranks that must step alike can do it."""
         params = [param for group in self.param_groups for param in group["params"]]
         holders = self._workers.holders(params)
-        proposal, error = None, None
-        try:
-            proposal = self._propose()
-            status, is_nonzero, error = proposal.status, proposal.is_nonzero, proposal.error
-        except Exception as raised:
-            if holders.is_alone:
-                raise
-            status, is_nonzero, error = FAILED, False, raised
+        attempt = Attempt(is_shared=not holders.is_alone)
+        proposal = attempt.run(self._propose, holders)
+        verdict = Verdict(FAILED, False, False) if proposal is None else proposal.verdict
+        error = attempt.error if proposal is None else proposal.error
         if not holders.is_alone:
             agreement = self._workers.agreement(holders, params[0].device)
-            topics = () if proposal is None else proposal.topics()
-            status, is_nonzero = agreement.settle(status, is_nonzero, topics, error)
+            topics = () if proposal is None else proposal.topics
+            verdict = agreement.settle(verdict, topics, error)
+            if proposal is not None and proposal.copies:
+                self._compare(proposal.copies, agreement)
         elif error is not None:
             raise error
         assert proposal is not None
-        if status == SKIPPED:
+        if verdict.status == SKIPPED:
             self._count_skipped(proposal.complaint)
         # The step that torch.distributed.checkpoint makes to fill an empty state is inert.
-        is_step = is_nonzero or not proposal.plan.is_fresh
-        return proposal if status == OK and is_step and any(proposal.round.present) else None
+        is_step = verdict.is_nonzero or proposal.plan.step > 0
+        is_step = is_step and verdict.status == OK and any(proposal.round.present)
+        if is_step and not verdict.is_prepared:
+            self._prepare(proposal)
+        return proposal if is_step else None
 
-    def _propose(self) -> Proposal:
+    def _propose(self, holders: Team) -> Proposal:
         """Looks at this rank's part of the parameters and gradients. Changes nothing."""
+        if self._damage is not None:
+            damage, self._damage = self._damage, None
+            raise ShampooDistributedError(
+                f"It could not move all of its parameters in the step before ({damage})."
+                " Load the last checkpoint."
+            ) from damage
         values = [Hyperparameters.read(group) for group in self.param_groups]
         plan = self._current_plan()
         plan.check_methods(values)
-        grads = local_gradients(plan.members, plan.planned(self.param_groups))
-        return propose(plan, Round(plan.params(self.param_groups), grads, values))
+        params = plan.planned(self.param_groups)
+        grads = local_gradients(plan.members, params)
+        purpose = Purpose.of(plan, values, self._workers)
+        is_prepared = self._exchanges is not None and self._exchanges.purpose == purpose
+        step = Round(plan.params(self.param_groups), grads, values)
+        proposal = propose(plan, step, purpose, is_prepared)
+        if not holders.is_alone:
+            proposal.add_topics(self._workers.terms())
+            period = self._workers.check_replicas_every
+            if period and plan.step % period == 0:
+                names = [member.name for member in plan.members]
+                proposal.copies = copies_of(names, params, self._workers.replicas())
+        return proposal
+
+    def _compare(self, copies: Sequence[Copies], agreement: Agreement) -> None:
+        """Raises on all ranks if two of one team hold different bits."""
+        errors = [held.compare(self._workers.group(held.team)) for held in copies]
+        error = next((error for error in errors if error is not None), None)
+        # Not raised here: the teams that found nothing must hear of it.
+        if agreement.confirm(OK if error is None else FAILED) != OK:
+            agreement.fail(error)
+
+    def _prepare(self, proposal: Proposal) -> None:
+        """Makes process groups and buffers; all ranks do in the step in which one needs them."""
+        plan = proposal.plan
+        join_groups(plan, self._workers)
+        attempt = Attempt(is_shared=not plan.holders.is_alone)
+        params = plan.planned(self.param_groups)
+        self._exchanges = None  # its buffers are free before new ones are asked for
+        self._exchanges = attempt.run(Exchanges, proposal.purpose, params, self._workers)
+        if not plan.holders.is_alone:
+            self._workers.agreement(plan.holders, plan.arenas[0].device).check(attempt)
 
     def _take(self, proposal: Proposal) -> None:
         """Steps 1 to 10 of algorithm.md 1.3 for all blocks of this rank, then for the weights."""
+        assert self._exchanges is not None
         plan, step = proposal.plan, proposal.round
-        exchanges = self._exchanges(plan)
+        exchanges = self._exchanges.by_team
         attempt = Attempt(is_shared=not plan.holders.is_alone)
+        for arena in plan.arenas:
+            arena.count_step()  # first: a rank that fails must not fall a step behind the others
         for exchange in exchanges.values():
             attempt.run(exchange.open, step)
         for exchange in exchanges.values():
             exchange.fetch()
         selections = attempt.run(self._select, plan, step) or [None] * len(plan.arenas)
-        for arena, selection in zip(plan.arenas, selections, strict=True):
+        for arena, selection, norms in zip(
+            plan.arenas, selections, self._exchanges.norms, strict=True
+        ):
             exchange = exchanges[arena.team]
             attempt.run(self._direct, selection, step, exchange)
-            if arena.is_layerwise:
-                self._rescale(arena, plan, selection, step, exchange, attempt)
-        word = OK if attempt.error is None else FAILED
+            if norms is not None:
+                segments = [] if selection is None else selection.segments
+                rescale(norms, segments, exchange, step.hyper[arena.group], attempt)
+        word = attempt.word
         for exchange in exchanges.values():
             word = max(word, exchange.send(word))
         if not plan.holders.is_alone:
@@ -285,14 +340,13 @@ class Shampoo(Optimizer):
                 word = agreement.confirm(word)
             if word != OK:
                 agreement.fail(attempt.error)
+        applied = Attempt(is_shared=not plan.holders.is_alone)
         for exchange in exchanges.values():
-            exchange.apply()
-
-    def _exchanges(self, plan: Plan) -> dict[Team, Exchange]:
-        if self._exchange_cache is None or self._exchange_cache[0] is not plan:
-            params = plan.planned(self.param_groups)
-            self._exchange_cache = plan, exchanges_of(plan, params, self._workers)
-        return self._exchange_cache[1]
+            applied.run(exchange.apply)
+        if applied.error is not None:
+            # The others have gone on to the next step, and hear of it there.
+            logger.error("shampoo: parameters moved only in part: %s", applied.error)
+            self._damage = applied.error
 
     def _select(self, plan: Plan, step: Round) -> Sequence[Selection | None]:
         """The blocks that move, by arena."""
@@ -303,7 +357,6 @@ class Shampoo(Optimizer):
     def _direct(self, selection: Selection, step: Round, exchange: Exchange) -> None:
         """Factors, roots and search directions of one arena (steps 0 to 6)."""
         arena, hyper = selection.arena, step.hyper[selection.arena.group]
-        arena.count_step()
         with full_precision(arena.device):
             slot = hyper.due_slot(arena.step)
             due = [] if slot is None else selection.factors.get(slot, [])
@@ -311,73 +364,19 @@ class Shampoo(Optimizer):
                 # Roots see the factors of all blocks, so these move first. Segments share a
                 # workspace: their gradients are packed again, unless there is only one.
                 for segment in selection.segments:
-                    self._gather(segment, hyper, exchange)
-                    self._accumulate(segment, hyper)
+                    gather(segment, hyper, exchange)
+                    accumulate(segment, hyper)
                 for factors in due:
-                    self._refresh(factors, hyper, arena.step)
+                    refresh(factors, hyper, arena.step)
             for segment in selection.segments:
                 if not due:
-                    self._gather(segment, hyper, exchange)
-                    self._accumulate(segment, hyper)
+                    gather(segment, hyper, exchange)
+                    accumulate(segment, hyper)
                 elif len(selection.segments) > 1:
-                    self._gather(segment, hyper, exchange)
+                    gather(segment, hyper, exchange)
                 direct(segment, arena.rule, hyper, arena.step)
                 if not arena.is_layerwise:
                     exchange.deliver(arena, segment, hyper)
-
-    @staticmethod
-    def _rescale(
-        arena: Arena,
-        plan: Plan,
-        selection: Selection | None,
-        step: Round,
-        exchange: Exchange,
-        attempt: Attempt,
-    ) -> None:
-        """LARS and LAMB: P <- P |W| / |P| over whole parameters, whose blocks others may own.
-
-        Without a selection, because this rank has failed, it still adds its zeros to the sum.
-        """
-        hyper = step.hyper[arena.group]
-        segments = [] if selection is None else selection.segments
-        with full_precision(arena.device):
-            norms = Norms(arena, [plan.members[member].layout.blocks for member in arena.members])
-            attempt.run(norms.measure, segments, exchange, hyper.decoupled_decay)
-            exchange.sum_(norms.squares)
-            attempt.run(norms.rescale, segments)
-            for segment in segments:
-                attempt.run(exchange.deliver, arena, segment, hyper)
-
-    @staticmethod
-    def _gather(segment: Segment, hyper: Hyperparameters, exchange: Exchange) -> None:
-        """Packs a private copy of the gradients; G <- G + weight_decay W if it is coupled."""
-        exchange.gradients(segment, segment.grad, -1.0 if hyper.maximize else 1.0)
-        if hyper.weight_decay != 0.0 and not hyper.decoupled_weight_decay:
-            exchange.weights(segment, segment.grad, hyper.weight_decay, True)
-
-    @staticmethod
-    def _accumulate(segment: Segment, hyper: Hyperparameters) -> None:
-        """A_k <- beta2 A_k + (1 - beta2) mat_k(G) mat_k(G)^T, from the raw gradient."""
-        for part in segment.parts:
-            for mode, factor in enumerate(part.factors):
-                ops.gram_ema_(factor, part.grad, mode, hyper.beta2, hyper.factor_weight)
-
-    @staticmethod
-    def _refresh(factors: FactorRange, hyper: Hyperparameters, step: int) -> None:
-        """X_k <- (A_k / c2 + ridge I)^(-1/p)."""
-        stack, rows = factors.stack, slice(factors.start, factors.stop)
-        refresh_roots_(
-            stack.root[rows],
-            stack.factor[rows],
-            stack.failures[rows],
-            stack.rooted[rows],
-            p=hyper.root_power(stack.order),
-            correction=hyper.correction2(step),
-            eps=hyper.eps,
-            relative_eps=hyper.relative_eps,
-            method=hyper.root_method,
-            pending=factors.pending,
-        )
 
     def _current_plan(self) -> Plan:
         """The plan, rebuilt if parameters were added, swapped, unfrozen or moved since."""
@@ -386,7 +385,8 @@ class Shampoo(Optimizer):
             for param in [param for param in self.state if param not in live]:
                 logger.warning("shampoo: a parameter was replaced; its state is dropped")
                 del self.state[param]
-            self._plan = Plan(self.param_groups, self.state, self._workers, before=self._plan)
+            self._plan = Plan(self.param_groups, self.state, self._workers, kept=self._owners)
+            self._owners = self._plan.owners()
         return self._plan
 
     def _count_skipped(self, complaint: str) -> None:
@@ -402,7 +402,7 @@ class Shampoo(Optimizer):
         Published state are views, each of which would be pickled with all of its arena.
         """
         state = super().__getstate__()
-        state["_workers"] = self._workers
+        state["_workers"], state["_owners"] = self._workers, self._owners
         state["state"] = {
             param: {key: view.clone() for key, view in entries.items()}
             for param, entries in self.state.items()
@@ -427,7 +427,7 @@ class Shampoo(Optimizer):
 
         def keep_state(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
             self._incoming = checkpoint.match(
-                self.param_groups, self.defaults, incoming, self._workers
+                self.param_groups, self.defaults, incoming, self._workers, self._owners
             )
             return {**incoming, "state": {}}
 
@@ -451,8 +451,8 @@ class Shampoo(Optimizer):
                 group.setdefault(name, value)
             group["preconditioner_dtype"] = dtype_name(group["preconditioner_dtype"])
             group["extra"] = {**_EXTRA, **group.get("extra", {})}
-        if "_workers" not in self.__dict__:
-            self._workers = Workers()  # a pickle of a version before there were any
+        if "_workers" not in self.__dict__:  # a pickle of a version before there were any
+            self._workers, self._owners = Workers(), {}
         self._plan = None
         if self._incoming is not None:
             self.state = defaultdict(dict, self._incoming)
@@ -461,7 +461,7 @@ class Shampoo(Optimizer):
 
 
 # Who shares the work belongs to a run, not to what is trained: it is in no group or checkpoint.
-_SHARING = inspect.signature(Workers.__init__).parameters
+_SHARING = tuple(inspect.signature(Workers).parameters)
 
 _DEFAULTS: dict[str, Any] = {
     name: parameter.default

@@ -58,6 +58,7 @@ LAYERS = {
     "division": "cost layout ownership workers",
     "stacks": "blocking layout refresh workers",
     "segments": "refresh stacks",
+    "replicas": "errors regions workers",
     "step_plan": "agreement blocking division errors grafting hyperparameters layout regions"
     " segments solver stacks workers",
     "checkpoint": "errors hyperparameters layout step_plan workers",
@@ -66,15 +67,16 @@ LAYERS = {
     "allgather": "agreement exchange hyperparameters ops segments stacks",
     "routes": "blocking regions",
     "router": "agreement exchange hyperparameters ops routes segments stacks",
-    "exchanges": "allgather blocking exchange hyperparameters regions router routes stacks"
-    " step_plan workers",
+    "layerwise": "agreement exchange hyperparameters precision segments stacks",
+    "exchanges": "allgather blocking exchange hyperparameters layerwise regions router routes"
+    " stacks step_plan workers",
     # the step
     "gradients": "ops",
-    "proposal": "agreement errors exchange gradients regions step_plan",
+    "proposal": "agreement errors exchange exchanges gradients regions replicas step_plan",
+    "factors": "exchange hyperparameters ops refresh segments",
     "direction": "hyperparameters layout ops segments",
-    "layerwise": "exchange segments stacks",
-    "optimizer": "agreement checkpoint direction exchange exchanges hyperparameters layerwise"
-    " layout ops precision proposal refresh segments solver stacks step_plan workers",
+    "optimizer": "agreement checkpoint direction errors exchange exchanges factors hyperparameters"
+    " layerwise layout ops precision proposal replicas segments solver step_plan workers",
     # before the step
     "architectures": "",
     "traffic": "layout",
