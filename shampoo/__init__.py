@@ -5,6 +5,7 @@ from shampoo.errors import (
     IncompleteCheckpointError,
     NonFiniteGradientError,
     PlanMismatchError,
+    ReplicaMismatchError,
     ShampooDistributedError,
     ShampooError,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "NonFiniteGradientError",
     "PlanMismatchError",
     "Replay",
+    "ReplicaMismatchError",
     "Shampoo",
     "ShampooDistributedError",
     "ShampooError",

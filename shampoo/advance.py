@@ -1,15 +1,16 @@
 """One step of one arena: factors, roots and search directions (algorithm.md 1.3, steps 0 to 8)."""
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from shampoo import capture, layerwise, ops
+from shampoo.agreement import Attempt
 from shampoo.direction import direct
 from shampoo.exchange import Exchange
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.precision import full_precision
-from shampoo.proposal import Attempt
 from shampoo.refresh import refresh_roots_, refresh_roots_on_device_
 from shampoo.scalars import Scalars
 from shampoo.segments import FactorRange, Segment, Selection
@@ -46,7 +47,8 @@ def advance(
 
 def rescale(
     arena: Arena,
-    selection: Selection | None,
+    segments: Sequence[Segment],
+    squares: Tensor,
     hyper: Hyperparameters,
     scalars: Scalars | None,
     exchange: Exchange,
@@ -54,11 +56,13 @@ def rescale(
 ) -> None:
     """LARS and LAMB: P <- P |W| / |P| over whole parameters, whose blocks others may own.
 
-    Without a selection, because this rank has failed, it still adds its zeros to the sum.
+    A rank that has failed still adds its zeros to the sum.
+
+    Args:
+        squares: [2, blocks] float64, overwritten.
     """
-    segments = [] if selection is None else selection.segments
     with full_precision(arena.device):
-        squares = torch.zeros(2, arena.blocks, dtype=torch.float64, device=arena.device)
+        squares.zero_()
         attempt.run(layerwise.measure, squares, segments, exchange, hyper.decoupled_decay)
         exchange.sum_(squares)
         attempt.run(layerwise.rescale, squares, arena, segments)

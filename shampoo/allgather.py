@@ -95,7 +95,7 @@ class AllGather(Exchange):
     def open(self, step: Round) -> None:
         """Takes a step's parameters and gradients."""
         super().open(step)
-        self._works = []
+        self._table()  # here, where others still hear of it if this fails
 
     def deliver(
         self, arena: Arena, segment: Segment, hyper: Hyperparameters, scalars: Scalars
@@ -133,6 +133,7 @@ class AllGather(Exchange):
         for work in self._works:
             if work is not None:
                 work.wait()
+        self._works.clear()  # not in open(), which does not happen once something has failed
         words = torch.stack([buffer[:, 0] for buffer in self._buffers])
         return FAILED if bool((words != 0).any()) else word
 

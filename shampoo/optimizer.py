@@ -13,17 +13,19 @@ from torch.optim.optimizer import Optimizer
 
 from shampoo import capture, checkpoint, ops
 from shampoo.advance import advance, rescale
-from shampoo.agreement import FAILED, OK, SKIPPED
-from shampoo.exchange import Exchange, Round
-from shampoo.exchanges import exchanges_of
+from shampoo.agreement import FAILED, OK, SKIPPED, Agreement, Attempt, Verdict
+from shampoo.errors import ShampooDistributedError
+from shampoo.exchange import Round
+from shampoo.exchanges import Exchanges, Purpose, join_groups
 from shampoo.hyperparameters import Hyperparameters, dtype_name, warn_about
 from shampoo.layout import FACTORED, Layout
-from shampoo.proposal import Attempt, Proposal, local_gradients, propose
+from shampoo.proposal import Proposal, local_gradients, propose
+from shampoo.replicas import Copies, copies_of
 from shampoo.scalars import Scalars
 from shampoo.segments import Selection
 from shampoo.solver import check_method
 from shampoo.stacks import Arena
-from shampoo.step_plan import Plan, check_parameter, parameter_name
+from shampoo.step_plan import Owners, Plan, check_parameter, parameter_name
 from shampoo.workers import Team, Workers
 
 logger = logging.getLogger(__name__)
@@ -118,6 +120,8 @@ class Shampoo(Optimizer):
             rounds nothing.
         overlap: send the directions of replicated parameters in parts, the first while later ones
             are computed. LARS, LAMB and a mix with sharded parameters send them in one.
+        check_replicas_every: steps between comparisons of what several ranks hold of the
+            parameters, bit for bit, 0 for never. A difference raises on all of them.
 
     Raises:
         ValueError: for a value out of range, naming it, its bound and the remedy.
@@ -144,7 +148,8 @@ class Shampoo(Optimizer):
     _plan: Plan | None = None
     _on_device: capture.DeviceState | None = None  # of the plan, if it is capturable
     _incoming: dict[Tensor, dict[str, Any]] | None = None
-    _exchange_cache: tuple[Plan, dict[Team, Exchange]] | None = None
+    _exchanges: Exchanges | None = None
+    _damage: Exception | None = None  # why a step that was agreed on was not taken in full
 
     def __init__(
         self,
@@ -184,9 +189,11 @@ class Shampoo(Optimizer):
         num_trainers_per_group: int = -1,
         communication_dtype: torch.dtype | None = None,
         overlap: bool = False,
+        check_replicas_every: int = 0,
     ) -> None:
         given = locals()
-        self._workers = Workers(process_group, num_trainers_per_group, communication_dtype, overlap)
+        self._workers = Workers(**{name: given[name] for name in _SHARING})
+        self._owners: Owners = {}  # who has owned the blocks of a parameter: they stay
         defaults = {name: given[name] for name in _DEFAULTS}
         defaults["preconditioner_dtype"] = dtype_name(preconditioner_dtype)
         Hyperparameters.read(defaults)
@@ -241,8 +248,12 @@ class Shampoo(Optimizer):
             NonFiniteGradientError: with ``nonfinite="raise"``; nothing has changed.
             PlanMismatchError: if ranks differ in parameters, gradients that are there, or
                 hyper-parameters; nothing has changed.
-            ShampooDistributedError: if a rank has failed; no parameter has changed.
+            ReplicaMismatchError: if ``check_replicas_every`` finds a difference; nothing has
+                changed.
+            ShampooDistributedError: if a rank has failed. No parameter has changed, but statistics
+                may have moved.
             RuntimeError: for sparse gradients; nothing has changed.
+            Where ranks share the work, all of them raise in the same step.
         """
         loss = None
         if closure is not None:
@@ -258,52 +269,92 @@ class Shampoo(Optimizer):
         """What to do in this step, if all ranks that must step alike can do it."""
         params = [param for group in self.param_groups for param in group["params"]]
         holders = self._workers.holders(params)
-        proposal, error = None, None
-        try:
-            proposal = self._propose()
-            status, is_nonzero, error = proposal.status, proposal.is_nonzero, proposal.error
-        except Exception as raised:
-            if holders.is_alone:
-                raise
-            status, is_nonzero, error = FAILED, False, raised
+        attempt = Attempt(is_shared=not holders.is_alone)
+        proposal = attempt.run(self._propose, holders)
+        verdict = Verdict(FAILED, False, False) if proposal is None else proposal.verdict
+        error = attempt.error if proposal is None else proposal.error
         if not holders.is_alone:
             agreement = self._workers.agreement(holders, params[0].device)
-            topics = () if proposal is None else proposal.topics()
-            status, is_nonzero = agreement.settle(status, is_nonzero, topics, error)
+            topics = () if proposal is None else proposal.topics
+            verdict = agreement.settle(verdict, topics, error)
+            if proposal is not None and proposal.copies:
+                self._compare(proposal.copies, agreement)
         elif error is not None:
             raise error
         assert proposal is not None
-        if status == SKIPPED:
+        if verdict.status == SKIPPED:
             self._count_skipped(proposal.complaint)
         # The step that torch.distributed.checkpoint makes to fill an empty state is inert.
-        is_step = is_nonzero or not proposal.plan.is_fresh
-        return proposal if status == OK and is_step and any(proposal.round.present) else None
+        is_step = verdict.is_nonzero or proposal.plan.step > 0
+        is_step = is_step and verdict.status == OK and any(proposal.round.present)
+        if is_step and not verdict.is_prepared:
+            self._prepare(proposal)
+        return proposal if is_step else None
 
-    def _propose(self) -> Proposal:
+    def _propose(self, holders: Team) -> Proposal:
         """Looks at this rank's part of the parameters and gradients. Changes nothing."""
+        if self._damage:
+            raise ShampooDistributedError(f"{self._damage} Load the last checkpoint.")
         values = [Hyperparameters.read(group) for group in self.param_groups]
         plan = self._current_plan()
         plan.check_methods(values)
-        grads = local_gradients(plan.members, plan.planned(self.param_groups))
-        return propose(plan, Round(plan.params(self.param_groups), grads, values), self._on_device)
+        params = plan.planned(self.param_groups)
+        grads = local_gradients(plan.members, params)
+        purpose = Purpose.of(plan, values, self._workers)
+        is_prepared = self._exchanges is not None and self._exchanges.purpose == purpose
+        step = Round(plan.params(self.param_groups), grads, values)
+        proposal = propose(plan, step, purpose, is_prepared, self._on_device)
+        if not holders.is_alone:
+            proposal.add_topics(self._workers.terms())
+            period = self._workers.check_replicas_every
+            if period and plan.step % period == 0:
+                names = [member.name for member in plan.members]
+                proposal.copies = copies_of(names, params, self._workers.replicas())
+        return proposal
+
+    def _compare(self, copies: Sequence[Copies], agreement: Agreement) -> None:
+        """Raises on all ranks if two of one team hold different bits."""
+        errors = [held.compare(self._workers.group(held.team)) for held in copies]
+        error = next((error for error in errors if error is not None), None)
+        # Not raised here: the teams that found nothing must hear of it.
+        if agreement.confirm(OK if error is None else FAILED) != OK:
+            agreement.fail(error)
+
+    def _prepare(self, proposal: Proposal) -> None:
+        """Makes process groups and buffers; all ranks do in the step in which one needs them."""
+        plan = proposal.plan
+        join_groups(plan, self._workers)
+        attempt = Attempt(is_shared=not plan.holders.is_alone)
+        params = plan.planned(self.param_groups)
+        self._exchanges = None  # its buffers are free before new ones are asked for
+        self._exchanges = attempt.run(Exchanges, proposal.purpose, params, self._workers)
+        if not plan.holders.is_alone:
+            self._workers.agreement(plan.holders, plan.arenas[0].device).check(attempt)
 
     def _take(self, proposal: Proposal) -> None:
         """Steps 1 to 10 of algorithm.md 1.3 for all blocks of this rank, then for the weights."""
+        assert self._exchanges is not None
         plan, step = proposal.plan, proposal.round
-        exchanges = self._exchanges(plan)
+        exchanges = self._exchanges.by_team
         attempt = Attempt(is_shared=not plan.holders.is_alone)
+        if not capture.is_capturing():
+            for arena in plan.arenas:
+                arena.count_step()  # now: a rank that fails must not fall a step behind the others
         for exchange in exchanges.values():
             attempt.run(exchange.open, step)
         for exchange in exchanges.values():
             exchange.fetch()
         selections = attempt.run(self._select, plan, step) or [None] * len(plan.arenas)
-        for arena, selection in zip(plan.arenas, selections, strict=True):
+        for arena, selection, squares in zip(
+            plan.arenas, selections, self._exchanges.squares, strict=True
+        ):
             exchange, hyper = exchanges[arena.team], step.hyper[arena.group]
-            scalars = attempt.run(self._count, arena, hyper, proposal.accepted)
+            scalars = attempt.run(self._scalars, arena, hyper, proposal.accepted)
             attempt.run(advance, selection, hyper, scalars, exchange)
-            if arena.is_layerwise:
-                rescale(arena, selection, hyper, scalars, exchange, attempt)
-        word = OK if attempt.error is None else FAILED
+            if squares is not None:
+                segments = [] if selection is None else selection.segments
+                rescale(arena, segments, squares, hyper, scalars, exchange, attempt)
+        word = attempt.word
         for exchange in exchanges.values():
             word = max(word, exchange.send(word))
         if not plan.holders.is_alone:
@@ -312,15 +363,16 @@ class Shampoo(Optimizer):
             if any(team.size < plan.holders.size for team in exchanges):
                 word = agreement.confirm(word)
             if word != OK:
+                if plan.is_redundant:
+                    self._damage = "A failed step has moved the statistics of some groups only."
                 agreement.fail(attempt.error)
+        applied = Attempt(is_shared=not plan.holders.is_alone)
         for exchange in exchanges.values():
-            exchange.apply()
-
-    def _exchanges(self, plan: Plan) -> dict[Team, Exchange]:
-        if self._exchange_cache is None or self._exchange_cache[0] is not plan:
-            params = plan.planned(self.param_groups)
-            self._exchange_cache = plan, exchanges_of(plan, params, self._workers)
-        return self._exchange_cache[1]
+            applied.run(exchange.apply)
+        if applied.error is not None:
+            # The others have gone on to the next step, and hear of it there.
+            self._damage = f"It has moved its parameters only in part: {applied.error}."
+            logger.error("shampoo: %s", self._damage)
 
     def _select(self, plan: Plan, step: Round) -> Sequence[Selection | None]:
         """The blocks that move, by arena."""
@@ -331,13 +383,10 @@ class Shampoo(Optimizer):
             self._on_device.keep(selections)
         return selections
 
-    def _count(self, arena: Arena, hyper: Hyperparameters, accepted: Tensor | None) -> Scalars:
-        """Counts a step of an arena; the numbers that move it."""
-        step = arena.step + 1
-        if not capture.is_capturing():
-            arena.count_step()
+    def _scalars(self, arena: Arena, hyper: Hyperparameters, accepted: Tensor | None) -> Scalars:
+        """The numbers that move an arena in the step that has just been counted."""
         if accepted is None or self._on_device is None:
-            return Scalars.of(hyper, arena.rule, step)
+            return Scalars.of(hyper, arena.rule, arena.step)
         return self._on_device.scalars(hyper, arena, accepted)
 
     def coming_refresh(self) -> tuple[int | None, ...]:
@@ -365,7 +414,8 @@ class Shampoo(Optimizer):
                 logger.warning("shampoo: a parameter was replaced; its state is dropped")
                 del self.state[param]
             self._settle_skipped()
-            self._plan = Plan(self.param_groups, self.state, self._workers, before=self._plan)
+            self._plan = Plan(self.param_groups, self.state, self._workers, kept=self._owners)
+            self._owners = self._plan.owners()
             self._on_device = None
             if self._plan.arenas and capture.is_capturable(self.param_groups):
                 self._on_device = capture.DeviceState(self._plan)
@@ -398,7 +448,7 @@ class Shampoo(Optimizer):
         """
         self._settle_skipped()
         state = super().__getstate__()
-        state["_workers"] = self._workers
+        state["_workers"], state["_owners"] = self._workers, self._owners
         state["state"] = {
             param: {key: view.clone() for key, view in entries.items()}
             for param, entries in self.state.items()
@@ -423,7 +473,7 @@ class Shampoo(Optimizer):
 
         def keep_state(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
             self._incoming = checkpoint.match(
-                self.param_groups, self.defaults, incoming, self._workers
+                self.param_groups, self.defaults, incoming, self._workers, self._owners
             )
             return {**incoming, "state": {}}
 
@@ -447,8 +497,8 @@ class Shampoo(Optimizer):
                 group.setdefault(name, value)
             group["preconditioner_dtype"] = dtype_name(group["preconditioner_dtype"])
             group["extra"] = {**_EXTRA, **group.get("extra", {})}
-        if "_workers" not in self.__dict__:
-            self._workers = Workers()  # a pickle of a version before there were any
+        if "_workers" not in self.__dict__:  # a pickle of a version before there were any
+            self._workers, self._owners = Workers(), {}
         self._plan = self._on_device = None
         if self._incoming is not None:
             self.state = defaultdict(dict, self._incoming)
@@ -457,7 +507,7 @@ class Shampoo(Optimizer):
 
 
 # Who shares the work belongs to a run, not to what is trained: it is in no group or checkpoint.
-_SHARING = inspect.signature(Workers.__init__).parameters
+_SHARING = tuple(inspect.signature(Workers).parameters)
 
 _DEFAULTS: dict[str, Any] = {
     name: parameter.default

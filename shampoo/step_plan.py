@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from shampoo.agreement import digest
 from shampoo.blocking import Tile
 from shampoo.division import Share, divide
-from shampoo.errors import BlockGridMismatchError
+from shampoo.errors import BlockGridMismatchError, ShampooDistributedError
 from shampoo.grafting import GRAFTING
 from shampoo.hyperparameters import Geometry, Hyperparameters
 from shampoo.layout import ADAGRAD, Layout
@@ -37,6 +37,7 @@ GPU_SEGMENT = 1 << 24
 _PATTERNS = 16  # of present gradients, whose selections are kept
 
 State = MutableMapping[Tensor, dict[str, Any]]
+Owners = Mapping[Tensor, tuple[Team, tuple[int, ...]]]  # of the blocks of parameters
 Published = list[tuple[Tensor, str, Tensor]]
 
 
@@ -120,7 +121,7 @@ class Plan:
         state: ``optimizer.state``. What it holds for a planned parameter is copied into the arenas,
             and replaced by views of them.
         workers: who shares the work.
-        before: the plan that this one replaces; blocks keep the owners they had in it.
+        kept: owners that were decided before; blocks stay with them while the team does.
         device: where to put state instead of beside the parameters; ``"meta"`` makes a plan whose
             views have shapes and dtypes only.
 
@@ -134,7 +135,7 @@ class Plan:
         state: State,
         workers: Workers,
         device: str | None = None,
-        before: "Plan | None" = None,
+        kept: Owners | None = None,
     ) -> None:
         self.members: list[Member] = []
         self._geometries = [Geometry.of(group) for group in groups]
@@ -142,8 +143,10 @@ class Plan:
         self._replicas = workers.replicas()
         self._workspaces: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._selections: dict[tuple[bool, ...], list[Selection]] = {}
-        self._enlist(groups, state, workers, before)
+        self._enlist(groups, state, workers, kept or {})
         params = self.planned(groups)
+        if device is None:
+            self._check_inherited(params, state, kept or {})
         self.holders = workers.holders([param for group in groups for param in group["params"]])
         self.crews = self._place(groups, params, state, device)
         self.arenas = [crew[crew[0].team.me] for crew in self.crews]
@@ -168,7 +171,7 @@ class Plan:
         groups: Sequence[dict[str, Any]],
         state: State,
         workers: Workers,
-        before: "Plan | None",
+        kept: Owners,
     ) -> None:
         """Finds the parameters to move, and the owners of their blocks."""
         found: list[tuple[int, int, str, Tensor, Layout]] = []
@@ -196,16 +199,39 @@ class Plan:
             )
             for index, _, _, param, layout in found
         ]
-        kept = None if before is None else before.owners()
+        same = {
+            share.param: kept[share.param][1]
+            for share in shares
+            if share.param in kept and kept[share.param][0] == share.team
+        }
         for (index, position, name, _, layout), share, owners in zip(
-            found, shares, divide(shares, kept), strict=True
+            found, shares, divide(shares, same), strict=True
         ):
             self.members.append(Member(index, position, name, layout, share.team, tuple(owners)))
 
-    def owners(self) -> dict[Tensor, tuple[int, ...]]:
-        """Who owns the blocks of every planned parameter."""
+    def _check_inherited(self, params: Sequence[Tensor], state: State, kept: Owners) -> None:
+        """Refuses to go on without the statistics of ranks that are no longer there."""
+        for member, param in zip(self.members, params, strict=True):
+            team, owners = kept.get(param, (member.team, member.owners))
+            if team == member.team or int(state.get(param, {}).get("step", 0)) == 0:
+                continue
+            for block, (before, now) in enumerate(zip(owners, member.owners, strict=True)):
+                is_there = any(key.startswith(f"block{block}.") for key in state[param])
+                if now == member.team.me and before != team.me and not is_there:
+                    raise ShampooDistributedError(
+                        f"The state of block {block} of {member.name} is not here: ranks"
+                        f" {team.ranks} divided its blocks, now {member.team.ranks} do. Save a"
+                        " checkpoint of all ranks before the process group changes, and load it"
+                        " after."
+                    )
+
+    def owners(self) -> dict[Tensor, tuple[Team, tuple[int, ...]]]:
+        """Who owns the blocks of every planned parameter: a team, and positions in it."""
         planned = [seen.param for group in self._seen for seen in group if seen.planned]
-        return {param: member.owners for param, member in zip(planned, self.members, strict=True)}
+        return {
+            param: (member.team, member.owners)
+            for param, member in zip(planned, self.members, strict=True)
+        }
 
     def _place(
         self,
@@ -276,9 +302,9 @@ class Plan:
         return True
 
     @property
-    def is_fresh(self) -> bool:
-        """Whether no block has taken a step yet."""
-        return all(arena.step == 0 for arena in self.arenas)
+    def step(self) -> int:
+        """How many steps the oldest blocks have taken; 0 means that no block has taken one."""
+        return max((arena.step for arena in self.arenas), default=0)
 
     @functools.cached_property
     def digest(self) -> int:
@@ -297,6 +323,7 @@ class Plan:
                     field.name: str(getattr(self.geometry(member), field.name))
                     for field in fields(Geometry)
                 },
+                "placements": str(getattr(seen.param, "placements", "none, it is no DTensor")),
                 "ranks that divide its blocks": str(member.team.size),
                 "owners of its blocks": str(member.owners),
             }

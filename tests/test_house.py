@@ -61,6 +61,7 @@ LAYERS = {
     "division": "cost layout ownership workers",
     "stacks": "blocking layout refresh slots workers",
     "segments": "refresh stacks",
+    "replicas": "errors regions workers",
     "step_plan": "agreement blocking division errors grafting hyperparameters layout regions"
     " segments solver stacks workers",
     "checkpoint": "errors hyperparameters layout step_plan workers",
@@ -74,14 +75,14 @@ LAYERS = {
     # the step
     "gradients": "ops",
     "scalars": "averages grafting hyperparameters layout",
-    "proposal": "agreement capture errors exchange gradients regions step_plan",
     "capture": "gradients hyperparameters scalars segments stacks step_plan",
+    "proposal": "agreement capture errors exchange exchanges gradients regions replicas step_plan",
     "direction": "averages hyperparameters ops scalars segments",
     "layerwise": "exchange segments stacks",
-    "advance": "capture direction exchange hyperparameters layerwise ops precision proposal refresh"
-    " scalars segments stacks",
-    "optimizer": "advance agreement capture checkpoint exchange exchanges hyperparameters layout"
-    " ops proposal scalars segments solver stacks step_plan workers",
+    "advance": "agreement capture direction exchange hyperparameters layerwise ops precision"
+    " refresh scalars segments stacks",
+    "optimizer": "advance agreement capture checkpoint errors exchange exchanges hyperparameters"
+    " layout ops proposal replicas scalars segments solver stacks step_plan workers",
     "replay": "optimizer",
     # before the step
     "architectures": "",
