@@ -127,7 +127,7 @@ class Shampoo(Optimizer):
     _plan: Plan | None = None
     _incoming: dict[Tensor, dict[str, Any]] | None = None
     _exchanges: Exchanges | None = None
-    _damage: Exception | None = None
+    _damage: str = ""  # why this rank cannot go on until it has loaded a checkpoint
 
     def __init__(
         self,
@@ -267,12 +267,8 @@ class Shampoo(Optimizer):
 
     def _propose(self, holders: Team) -> Proposal:
         """Looks at this rank's part of the parameters and gradients. Changes nothing."""
-        if self._damage is not None:
-            damage, self._damage = self._damage, None
-            raise ShampooDistributedError(
-                f"It could not move all of its parameters in the step before ({damage})."
-                " Load the last checkpoint."
-            ) from damage
+        if self._damage:
+            raise ShampooDistributedError(f"{self._damage} Load the last checkpoint.")
         values = [Hyperparameters.read(group) for group in self.param_groups]
         plan = self._current_plan()
         plan.check_methods(values)
@@ -339,14 +335,16 @@ class Shampoo(Optimizer):
             if any(team.size < plan.holders.size for team in exchanges):
                 word = agreement.confirm(word)
             if word != OK:
+                if plan.is_redundant:
+                    self._damage = "A failed step has moved the statistics of some groups only."
                 agreement.fail(attempt.error)
         applied = Attempt(is_shared=not plan.holders.is_alone)
         for exchange in exchanges.values():
             applied.run(exchange.apply)
         if applied.error is not None:
             # The others have gone on to the next step, and hear of it there.
-            logger.error("shampoo: parameters moved only in part: %s", applied.error)
-            self._damage = applied.error
+            self._damage = f"It has moved its parameters only in part: {applied.error}."
+            logger.error("shampoo: %s", self._damage)
 
     def _select(self, plan: Plan, step: Round) -> Sequence[Selection | None]:
         """The blocks that move, by arena."""
@@ -454,6 +452,7 @@ class Shampoo(Optimizer):
         if "_workers" not in self.__dict__:  # a pickle of a version before there were any
             self._workers, self._owners = Workers(), {}
         self._plan = None
+        self._damage = ""
         if self._incoming is not None:
             self.state = defaultdict(dict, self._incoming)
             if self._incoming:

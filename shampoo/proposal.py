@@ -39,37 +39,45 @@ class Proposal:
     copies: Sequence[Copies] = ()
 
     def add_topics(self, terms: Mapping[str, str]) -> None:
-        """Adds what must be alike: the plan, which gradients are there, the values of arguments.
+        """Adds what must be alike, causes before what they lead to.
 
         Args:
             terms: arguments of the optimizer that belong to no group.
         """
+        plan, hyper, present = self.plan, self.round.hyper, self.round.present
+        # A rank that alone has loaded a checkpoint, or planned anew, is some steps off, or has its
+        # blocks in other arenas: others would read its part of a buffer at the wrong places.
+        steps = [(arena.group, arena.step) for arena in plan.arenas]
+
+        def values() -> list[dict[str, str]]:
+            found = []
+            for index, group in enumerate(hyper):
+                fields = asdict(group)
+                fields.update(fields.pop("geometry"))
+                words = {name: repr(value) for name, value in fields.items()}
+                found.append({"name": f"group {index}", **terms, **words})
+            return found
 
         def gradients() -> list[dict[str, str]]:
             return [
                 {"name": member.name, "gradient": "a tensor" if is_there else "None"}
-                for member, is_there in zip(self.plan.members, self.round.present, strict=True)
+                for member, is_there in zip(plan.members, present, strict=True)
             ]
 
-        # A rank that alone has loaded a checkpoint, or planned anew, is some steps off, or has its
-        # blocks in other arenas: others would read its part of a buffer at the wrong places.
-        steps = [(arena.group, arena.step) for arena in self.plan.arenas]
-
-        def values() -> list[dict[str, str]]:
-            groups = [
+        def counts() -> list[dict[str, str]]:
+            return [
                 {
                     "name": f"group {index}",
-                    **{name: repr(value) for name, value in asdict(hyper).items()},
-                    "steps": str([step for group, step in steps if group == index]),
+                    "steps": str([n for group, n in steps if group == index]),
                 }
-                for index, hyper in enumerate(self.round.hyper)
+                for index in range(len(hyper))
             ]
-            return [{"name": "an optimizer", **terms}, *groups]
 
         self.topics = (
-            Topic(self.plan.digest, self.plan.entries),
-            Topic(digest(repr(self.round.present)), gradients),
-            Topic(digest(repr((terms, self.round.hyper, steps))), values),
+            Topic("parameter groups", digest(repr((terms, hyper))), values),
+            Topic("parameters to train", plan.digest, plan.entries),
+            Topic("parameters to train", digest(repr(present)), gradients),
+            Topic("parameter groups", digest(repr(steps)), counts),
         )
 
 
