@@ -149,7 +149,7 @@ class Shampoo(Optimizer):
     _on_device: capture.DeviceState | None = None  # of the plan, if it is capturable
     _incoming: dict[Tensor, dict[str, Any]] | None = None
     _exchanges: Exchanges | None = None
-    _damage: Exception | None = None  # why a step that was agreed on was not taken in full
+    _damage: str = ""  # why this rank cannot go on until it has loaded a checkpoint
 
     def __init__(
         self,
@@ -500,6 +500,7 @@ class Shampoo(Optimizer):
         if "_workers" not in self.__dict__:  # a pickle of a version before there were any
             self._workers, self._owners = Workers(), {}
         self._plan = self._on_device = None
+        self._damage = ""
         if self._incoming is not None:
             self.state = defaultdict(dict, self._incoming)
             if self._incoming:

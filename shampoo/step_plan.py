@@ -148,6 +148,11 @@ class Plan:
         if device is None:
             self._check_inherited(params, state, kept or {})
         self.holders = workers.holders([param for group in groups for param in group["params"]])
+        # Whether groups of ranks work out the same, each for itself.
+        self.is_redundant = any(
+            not isinstance(param, DTensor) and member.team.size < self._replicas.size
+            for member, param in zip(self.members, params, strict=True)
+        )
         self.crews = self._place(groups, params, state, device)
         self.arenas = [crew[crew[0].team.me] for crew in self.crews]
         published: Published = []
