@@ -291,3 +291,14 @@ def test_stochastic_rounding_leaves_other_dtypes_and_special_values_alone(impl):
     special = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0], dtype=torch.bfloat16)
     moved = stochastic_step(impl, special.clone(), 0.0, (1, 2))
     torch.testing.assert_close(moved, special, equal_nan=True, rtol=0, atol=0)
+
+
+def test_stochastic_rounding_keeps_every_nan(impl):
+    """A GPU's own NaN has all bits set: one more, and it would be a zero."""
+    bits = torch.tensor([0x7FFFFFFF, 0x7FC00000, -1, -0x400000], dtype=torch.int32)
+    weight = torch.ones(4, 64, dtype=torch.bfloat16)
+    direction = bits.view(torch.float32)[:, None].expand(4, 64).contiguous().flatten()
+    tiles, _, _ = table([(4, 64)], 4096)
+    move = (1.0, 0.0, 0.0, False)
+    impl.update_blocks_([weight], None, direction, torch.ones(1), tiles, *move, stochastic=(1, 2))
+    assert weight.isnan().all()
