@@ -16,7 +16,7 @@ from torch import Tensor
 from shampoo.errors import BlockGridMismatchError, IncompleteCheckpointError
 from shampoo.hyperparameters import Geometry, Hyperparameters
 from shampoo.layout import Layout
-from shampoo.step_plan import Plan, parameter_name
+from shampoo.step_plan import Owners, Plan, parameter_name
 from shampoo.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ def match(
     defaults: Mapping[str, Any],
     state_dict: Mapping[str, Any],
     workers: Workers,
+    kept: Owners,
 ) -> dict[Tensor, dict[str, Any]]:
     """The state that a checkpoint holds for every parameter of ``groups``.
 
@@ -35,6 +36,7 @@ def match(
         defaults: values of hyper-parameters that the checkpoint does not have.
         state_dict: what ``state_dict()`` returned when it was saved.
         workers: who shares the work now; blocks of other owners are not looked for.
+        kept: owners that were decided before.
 
     Raises:
         IncompleteCheckpointError: if the state of a parameter lacks blocks.
@@ -62,7 +64,7 @@ def match(
             )
     if found:
         _check_blocks(groups, trial, found)
-        _check_complete(trial, found, workers)
+        _check_complete(trial, found, workers, kept)
     return found
 
 
@@ -92,11 +94,14 @@ def _check_blocks(
 
 
 def _check_complete(
-    groups: Sequence[dict[str, Any]], found: dict[Tensor, dict[str, Any]], workers: Workers
+    groups: Sequence[dict[str, Any]],
+    found: dict[Tensor, dict[str, Any]],
+    workers: Workers,
+    kept: Owners,
 ) -> None:
     """Compares with a plan of the same groups that has shapes only; drops what it does not know."""
     expected = {param: dict(entries) for param, entries in found.items()}
-    plan = Plan(groups, expected, workers, device="meta")
+    plan = Plan(groups, expected, workers, device="meta", kept=kept)
     plan.check_methods([Hyperparameters.read(group) for group in groups])
     missing, total, first = 0, 0, ""
     for member, param in zip(plan.members, plan.planned(groups), strict=True):

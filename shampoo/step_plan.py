@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from shampoo.agreement import digest
 from shampoo.blocking import Tile
 from shampoo.division import Share, divide
-from shampoo.errors import BlockGridMismatchError
+from shampoo.errors import BlockGridMismatchError, ShampooDistributedError
 from shampoo.grafting import GRAFTING
 from shampoo.hyperparameters import Geometry, Hyperparameters
 from shampoo.layout import ADAGRAD, Layout
@@ -37,6 +37,7 @@ GPU_SEGMENT = 1 << 24
 _PATTERNS = 16  # of present gradients, whose selections are kept
 
 State = MutableMapping[Tensor, dict[str, Any]]
+Owners = Mapping[Tensor, tuple[Team, tuple[int, ...]]]  # of the blocks of parameters
 Published = list[tuple[Tensor, str, Tensor]]
 
 
@@ -120,7 +121,7 @@ class Plan:
         state: ``optimizer.state``. What it holds for a planned parameter is copied into the arenas,
             and replaced by views of them.
         workers: who shares the work.
-        before: the plan that this one replaces; blocks keep the owners they had in it.
+        kept: owners that were decided before; blocks stay with them while the team does.
         device: where to put state instead of beside the parameters; ``"meta"`` makes a plan whose
             views have shapes and dtypes only.
 
@@ -134,7 +135,7 @@ class Plan:
         state: State,
         workers: Workers,
         device: str | None = None,
-        before: "Plan | None" = None,
+        kept: Owners | None = None,
     ) -> None:
         self.members: list[Member] = []
         self._geometries = [Geometry.of(group) for group in groups]
@@ -142,9 +143,16 @@ class Plan:
         self._replicas = workers.replicas()
         self._workspaces: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._selections: dict[tuple[bool, ...], list[Selection]] = {}
-        self._enlist(groups, state, workers, before)
+        self._enlist(groups, state, workers, kept or {})
         params = self.planned(groups)
+        if device is None:
+            self._check_inherited(params, state, kept or {})
         self.holders = workers.holders([param for group in groups for param in group["params"]])
+        # Whether groups of ranks work out the same, each for itself.
+        self.is_redundant = any(
+            not isinstance(param, DTensor) and member.team.size < self._replicas.size
+            for member, param in zip(self.members, params, strict=True)
+        )
         self.crews = self._place(groups, params, state, device)
         self.arenas = [crew[crew[0].team.me] for crew in self.crews]
         published: Published = []
@@ -168,7 +176,7 @@ class Plan:
         groups: Sequence[dict[str, Any]],
         state: State,
         workers: Workers,
-        before: "Plan | None",
+        kept: Owners,
     ) -> None:
         """Finds the parameters to move, and the owners of their blocks."""
         found: list[tuple[int, int, str, Tensor, Layout]] = []
@@ -196,16 +204,39 @@ class Plan:
             )
             for index, _, _, param, layout in found
         ]
-        kept = None if before is None else before.owners()
+        same = {
+            share.param: kept[share.param][1]
+            for share in shares
+            if share.param in kept and kept[share.param][0] == share.team
+        }
         for (index, position, name, _, layout), share, owners in zip(
-            found, shares, divide(shares, kept), strict=True
+            found, shares, divide(shares, same), strict=True
         ):
             self.members.append(Member(index, position, name, layout, share.team, tuple(owners)))
 
-    def owners(self) -> dict[Tensor, tuple[int, ...]]:
-        """Who owns the blocks of every planned parameter."""
+    def _check_inherited(self, params: Sequence[Tensor], state: State, kept: Owners) -> None:
+        """Refuses to go on without the statistics of ranks that are no longer there."""
+        for member, param in zip(self.members, params, strict=True):
+            team, owners = kept.get(param, (member.team, member.owners))
+            if team == member.team or int(state.get(param, {}).get("step", 0)) == 0:
+                continue
+            for block, (before, now) in enumerate(zip(owners, member.owners, strict=True)):
+                is_there = any(key.startswith(f"block{block}.") for key in state[param])
+                if now == member.team.me and before != team.me and not is_there:
+                    raise ShampooDistributedError(
+                        f"The state of block {block} of {member.name} is not here: ranks"
+                        f" {team.ranks} divided its blocks, now {member.team.ranks} do. Save a"
+                        " checkpoint of all ranks before the process group changes, and load it"
+                        " after."
+                    )
+
+    def owners(self) -> dict[Tensor, tuple[Team, tuple[int, ...]]]:
+        """Who owns the blocks of every planned parameter: a team, and positions in it."""
         planned = [seen.param for group in self._seen for seen in group if seen.planned]
-        return {param: member.owners for param, member in zip(planned, self.members, strict=True)}
+        return {
+            param: (member.team, member.owners)
+            for param, member in zip(planned, self.members, strict=True)
+        }
 
     def _place(
         self,
@@ -218,14 +249,16 @@ class Plan:
 
         Only this rank's own will have state.
         """
-        crews: dict[tuple[int, str, torch.dtype, torch.device, int, Team], list[Arena]] = {}
+        crews: dict[tuple[int, str, torch.dtype, torch.device, int, int, Team], list[Arena]] = {}
         for index, (member, param) in enumerate(zip(self.members, params, strict=True)):
             geometry, team = self._geometries[member.group], member.team
             place = torch.device(device) if device else param.device
-            step = int(state[param]["step"]) if "step" in state.get(param, {}) else 0
+            known = state.get(param, {})
+            taken = int(known["step"]) if "step" in known else 0
+            step = int(known.get("calls", taken)) if geometry.capturable else taken
             wide = torch.promote_types(param.dtype, geometry.dtype)
             rule, diagonal = member.layout.rule, member.layout.diagonal
-            key = (member.group, rule, wide, place, step, team)
+            key = (member.group, rule, wide, place, step, taken, team)
             if key not in crews:
                 crews[key] = [
                     Arena(
@@ -237,12 +270,13 @@ class Plan:
                         step,
                         is_staggered=geometry.refresh_schedule == "staggered",
                         is_layerwise=GRAFTING[geometry.grafting].layerwise and rule != ADAGRAD,
+                        is_capturable=geometry.capturable,
                         team=team,
                     )
                     for _ in team.ranks
                 ]
             for arena in crews[key]:
-                arena.members.append(index)
+                arena.enroll(index, member.layout.blocks)
             if team.is_alone:
                 for tile in member.layout.tiles:
                     most = max(1, _segment_limit(place) // tile.block_numel)
@@ -273,9 +307,9 @@ class Plan:
         return True
 
     @property
-    def is_fresh(self) -> bool:
-        """Whether no block has taken a step yet."""
-        return all(arena.step == 0 for arena in self.arenas)
+    def step(self) -> int:
+        """How many steps the oldest blocks have taken; 0 means that no block has taken one."""
+        return max((arena.step for arena in self.arenas), default=0)
 
     @functools.cached_property
     def digest(self) -> int:
@@ -294,6 +328,7 @@ class Plan:
                     field.name: str(getattr(self.geometry(member), field.name))
                     for field in fields(Geometry)
                 },
+                "placements": str(getattr(seen.param, "placements", "none, it is no DTensor")),
                 "ranks that divide its blocks": str(member.team.size),
                 "owners of its blocks": str(member.owners),
             }
@@ -313,7 +348,10 @@ class Plan:
         """Makes the buffers that a change of betas or momentum has called for since the build."""
         for arena in self.arenas:
             values = hyperparameters[arena.group]
-            for name, needed in (("exp_avg", values.beta1 > 0), ("momentum", values.momentum > 0)):
+            for name, needed in (
+                ("exp_avg", values.has_exp_avg),
+                ("momentum", values.momentum > 0),
+            ):
                 if needed and name not in arena.moments:
                     arena.add_moment(name)
                     params = self.planned(groups)
@@ -332,10 +370,10 @@ class Plan:
         self, groups: Sequence[dict[str, Any]], hyperparameters: Sequence[Hyperparameters]
     ) -> None:
         """Spreads the refreshes of staggered groups anew if their period is not the one it was."""
-        for arena in self.arenas:
+        for arena, crew in zip(self.arenas, self.crews, strict=True):
             period = hyperparameters[arena.group].precondition_frequency
             if arena.is_staggered and arena.period != period:
-                arena.assign_slots(period)
+                arena.assign_slots(period, crew)
                 groups[arena.group]["extra"]["refresh_period"] = period
                 self._selections.clear()
 
@@ -410,7 +448,7 @@ def _moments_of(
 ) -> list[str]:
     """The buffers an arena needs: by its group's values, or because a checkpoint brings them."""
     is_needed = {
-        "exp_avg": float(group["betas"][0]) > 0,
+        "exp_avg": Hyperparameters.read(group).has_exp_avg,
         "exp_avg_sq": arena.rule == ADAGRAD or GRAFTING[group["grafting"]].second_moment,
         "momentum": float(group["momentum"]) > 0,
     }
