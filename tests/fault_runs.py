@@ -144,7 +144,5 @@ def broken(target: str, is_here: bool, after: int = 0) -> Iterator[None]:
 def wait_for_all(name: str) -> None:
     """Returns once all ranks have come here; unlike a barrier, needs no healthy process group."""
     store = dist.distributed_c10d._get_default_store()
-    store.add(name, 1)
-    arrived = 0
-    while arrived < dist.get_world_size():
-        arrived = store.add(name, 0)
+    store.set(f"{name} {dist.get_rank()}", "here")
+    store.wait([f"{name} {rank}" for rank in range(dist.get_world_size())])

@@ -73,7 +73,7 @@ POINTS = {
     "packing for the wire": "shampoo.ops:gather_blocks_",
     "choosing blocks": "shampoo.step_plan:Plan.select",
     "a root": "shampoo.refresh:solve_",
-    "a direction": "shampoo.optimizer:direct",
+    "a direction": "shampoo.advance:direct",
     "delivery": "shampoo.allgather:search_direction shampoo.router:search_direction",
 }
 
@@ -126,8 +126,8 @@ def test_2_a_rank_raises_and_lingers(ranks: Ranks, layout: str) -> None:
 
 
 LAYERWISE = {
-    "norms": "shampoo.layerwise:Norms.measure",
-    "ratios": "shampoo.layerwise:Norms.rescale",
+    "norms": "shampoo.layerwise:measure",
+    "ratios": "shampoo.layerwise:rescale",
     "packing for the wire": "shampoo.ops:gather_blocks_",
 }
 
