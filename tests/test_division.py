@@ -68,10 +68,15 @@ def test_an_added_group_moves_no_owner_and_fills_the_gaps():
 
 
 def test_owners_that_were_decided_stay_and_count():
-    kept = {FIRST[0].param: [2] * FIRST[0].layout.blocks}
-    owners = divide(FIRST, kept)
-    assert owners[0] == [2] * FIRST[0].layout.blocks
+    all_two = [2] * FIRST[0].layout.blocks
+    owners = divide(FIRST, {FIRST[0].param: (TRIO, all_two)})
+    assert owners[0] == all_two
     assert 2 not in owners[1], "rank 2 has the most to do"
+
+
+def test_owners_in_another_team_do_not_stay():
+    kept = {FIRST[0].param: (Team((0,), 0), [0] * FIRST[0].layout.blocks)}
+    assert divide(FIRST, kept) == divide(FIRST)
 
 
 def test_one_rank_owns_everything_it_is_alone_with():
