@@ -115,7 +115,17 @@ def propose(
     Args:
         is_prepared: whether the buffers for ``purpose`` are there.
         on_device: what decides it without the host, where it must not wait.
+
+    Raises:
+        ValueError: for ``stochastic_rounding`` where blocks are divided among ranks.
     """
+    for arena in plan.arenas:
+        if step.hyper[arena.group].stochastic_rounding and not arena.team.is_alone:
+            raise ValueError(
+                "Invalid stochastic_rounding=True for parameters whose blocks are divided among"
+                f" {arena.team.size} ranks. Must be False: each would draw other numbers. Or pass"
+                " num_trainers_per_group=1, so that every rank works alone."
+            )
     present = [
         (member, grad)
         for member, grad in zip(plan.members, step.grads, strict=True)

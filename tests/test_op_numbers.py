@@ -22,7 +22,7 @@ NUMBERS = {
     "gather_blocks_": ("alpha",),
     "graft_moments_": ("beta1", "correction1", "beta2", "weight2", "correction2"),
     "gram_ema_": ("beta", "weight"),
-    "update_blocks_": ("lr", "weight_decay", "mu"),
+    "update_blocks_": ("lr", "weight_decay", "mu", "step"),
 }
 
 
