@@ -249,7 +249,8 @@ def stochastic_step(impl, weight, distance, rounding, skip=0):
     one = torch.ones(1)
     direction = torch.full((numel,), distance)
     move = (1.0, 0.0, 0.0, False)
-    impl.update_blocks_([weight], None, direction, one, tiles, *move, stochastic=rounding)
+    seed, step = rounding or (None, 0.0)
+    impl.update_blocks_([weight], None, direction, one, tiles, *move, seed, float(step))
     return weight
 
 
@@ -300,5 +301,5 @@ def test_stochastic_rounding_keeps_every_nan(impl):
     direction = bits.view(torch.float32)[:, None].expand(4, 64).contiguous().flatten()
     tiles, _, _ = table([(4, 64)], 4096)
     move = (1.0, 0.0, 0.0, False)
-    impl.update_blocks_([weight], None, direction, torch.ones(1), tiles, *move, stochastic=(1, 2))
+    impl.update_blocks_([weight], None, direction, torch.ones(1), tiles, *move, 1, 2.0)
     assert weight.isnan().all()
