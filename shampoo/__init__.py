@@ -11,6 +11,7 @@ from shampoo.errors import (
 )
 from shampoo.optimizer import Shampoo
 from shampoo.planner import plan
+from shampoo.replay import Replay
 from shampoo.roots import inverse_root
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ __all__ = [
     "IncompleteCheckpointError",
     "NonFiniteGradientError",
     "PlanMismatchError",
+    "Replay",
     "ReplicaMismatchError",
     "Shampoo",
     "ShampooDistributedError",

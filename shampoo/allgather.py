@@ -18,12 +18,18 @@ from shampoo import ops
 from shampoo.agreement import FAILED
 from shampoo.exchange import Exchange, Round, applied_decay, search_direction
 from shampoo.hyperparameters import Hyperparameters
+from shampoo.scalars import Scalars
 from shampoo.segments import Segment
 from shampoo.stacks import Arena
 
 _HEADER = 16  # elements in front of a slice: its rank's word, and what keeps slices aligned
 _PARTS = 4  # of a buffer that is sent while the rest is computed
 _PATTERNS = 16  # of present gradients, whose tables are kept
+
+
+def slice_length(numel: int) -> int:
+    """Elements of a slice in which a rank sends at most ``numel`` elements of directions."""
+    return _HEADER + -(-numel // _HEADER) * _HEADER
 
 
 class AllGather(Exchange):
@@ -63,7 +69,7 @@ class AllGather(Exchange):
         self._buffers = []
         for part in range(len(self._edges[0]) - 1):
             longest = max(edges[part + 1] - edges[part] for edges in self._edges)
-            length = _HEADER + -(-longest // _HEADER) * _HEADER
+            length = slice_length(longest)
             # Zero: padding and absent blocks are never read, but nothing undefined travels either.
             self._buffers.append(torch.zeros(self._team.size, length, dtype=dtype, device=device))
         own = self._edges[self._team.me]
@@ -91,7 +97,9 @@ class AllGather(Exchange):
         super().open(step)
         self._table()  # here, where others still hear of it if this fails
 
-    def deliver(self, arena: Arena, segment: Segment, hyper: Hyperparameters) -> None:
+    def deliver(
+        self, arena: Arena, segment: Segment, hyper: Hyperparameters, scalars: Scalars
+    ) -> None:
         """Writes D into this rank's slice; parts before it are complete and can travel."""
         me = self._team.me
         start = self._bases[me][self._index[id(arena)]] + segment.start

@@ -13,7 +13,6 @@ from shampoo.allgather import AllGather
 from shampoo.blocking import merge_groups
 from shampoo.exchange import Alone, Exchange, needs_weights
 from shampoo.hyperparameters import Geometry, Hyperparameters
-from shampoo.layerwise import Norms
 from shampoo.regions import Region, regions_of
 from shampoo.router import Router
 from shampoo.routes import Routed
@@ -52,15 +51,16 @@ class Exchanges:
 
     Attributes:
         by_team: in the order in which all ranks visit the teams they are in.
-        norms: for every arena of the plan, None if it needs none.
+        squares: for every arena of the plan the norms that LARS and LAMB add up, [2, blocks]
+            float64, None if it is not of these.
     """
 
     def __init__(self, purpose: Purpose, params: Sequence[Tensor], workers: Workers) -> None:
         plan = purpose.plan
         self.purpose = purpose
         self.by_team = _exchanges_of(purpose, params, workers)
-        self.norms = [
-            Norms(arena, [plan.members[member].layout.blocks for member in arena.members])
+        self.squares = [
+            torch.empty(2, arena.blocks, dtype=torch.float64, device=arena.device)
             if arena.is_layerwise
             else None
             for arena in plan.arenas

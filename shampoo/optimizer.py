@@ -2,31 +2,29 @@
 
 import inspect
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.optim.optimizer import Optimizer
 
-from shampoo import checkpoint, ops
+from shampoo import capture, ops
+from shampoo.advance import advance, rescale
 from shampoo.agreement import FAILED, OK, SKIPPED, Agreement, Attempt, Verdict
-from shampoo.direction import direct
 from shampoo.errors import ShampooDistributedError
-from shampoo.exchange import Exchange, Round
+from shampoo.exchange import Round
 from shampoo.exchanges import Exchanges, Purpose, join_groups
-from shampoo.factors import accumulate, gather, refresh
 from shampoo.hyperparameters import Hyperparameters, dtype_name, warn_about
-from shampoo.layerwise import rescale
 from shampoo.layout import FACTORED, Layout
-from shampoo.precision import full_precision
+from shampoo.persistence import Persistent
 from shampoo.proposal import Proposal, local_gradients, propose
 from shampoo.replicas import Copies, copies_of
+from shampoo.scalars import Scalars
 from shampoo.segments import Selection
 from shampoo.solver import check_method
-from shampoo.step_plan import Owners, Plan, check_parameter, parameter_name
+from shampoo.stacks import Arena
+from shampoo.step_plan import Plan, check_parameter, parameter_name
 from shampoo.workers import Team, Workers
 
 logger = logging.getLogger(__name__)
@@ -36,7 +34,7 @@ logger = logging.getLogger(__name__)
 _EXTRA = {"skipped_steps": 0, "refresh_period": 0}
 
 
-class Shampoo(Optimizer):
+class Shampoo(Persistent):
     r"""Distributed Shampoo (arXiv 2309.06497): block-diagonal Kronecker-factored preconditioning.
 
     Every parameter is merged to a matrix, cut into blocks of at most ``max_preconditioner_dim`` a
@@ -102,15 +100,37 @@ class Shampoo(Optimizer):
         foreach: accepted for compatibility; work is always batched over blocks.
         fused: True raises if the compiled kernels, so far those for a CPU, cannot be built; None
             and False take what there is.
-        capturable: not supported yet, must be False.
+        capturable: let CUDA graphs replay the step, with a refresh or without, as
+            :class:`shampoo.Replay` does. Nothing waits for the device: steps are counted and
+            skipped on it, ``lr`` and ``betas`` may be tensors there, unchecked, and a root that
+            fails its test is not retried. Needs ``nonfinite="skip"``, a ``root_method`` other than
+            ``"eigh"`` (``"auto"`` is ``"minimax"``), and all blocks on this rank.
         differentiable: not supported, must be False.
+        process_group: the ranks that hold replicas of plain parameters, None for the default
+            group. Parameters that are DTensors bring the ranks of their mesh. Belongs to the run,
+            as the next three do: no checkpoint holds it.
+        num_trainers_per_group: how many consecutive ranks divide the blocks of replicated
+            parameters among them; each such group does all of the work once. -1 means the ranks of
+            one node (``LOCAL_WORLD_SIZE``), fewer where there are not 4 blocks for each; 0 or 1
+            turns it off. The result does not depend on it. Sharded parameters are always divided
+            among the ranks of their mesh.
+        communication_dtype: in which search directions travel: ``torch.float32``,
+            ``torch.bfloat16`` or ``torch.float16``; None for the dtype they are computed in, which
+            rounds nothing.
+        overlap: send the directions of replicated parameters in parts, the first while later ones
+            are computed. LARS, LAMB and a mix with sharded parameters send them in one.
         check_replicas_every: steps between comparisons of what several ranks hold of the
             parameters, bit for bit, 0 for never. A difference raises on all of them.
 
     Raises:
         ValueError: for a value out of range, naming it, its bound and the remedy.
-        RuntimeError: for complex or sharded parameters, ``differentiable=True`` and
-            ``capturable=True``.
+        RuntimeError: for complex parameters, those with Partial placements, flat ones (FSDP1,
+            ZeRO) and ``differentiable=True``.
+
+    With an initialised process group every block has one owner, which holds its state and computes
+    its direction; all ranks apply what was sent. All ranks must call ``step()`` together, with
+    gradients for the same parameters; a rank that cannot go on takes the others with it, with the
+    same error, instead of leaving them to wait.
 
     ``step()`` counts from 1 for every parameter since it joined the optimizer or was first
     unfrozen, with or without a gradient; a call in which no parameter has one changes nothing. A
@@ -123,11 +143,7 @@ class Shampoo(Optimizer):
     ``block{k}.exp_avg``, ``block{k}.exp_avg_sq`` (the grafted method's), ``block{k}.momentum``.
     """
 
-    # On the class, so that an unpickled or copied optimizer, which has neither, starts without.
-    _plan: Plan | None = None
-    _incoming: dict[Tensor, dict[str, Any]] | None = None
     _exchanges: Exchanges | None = None
-    _damage: str = ""  # why this rank cannot go on until it has loaded a checkpoint
 
     def __init__(
         self,
@@ -171,7 +187,6 @@ class Shampoo(Optimizer):
     ) -> None:
         given = locals()
         self._workers = Workers(**{name: given[name] for name in _SHARING})
-        self._owners: Owners = {}  # who has owned the blocks of a parameter: they stay
         defaults = {name: given[name] for name in _DEFAULTS}
         defaults["preconditioner_dtype"] = dtype_name(preconditioner_dtype)
         Hyperparameters.read(defaults)
@@ -188,6 +203,7 @@ class Shampoo(Optimizer):
         super().add_param_group(param_group)
         try:
             self._check_group(len(self.param_groups) - 1)
+            capture.is_capturable(self.param_groups)
         except Exception:
             self.param_groups.pop()
             raise
@@ -207,7 +223,8 @@ class Shampoo(Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """Steps skipped because a gradient was not finite."""
+        """Steps skipped because a gradient was not finite. Waits for a device that counts them."""
+        self._settle_skipped()
         return max(int(group["extra"]["skipped_steps"]) for group in self.param_groups)
 
     @torch.no_grad()
@@ -222,18 +239,21 @@ class Shampoo(Optimizer):
 
         Raises:
             NonFiniteGradientError: with ``nonfinite="raise"``; nothing has changed.
-            RuntimeError: for sparse gradients; nothing has changed.
-            PlanMismatchError: if ranks would do different things; nothing has changed.
+            PlanMismatchError: if ranks differ in parameters, gradients that are there, or
+                hyper-parameters; nothing has changed.
             ReplicaMismatchError: if ``check_replicas_every`` finds a difference; nothing has
                 changed.
             ShampooDistributedError: if a rank has failed. No parameter has changed, but statistics
                 may have moved.
+            RuntimeError: for sparse gradients; nothing has changed.
             Where ranks share the work, all of them raise in the same step.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        capture.check_health(self)
+        self._consolidated = None
         proposal = self._agree()
         if proposal is not None:
             self._take(proposal)
@@ -277,7 +297,7 @@ class Shampoo(Optimizer):
         purpose = Purpose.of(plan, values, self._workers)
         is_prepared = self._exchanges is not None and self._exchanges.purpose == purpose
         step = Round(plan.params(self.param_groups), grads, values)
-        proposal = propose(plan, step, purpose, is_prepared)
+        proposal = propose(plan, step, purpose, is_prepared, self._on_device)
         if not holders.is_alone:
             proposal.add_topics(self._workers.terms())
             period = self._workers.check_replicas_every
@@ -311,21 +331,23 @@ class Shampoo(Optimizer):
         plan, step = proposal.plan, proposal.round
         exchanges = self._exchanges.by_team
         attempt = Attempt(is_shared=not plan.holders.is_alone)
-        for arena in plan.arenas:
-            arena.count_step()  # first: a rank that fails must not fall a step behind the others
+        if not capture.is_capturing():
+            for arena in plan.arenas:
+                arena.count_step()  # now: a rank that fails must not fall a step behind the others
         for exchange in exchanges.values():
             attempt.run(exchange.open, step)
         for exchange in exchanges.values():
             exchange.fetch()
         selections = attempt.run(self._select, plan, step) or [None] * len(plan.arenas)
-        for arena, selection, norms in zip(
-            plan.arenas, selections, self._exchanges.norms, strict=True
+        for arena, selection, squares in zip(
+            plan.arenas, selections, self._exchanges.squares, strict=True
         ):
-            exchange = exchanges[arena.team]
-            attempt.run(self._direct, selection, step, exchange)
-            if norms is not None:
+            exchange, hyper = exchanges[arena.team], step.hyper[arena.group]
+            scalars = attempt.run(self._scalars, arena, hyper, proposal.accepted)
+            attempt.run(advance, selection, hyper, scalars, exchange)
+            if squares is not None:
                 segments = [] if selection is None else selection.segments
-                rescale(norms, segments, exchange, step.hyper[arena.group], attempt)
+                rescale(arena, segments, squares, hyper, scalars, exchange, attempt)
         word = attempt.word
         for exchange in exchanges.values():
             word = max(word, exchange.send(word))
@@ -350,45 +372,32 @@ class Shampoo(Optimizer):
         """The blocks that move, by arena."""
         plan.add_missing_moments(self.param_groups, step.hyper, self.state)
         plan.assign_slots(self.param_groups, step.hyper)
-        return plan.select(step.present)
+        selections = plan.select(step.present)
+        if self._on_device is not None:
+            self._on_device.keep(selections)
+        return selections
 
-    def _direct(self, selection: Selection, step: Round, exchange: Exchange) -> None:
-        """Factors, roots and search directions of one arena (steps 0 to 6)."""
-        arena, hyper = selection.arena, step.hyper[selection.arena.group]
-        with full_precision(arena.device):
-            slot = hyper.due_slot(arena.step)
-            due = [] if slot is None else selection.factors.get(slot, [])
-            if due:
-                # Roots see the factors of all blocks, so these move first. Segments share a
-                # workspace: their gradients are packed again, unless there is only one.
-                for segment in selection.segments:
-                    gather(segment, hyper, exchange)
-                    accumulate(segment, hyper)
-                for factors in due:
-                    refresh(factors, hyper, arena.step)
-            for segment in selection.segments:
-                if not due:
-                    gather(segment, hyper, exchange)
-                    accumulate(segment, hyper)
-                elif len(selection.segments) > 1:
-                    gather(segment, hyper, exchange)
-                direct(segment, arena.rule, hyper, arena.step)
-                if not arena.is_layerwise:
-                    exchange.deliver(arena, segment, hyper)
+    def _scalars(self, arena: Arena, hyper: Hyperparameters, accepted: Tensor | None) -> Scalars:
+        """The numbers that move an arena in the step that has just been counted."""
+        if accepted is None or self._on_device is None:
+            return Scalars.of(hyper, arena.rule, arena.step)
+        return self._on_device.scalars(hyper, arena, accepted)
 
-    def _current_plan(self) -> Plan:
-        """The plan, rebuilt if parameters were added, swapped, unfrozen or moved since."""
-        if self._plan is None or not self._plan.is_current(self.param_groups, self._workers):
-            live = {param for group in self.param_groups for param in group["params"]}
-            if dead := [param for param in self.state if param not in live]:
-                logger.warning(
-                    "shampoo: %d parameters were replaced; their state is dropped", len(dead)
-                )
-            for param in dead:
-                del self.state[param]
-            self._plan = Plan(self.param_groups, self.state, self._workers, kept=self._owners)
-            self._owners = self._plan.owners()
-        return self._plan
+    def coming_refresh(self) -> tuple[int | None, ...]:
+        """Names the roots that the next step refreshes: what a graph of it can be used for again.
+
+        All None for an ordinary step. The schedule follows the steps that were asked for; the host
+        does not know which of them ``capturable=True`` has skipped.
+        """
+        values = [Hyperparameters.read(group) for group in self.param_groups]
+        plan = self._current_plan()
+        plan.assign_slots(self.param_groups, values)
+        return capture.coming_refresh(plan, values)
+
+    def replayed(self) -> None:
+        """Says that a graph with one step was replayed, for which ``step()`` was not called."""
+        for arena in self._current_plan().arenas:
+            arena.count_step()
 
     def _count_skipped(self, complaint: str) -> None:
         for group in self.param_groups:
@@ -397,53 +406,7 @@ class Shampoo(Optimizer):
         if count & (count - 1) == 0:  # 1, 2, 4, 8 ...: a run that skips for ever stays readable
             logger.warning("shampoo: step skipped, %s; %d skipped so far", complaint, count)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Called by torch when it copies and pickles.
-
-        Published state are views, each of which would be pickled with all of its arena.
-        """
-        state = super().__getstate__()
-        state["_workers"], state["_owners"] = self._workers, self._owners
-        state["state"] = {
-            param: {key: view.clone() for key, view in entries.items()}
-            for param, entries in self.state.items()
-        }
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what ``state_dict()`` returned; training continues bit for bit.
-
-        Statistics keep the dtype of ``preconditioner_dtype`` whatever the parameters are. Values of
-        hyper-parameters come from the checkpoint, as for every ``torch.optim`` optimizer.
-
-        Args:
-            state_dict: loaded, for example, by ``torch.load(path, weights_only=True)``.
-
-        Raises:
-            IncompleteCheckpointError: if blocks are missing.
-            BlockGridMismatchError: if blocks have other shapes.
-            ValueError: for other numbers of groups or parameters, or a value out of range.
-                In every case the optimizer is as it was.
-        """
-
-        def keep_state(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
-            self._incoming = checkpoint.match(
-                self.param_groups, self.defaults, incoming, self._workers, self._owners
-            )
-            return {**incoming, "state": {}}
-
-        # Registered now, so that it sees what the user's own hooks make of the state.
-        hook = self.register_load_state_dict_pre_hook(keep_state)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            hook.remove()
-            self._incoming = None
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Called by torch when it loads, copies and unpickles; the plan is made anew."""
-        super().__setstate__(state)
-        ops.load_kernels()
+    def _fill_groups(self) -> None:
         # A pickle of an older version has none of the arguments that came after it, not even in
         # its defaults.
         self.defaults = {**_DEFAULTS, **self.defaults}
@@ -451,15 +414,9 @@ class Shampoo(Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
             group["preconditioner_dtype"] = dtype_name(group["preconditioner_dtype"])
-            group["extra"] = {**_EXTRA, **group.get("extra", {})}
-        if "_workers" not in self.__dict__:  # a pickle of a version before there were any
-            self._workers, self._owners = Workers(), {}
-        self._plan = None
-        self._damage = ""
-        if self._incoming is not None:
-            self.state = defaultdict(dict, self._incoming)
-            if self._incoming:
-                self._current_plan()
+            extra = group.get("extra", {})
+            group["extra"] = {name: extra.get(name, value) for name, value in _EXTRA.items()}
+        ops.load_kernels()
 
 
 # Who shares the work belongs to a run, not to what is trained: it is in no group or checkpoint.

@@ -7,10 +7,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shampoo.agreement import OK, REFUSED, SKIPPED, Topic, Verdict, digest
+from shampoo.capture import DeviceState
 from shampoo.errors import NonFiniteGradientError
 from shampoo.exchange import Round
 from shampoo.exchanges import Purpose
-from shampoo.gradients import can_square, check_dense, largest_magnitudes
+from shampoo.gradients import check_dense, largest_magnitudes, square_limit
 from shampoo.regions import local_tensor
 from shampoo.replicas import Copies
 from shampoo.step_plan import Member, Plan
@@ -27,6 +28,7 @@ class Proposal:
         error: why it is refused.
         topics: what must be alike on all ranks.
         copies: checksums to be compared in this step.
+        accepted: whether it is to change anything, 0-d bool, where only the device may know.
     """
 
     plan: Plan
@@ -37,6 +39,7 @@ class Proposal:
     error: Exception | None = None
     topics: Sequence[Topic] = ()
     copies: Sequence[Copies] = ()
+    accepted: Tensor | None = None
 
     def add_topics(self, terms: Mapping[str, str]) -> None:
         """Adds what must be alike, causes before what they lead to.
@@ -57,6 +60,9 @@ class Proposal:
                 words = {name: repr(value) for name, value in fields.items()}
                 found.append({"name": f"group {index}", **terms, **words})
             return found
+
+        # Bias corrections count them; ranks that loaded files of different steps would part here.
+        steps = self.plan.steps()
 
         def gradients() -> list[dict[str, str]]:
             return [
@@ -101,18 +107,31 @@ def local_gradients(members: Sequence[Member], params: Sequence[Tensor]) -> list
     return [None if grad is None else local_tensor(grad) for grad in grads]
 
 
-def propose(plan: Plan, step: Round, purpose: Purpose, is_prepared: bool) -> Proposal:
-    """Whether these gradients make a step: all finite, and small enough to square."""
+def propose(
+    plan: Plan, step: Round, purpose: Purpose, is_prepared: bool, on_device: DeviceState | None
+) -> Proposal:
+    """Whether these gradients make a step: all finite, and small enough to square.
+
+    Args:
+        is_prepared: whether the buffers for ``purpose`` are there.
+        on_device: what decides it without the host, where it must not wait.
+    """
     present = [
         (member, grad)
         for member, grad in zip(plan.members, step.grads, strict=True)
         if grad is not None and grad.numel() > 0  # an empty shard has nothing to say
     ]
-    magnitudes = largest_magnitudes([grad for _, grad in present]) if present else []
+    if not present:
+        return Proposal(plan, step, purpose, Verdict(OK, False, is_prepared))
+    if on_device is not None:
+        accepted = on_device.accept(plan, step.grads)
+        verdict = Verdict(OK, True, is_prepared)
+        return Proposal(plan, step, purpose, verdict, accepted=accepted)
+    magnitudes: list[float] = largest_magnitudes([grad for _, grad in present]).tolist()
     bad = [
         member
         for (member, _), magnitude in zip(present, magnitudes, strict=True)
-        if not can_square(magnitude, member.layout.numel, plan.geometry(member).dtype)
+        if not magnitude < square_limit(member.layout.numel, plan.geometry(member).dtype)
     ]
     if not bad:
         return Proposal(plan, step, purpose, Verdict(OK, any(magnitudes), is_prepared))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from shampoo import ops
 from shampoo.agreement import FAILED
+from shampoo.averages import Number
 from shampoo.exchange import (
     Exchange,
     Round,
@@ -24,6 +25,7 @@ from shampoo.exchange import (
 )
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.routes import Piece, Routed, Routes, routes_of, spans
+from shampoo.scalars import Scalars
 from shampoo.segments import Segment
 from shampoo.stacks import Arena
 
@@ -136,13 +138,13 @@ class Router(Exchange):
         # No word: ranks have agreed before, and what goes wrong from here on is said in send().
         self._incoming.wire.exchange(self._group, 0)
 
-    def gradients(self, segment: Segment, out: Tensor, sign: float) -> None:
+    def gradients(self, segment: Segment, out: Tensor, sign: Number) -> None:
         """``out <- sign G``, from the pieces that came; ``out`` is the segment's."""
         self._incoming.copies(segment, segment.grad, is_weight=False).run()
         if sign != 1.0:
             out.mul_(sign)
 
-    def weights(self, segment: Segment, out: Tensor, factor: float, accumulate: bool) -> None:
+    def weights(self, segment: Segment, out: Tensor, factor: Number, accumulate: bool) -> None:
         """``out <- factor W (+ out)``, with the roundings of weights that are here."""
         space = self._weights[: segment.grad.numel()]
         self._incoming.copies(segment, space, is_weight=True).run()
@@ -150,7 +152,9 @@ class Router(Exchange):
         table = torch.tensor(whole, dtype=torch.int64, device="cpu")
         ops.gather_blocks_(out, [space], table, factor, accumulate)
 
-    def deliver(self, arena: Arena, segment: Segment, hyper: Hyperparameters) -> None:
+    def deliver(
+        self, arena: Arena, segment: Segment, hyper: Hyperparameters, scalars: Scalars
+    ) -> None:
         """Puts the pieces of D on the wire."""
 
         def weights(out: Tensor) -> None:
