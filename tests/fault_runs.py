@@ -16,6 +16,7 @@ from torch.nn import Parameter
 
 from shampoo import Shampoo, ShampooError
 
+TIMEOUT = 30.0  # seconds; a rank that waits for one that does not come fails after it
 SHAPES = ((13, 9), (20, 6), (9, 13), (5,), (8, 8))  # 13 blocks, whole shards of some are empty
 HYPER: dict[str, Any] = {
     "lr": 0.1,

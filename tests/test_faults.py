@@ -7,12 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from fault_runs import LAYOUTS, Run, broken, said_by, wait_for_all
+from fault_runs import LAYOUTS, TIMEOUT, Run, broken, said_by, wait_for_all
 from ranks import DiedError, Ranks
 from torch.distributed.tensor import DTensor
-
-TIMEOUT = 8.0  # seconds; a rank that waits for one that does not come fails after it
-
 
 # Row 1
 
