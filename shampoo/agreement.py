@@ -41,11 +41,12 @@ def digest(content: str) -> int:
 class Topic:
     """Something that must be alike on all ranks, in short and, where they differ, in words."""
 
+    noun: str  # what the entries are of
     digest: int
     entries: Callable[[], Sequence[Entry]]
 
 
-TOPICS = 3  # of a step: its plan, which gradients are there, the values of hyper-parameters
+TOPICS = 4  # of a step: values of hyper-parameters, its plan, which gradients are there, steps
 
 
 class Verdict(NamedTuple):
@@ -133,7 +134,7 @@ class Agreement:
             self.fail(error)
         for topic, high, low in zip(topics, agreed[::2], agreed[1::2], strict=True):
             if high != -low:
-                self._name_difference(topic.entries())
+                self._name_difference(topic.noun, topic.entries())
         return Verdict(status, bool(nonzero), not unprepared)
 
     def confirm(self, word: int) -> int:
@@ -167,7 +168,7 @@ class Agreement:
         agreed: list[int] = tensor.tolist()
         return agreed
 
-    def _name_difference(self, entries: Sequence[Entry]) -> NoReturn:
+    def _name_difference(self, noun: str, entries: Sequence[Entry]) -> NoReturn:
         """Raises with the first entry in which a rank differs from the first rank."""
         everyone: list[Sequence[Entry]] = [()] * dist.get_world_size(self._group)
         dist.all_gather_object(everyone, entries, group=self._group)
@@ -175,7 +176,7 @@ class Agreement:
         for rank, theirs in zip(ranks, everyone, strict=True):
             if len(theirs) != len(everyone[0]):
                 raise PlanMismatchError(
-                    f"rank {rank} has {len(theirs)} parameters to train, rank {ranks[0]} has"
+                    f"rank {rank} has {len(theirs)} {noun}, rank {ranks[0]} has"
                     f" {len(everyone[0])}. Give all ranks the same model and parameter groups."
                 )
             for own, other in zip(everyone[0], theirs, strict=True):

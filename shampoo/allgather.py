@@ -38,7 +38,7 @@ class AllGather(Exchange):
     Args:
         crews: arenas of the team, for each of its positions, in the order in which the step
             delivers.
-        group: the team's process group.
+        group: the team's process group, None for one rank.
         dtype: in which directions travel.
         overlap: send in parts, each as soon as the step has delivered it.
     """
@@ -46,7 +46,7 @@ class AllGather(Exchange):
     def __init__(
         self,
         crews: Sequence[Sequence[Arena]],
-        group: dist.ProcessGroup,
+        group: dist.ProcessGroup | None,
         dtype: torch.dtype,
         overlap: bool,
     ) -> None:
@@ -115,7 +115,8 @@ class AllGather(Exchange):
 
     def sum_(self, values: Tensor) -> None:
         """Adds up what the ranks of the team know, in place."""
-        dist.all_reduce(values, group=self._group)
+        if self._group is not None:
+            dist.all_reduce(values, group=self._group)
 
     def _launch(self, until: int, word: int) -> None:
         """Starts to send the parts before ``until`` that have not been sent yet."""
@@ -123,9 +124,11 @@ class AllGather(Exchange):
         for part in range(len(self._works), until):
             buffer = self._buffers[part]
             buffer[me, 0] = word
-            self._works.append(
-                _all_gather(buffer.view(-1), buffer[me], self._group, len(self._buffers) > 1)
-            )
+            work = None
+            if self._group is not None:
+                is_async = len(self._buffers) > 1
+                work = _all_gather(buffer.view(-1), buffer[me], self._group, is_async)
+            self._works.append(work)
 
     def send(self, word: int) -> int:
         """Sends what is left with this rank's word; returns the team's, once all is here."""

@@ -92,7 +92,7 @@ def _exchanges_of(
         arenas = [crew[team.me] for crew in crews[team]]
         dtypes = [arena.update_dtype for arena in arenas]
         dtype = workers.communication_dtype or functools.reduce(torch.promote_types, dtypes)
-        if team.is_alone:
+        if plan.holders.is_alone:
             exchanges[team] = Alone()
         elif team.is_sharded:
             members = [
@@ -117,7 +117,10 @@ def _exchanges_of(
             # them in another order on each rank, and hang.
             overlap = workers.overlap and len(crews) == 1
             overlap = overlap and not any(arena.is_layerwise for arena in arenas)
-            exchanges[team] = AllGather(crews[team], workers.group(team), dtype, overlap)
+            # One rank alone among others has nobody to send to, but must wait for their word before
+            # it moves a parameter, and so keeps its directions in a buffer too.
+            group = None if team.is_alone else workers.group(team)
+            exchanges[team] = AllGather(crews[team], group, dtype, overlap)
     return exchanges
 
 

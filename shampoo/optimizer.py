@@ -2,16 +2,14 @@
 
 import inspect
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.optim.optimizer import Optimizer
 
-from shampoo import capture, checkpoint, ops
+from shampoo import capture, ops
 from shampoo.advance import advance, rescale
 from shampoo.agreement import FAILED, OK, SKIPPED, Agreement, Attempt, Verdict
 from shampoo.errors import ShampooDistributedError
@@ -19,13 +17,14 @@ from shampoo.exchange import Round
 from shampoo.exchanges import Exchanges, Purpose, join_groups
 from shampoo.hyperparameters import Hyperparameters, dtype_name, warn_about
 from shampoo.layout import FACTORED, Layout
+from shampoo.persistence import Persistent
 from shampoo.proposal import Proposal, local_gradients, propose
 from shampoo.replicas import Copies, copies_of
 from shampoo.scalars import Scalars
 from shampoo.segments import Selection
 from shampoo.solver import check_method
 from shampoo.stacks import Arena
-from shampoo.step_plan import Owners, Plan, check_parameter, parameter_name
+from shampoo.step_plan import Plan, check_parameter, parameter_name
 from shampoo.workers import Team, Workers
 
 logger = logging.getLogger(__name__)
@@ -35,7 +34,7 @@ logger = logging.getLogger(__name__)
 _EXTRA = {"skipped_steps": 0, "refresh_period": 0}
 
 
-class Shampoo(Optimizer):
+class Shampoo(Persistent):
     r"""Distributed Shampoo (arXiv 2309.06497): block-diagonal Kronecker-factored preconditioning.
 
     Every parameter is merged to a matrix, cut into blocks of at most ``max_preconditioner_dim`` a
@@ -148,12 +147,7 @@ class Shampoo(Optimizer):
     ``block{k}.exp_avg``, ``block{k}.exp_avg_sq`` (the grafted method's), ``block{k}.momentum``.
     """
 
-    # On the class, so that an unpickled or copied optimizer, which has neither, starts without.
-    _plan: Plan | None = None
-    _on_device: capture.DeviceState | None = None  # of the plan, if it is capturable
-    _incoming: dict[Tensor, dict[str, Any]] | None = None
     _exchanges: Exchanges | None = None
-    _damage: Exception | None = None  # why a step that was agreed on was not taken in full
 
     def __init__(
         self,
@@ -198,7 +192,6 @@ class Shampoo(Optimizer):
     ) -> None:
         given = locals()
         self._workers = Workers(**{name: given[name] for name in _SHARING})
-        self._owners: Owners = {}  # who has owned the blocks of a parameter: they stay
         defaults = {name: given[name] for name in _DEFAULTS}
         defaults["preconditioner_dtype"] = dtype_name(preconditioner_dtype)
         Hyperparameters.read(defaults)
@@ -265,6 +258,7 @@ class Shampoo(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         capture.check_health(self)
+        self._consolidated = None
         proposal = self._agree()
         if proposal is not None:
             self._take(proposal)
@@ -410,22 +404,6 @@ class Shampoo(Optimizer):
         for arena in self._current_plan().arenas:
             arena.count_step()
 
-    def _current_plan(self) -> Plan:
-        """The plan, rebuilt if parameters were added, swapped, unfrozen or moved since."""
-        if self._plan is None or not self._plan.is_current(self.param_groups, self._workers):
-            capture.check_warm(False)
-            live = {param for group in self.param_groups for param in group["params"]}
-            for param in [param for param in self.state if param not in live]:
-                logger.warning("shampoo: a parameter was replaced; its state is dropped")
-                del self.state[param]
-            self._settle_skipped()
-            self._plan = Plan(self.param_groups, self.state, self._workers, kept=self._owners)
-            self._owners = self._plan.owners()
-            self._on_device = None
-            if self._plan.arenas and capture.is_capturable(self.param_groups):
-                self._on_device = capture.DeviceState(self._plan)
-        return self._plan
-
     def _count_skipped(self, complaint: str) -> None:
         for group in self.param_groups:
             group["extra"]["skipped_steps"] += 1
@@ -433,67 +411,7 @@ class Shampoo(Optimizer):
         if count & (count - 1) == 0:  # 1, 2, 4, 8 ...: a run that skips for ever stays readable
             logger.warning("shampoo: step skipped, %s; %d skipped so far", complaint, count)
 
-    def _settle_skipped(self) -> None:
-        """Adds what the device has counted since to ``extra``."""
-        if self._on_device is not None:
-            skipped = int(self._on_device.skipped)
-            self._on_device.skipped.zero_()
-            for group in self.param_groups:
-                group["extra"]["skipped_steps"] += skipped
-
-    def state_dict(self) -> dict[str, Any]:
-        """As every ``torch.optim`` optimizer's. Waits for a device that counts the steps."""
-        self._settle_skipped()
-        return super().state_dict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Called by torch when it copies and pickles.
-
-        Published state are views, each of which would be pickled with all of its arena.
-        """
-        self._settle_skipped()
-        state = super().__getstate__()
-        state["_workers"], state["_owners"] = self._workers, self._owners
-        state["state"] = {
-            param: {key: view.clone() for key, view in entries.items()}
-            for param, entries in self.state.items()
-        }
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what ``state_dict()`` returned; training continues bit for bit.
-
-        Statistics keep the dtype of ``preconditioner_dtype`` whatever the parameters are. Values of
-        hyper-parameters come from the checkpoint, as for every ``torch.optim`` optimizer.
-
-        Args:
-            state_dict: loaded, for example, by ``torch.load(path, weights_only=True)``.
-
-        Raises:
-            IncompleteCheckpointError: if blocks are missing.
-            BlockGridMismatchError: if blocks have other shapes.
-            ValueError: for other numbers of groups or parameters, or a value out of range.
-                In every case the optimizer is as it was.
-        """
-
-        def keep_state(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
-            self._incoming = checkpoint.match(
-                self.param_groups, self.defaults, incoming, self._workers, self._owners
-            )
-            return {**incoming, "state": {}}
-
-        # Registered now, so that it sees what the user's own hooks make of the state.
-        hook = self.register_load_state_dict_pre_hook(keep_state)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            hook.remove()
-            self._incoming = None
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Called by torch when it loads, copies and unpickles; the plan is made anew."""
-        super().__setstate__(state)
-        ops.load_kernels()
+    def _fill_groups(self) -> None:
         # A pickle of an older version has none of the arguments that came after it, not even in
         # its defaults.
         self.defaults = {**_DEFAULTS, **self.defaults}
@@ -501,14 +419,9 @@ class Shampoo(Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
             group["preconditioner_dtype"] = dtype_name(group["preconditioner_dtype"])
-            group["extra"] = {**_EXTRA, **group.get("extra", {})}
-        if "_workers" not in self.__dict__:  # a pickle of a version before there were any
-            self._workers, self._owners = Workers(), {}
-        self._plan = self._on_device = None
-        if self._incoming is not None:
-            self.state = defaultdict(dict, self._incoming)
-            if self._incoming:
-                self._current_plan()
+            extra = group.get("extra", {})
+            group["extra"] = {name: extra.get(name, value) for name, value in _EXTRA.items()}
+        ops.load_kernels()
 
 
 # Who shares the work belongs to a run, not to what is trained: it is in no group or checkpoint.

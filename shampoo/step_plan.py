@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from shampoo.agreement import digest
 from shampoo.blocking import Tile
-from shampoo.division import Share, divide
-from shampoo.errors import BlockGridMismatchError, ShampooDistributedError
+from shampoo.division import Owners, Share, divide
+from shampoo.errors import BlockGridMismatchError, IncompleteCheckpointError
 from shampoo.grafting import GRAFTING
 from shampoo.hyperparameters import Geometry, Hyperparameters
 from shampoo.layout import ADAGRAD, Layout
@@ -37,7 +37,6 @@ GPU_SEGMENT = 1 << 24
 _PATTERNS = 16  # of present gradients, whose selections are kept
 
 State = MutableMapping[Tensor, dict[str, Any]]
-Owners = Mapping[Tensor, tuple[Team, tuple[int, ...]]]  # of the blocks of parameters
 Published = list[tuple[Tensor, str, Tensor]]
 
 
@@ -45,7 +44,8 @@ Published = list[tuple[Tensor, str, Tensor]]
 class Member:
     """One planned parameter.
 
-    ``owners`` are those of its blocks: positions in its team, row-major in its grid of blocks.
+    ``owners`` are those of its blocks: positions in its team, row-major in its grid of blocks;
+    ``step`` is what it had taken when the plan was built.
     """
 
     group: int
@@ -54,6 +54,7 @@ class Member:
     layout: Layout
     team: Team
     owners: tuple[int, ...]
+    step: int
 
     def blocks(self) -> Iterator[tuple[int, Tile]]:
         """The index of every block in the grid of the parameter, and its tile, alone in it."""
@@ -121,12 +122,14 @@ class Plan:
         state: ``optimizer.state``. What it holds for a planned parameter is copied into the arenas,
             and replaced by views of them.
         workers: who shares the work.
-        kept: owners that were decided before; blocks stay with them while the team does.
+        kept: owners of blocks in the plan that this one replaces (:meth:`owners`).
         device: where to put state instead of beside the parameters; ``"meta"`` makes a plan whose
             views have shapes and dtypes only.
+        is_partial: whether blocks may be missing from the state of a parameter.
 
     Raises:
         BlockGridMismatchError: if a tensor of ``state`` does not fit its block.
+        IncompleteCheckpointError: if the state of a parameter lacks a block that this rank owns.
     """
 
     def __init__(
@@ -135,7 +138,8 @@ class Plan:
         state: State,
         workers: Workers,
         device: str | None = None,
-        kept: Owners | None = None,
+        kept: Mapping[Tensor, Owners] | None = None,
+        is_partial: bool = False,
     ) -> None:
         self.members: list[Member] = []
         self._geometries = [Geometry.of(group) for group in groups]
@@ -143,11 +147,14 @@ class Plan:
         self._replicas = workers.replicas()
         self._workspaces: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._selections: dict[tuple[bool, ...], list[Selection]] = {}
-        self._enlist(groups, state, workers, kept or {})
+        self._enlist(groups, state, workers, kept)
         params = self.planned(groups)
-        if device is None:
-            self._check_inherited(params, state, kept or {})
         self.holders = workers.holders([param for group in groups for param in group["params"]])
+        # Whether groups of ranks work out the same, each for itself.
+        self.is_redundant = any(
+            not isinstance(param, DTensor) and member.team.size < self._replicas.size
+            for member, param in zip(self.members, params, strict=True)
+        )
         self.crews = self._place(groups, params, state, device)
         self.arenas = [crew[crew[0].team.me] for crew in self.crews]
         published: Published = []
@@ -160,6 +167,8 @@ class Plan:
             for factors in arena.factor_stacks:
                 factors.mark_rooted()
             published += views
+        if not is_partial:
+            self._check_whole(published, state)
         # Only now, when all of it is known to fit: a plan that cannot be built leaves no trace.
         for param in params:
             state[param] = {}
@@ -171,7 +180,7 @@ class Plan:
         groups: Sequence[dict[str, Any]],
         state: State,
         workers: Workers,
-        kept: Owners,
+        kept: Mapping[Tensor, Owners] | None,
     ) -> None:
         """Finds the parameters to move, and the owners of their blocks."""
         found: list[tuple[int, int, str, Tensor, Layout]] = []
@@ -199,34 +208,16 @@ class Plan:
             )
             for index, _, _, param, layout in found
         ]
-        same = {
-            share.param: kept[share.param][1]
-            for share in shares
-            if share.param in kept and kept[share.param][0] == share.team
-        }
         for (index, position, name, _, layout), share, owners in zip(
-            found, shares, divide(shares, same), strict=True
+            found, shares, divide(shares, kept), strict=True
         ):
-            self.members.append(Member(index, position, name, layout, share.team, tuple(owners)))
+            step = int(state.get(share.param, {}).get("step", 0))
+            self.members.append(
+                Member(index, position, name, layout, share.team, tuple(owners), step)
+            )
 
-    def _check_inherited(self, params: Sequence[Tensor], state: State, kept: Owners) -> None:
-        """Refuses to go on without the statistics of ranks that are no longer there."""
-        for member, param in zip(self.members, params, strict=True):
-            team, owners = kept.get(param, (member.team, member.owners))
-            if team == member.team or int(state.get(param, {}).get("step", 0)) == 0:
-                continue
-            for block, (before, now) in enumerate(zip(owners, member.owners, strict=True)):
-                is_there = any(key.startswith(f"block{block}.") for key in state[param])
-                if now == member.team.me and before != team.me and not is_there:
-                    raise ShampooDistributedError(
-                        f"The state of block {block} of {member.name} is not here: ranks"
-                        f" {team.ranks} divided its blocks, now {member.team.ranks} do. Save a"
-                        " checkpoint of all ranks before the process group changes, and load it"
-                        " after."
-                    )
-
-    def owners(self) -> dict[Tensor, tuple[Team, tuple[int, ...]]]:
-        """Who owns the blocks of every planned parameter: a team, and positions in it."""
+    def owners(self) -> dict[Tensor, Owners]:
+        """Who owns the blocks of every planned parameter."""
         planned = [seen.param for group in self._seen for seen in group if seen.planned]
         return {
             param: (member.team, member.owners)
@@ -249,11 +240,11 @@ class Plan:
             geometry, team = self._geometries[member.group], member.team
             place = torch.device(device) if device else param.device
             known = state.get(param, {})
-            taken = int(known["step"]) if "step" in known else 0
-            step = int(known.get("calls", taken)) if geometry.capturable else taken
+            # Where the device counts the steps taken, the schedule follows the calls.
+            step = int(known.get("calls", member.step)) if geometry.capturable else member.step
             wide = torch.promote_types(param.dtype, geometry.dtype)
             rule, diagonal = member.layout.rule, member.layout.diagonal
-            key = (member.group, rule, wide, place, step, taken, team)
+            key = (member.group, rule, wide, place, step, member.step, team)
             if key not in crews:
                 crews[key] = [
                     Arena(
@@ -305,6 +296,10 @@ class Plan:
     def step(self) -> int:
         """How many steps the oldest blocks have taken; 0 means that no block has taken one."""
         return max((arena.step for arena in self.arenas), default=0)
+
+    def steps(self) -> list[tuple[int, int]]:
+        """Groups of which there are blocks, and the steps these have taken."""
+        return [(arena.group, arena.step) for arena in self.arenas]
 
     @functools.cached_property
     def digest(self) -> int:
@@ -432,6 +427,23 @@ class Plan:
                 view.copy_(value)
             published.append((param, key, view))
         return published
+
+    def _check_whole(self, published: Published, state: State) -> None:
+        """Refuses to go on without blocks that others owned when the state was made."""
+        names = {
+            param: member.name
+            for param, member in zip(self.owners(), self.members, strict=True)
+            if state.get(param)
+        }
+        for param, key, _ in published:
+            # What else is missing may be new, called for by a change of betas or momentum.
+            is_lasting = key.split(".")[-1].startswith(("exp_avg_sq", "factor", "root"))
+            if param in names and key not in state[param] and is_lasting:
+                raise IncompleteCheckpointError(
+                    f"{key} of {names[param]} is missing: the ranks that divide the blocks are not"
+                    " those that divided them when this optimizer was copied or last stepped. Save"
+                    " with shampoo.checkpoint before the ranks change, and load that."
+                )
 
 
 def _segment_limit(device: torch.device) -> int:

@@ -191,7 +191,12 @@ class Workers:
 
     def __getstate__(self) -> dict[str, Any]:
         """Process groups cannot be copied: a copy makes its own, of the same ranks."""
-        dead = {"process_group": None, "_world": None, "_groups": {}, "_agreements": {}}
+        dead: dict[str, Any] = {
+            "process_group": None,
+            "_world": None,
+            "_groups": {},
+            "_agreements": {},
+        }
         return {**self.__dict__, **dead}
 
 

@@ -65,7 +65,8 @@ LAYERS = {
     "replicas": "errors regions workers",
     "step_plan": "agreement blocking division errors grafting hyperparameters layout regions"
     " segments solver stacks workers",
-    "checkpoint": "errors hyperparameters layout step_plan workers",
+    "state_dict": "division errors hyperparameters layout stacks step_plan workers",
+    "consolidation": "step_plan",
     # what travels
     "exchange": "averages hyperparameters layout ops scalars segments stacks",
     "allgather": "agreement exchange hyperparameters ops scalars segments stacks",
@@ -82,9 +83,11 @@ LAYERS = {
     "layerwise": "exchange segments stacks",
     "advance": "agreement capture direction exchange hyperparameters layerwise ops precision"
     " refresh scalars segments stacks",
-    "optimizer": "advance agreement capture checkpoint errors exchange exchanges hyperparameters"
-    " layout ops proposal replicas scalars segments solver stacks step_plan workers",
+    "persistence": "agreement capture consolidation division state_dict step_plan workers",
+    "optimizer": "advance agreement capture errors exchange exchanges hyperparameters"
+    " layout ops persistence proposal replicas scalars segments solver stacks step_plan workers",
     "replay": "optimizer",
+    "checkpoint": "",
     # before the step
     "architectures": "",
     "traffic": "layout",
