@@ -210,3 +210,18 @@ def test_replayed_steps_draw_anew(monkeypatch):
 def test_it_is_a_flag():
     with pytest.raises(ValueError, match="stochastic_rounding"):
         Shampoo([Parameter(torch.ones(2, 2))], stochastic_rounding="yes")
+
+
+def step_together(rank: int, arguments: dict) -> None:
+    param = Parameter(torch.ones(16, 12).bfloat16())
+    param.grad = torch.ones_like(param)
+    Shampoo([param], max_preconditioner_dim=8, **arguments).step()
+
+
+@pytest.mark.parametrize("name", ["stochastic_rounding", "capturable"])
+def test_blocks_divided_among_ranks_are_refused(ranks, name):
+    for error in ranks.run(step_together, 2, {name: True}):
+        assert "divided among" in str(error)
+        assert "num_trainers_per_group=1" in str(error)
+    alone = {name: True, "num_trainers_per_group": 1}
+    assert ranks.run(step_together, 2, alone) == [None, None]
