@@ -119,13 +119,12 @@ def propose(
     Raises:
         ValueError: for ``stochastic_rounding`` where blocks are divided among ranks.
     """
-    for arena in plan.arenas:
-        if step.hyper[arena.group].stochastic_rounding and not arena.team.is_alone:
-            raise ValueError(
-                "Invalid stochastic_rounding=True for parameters whose blocks are divided among"
-                f" {arena.team.size} ranks. Must be False: each would draw other numbers. Or pass"
-                " num_trainers_per_group=1, so that every rank works alone."
-            )
+    if not plan.holders.is_alone and any(hyper.stochastic_rounding for hyper in step.hyper):
+        raise ValueError(
+            f"Invalid stochastic_rounding=True with blocks divided among {plan.holders.size} ranks."
+            " Must be False: ranks would draw other numbers for the same weight. Or pass"
+            " num_trainers_per_group=1, so that every rank works alone."
+        )
     present = [
         (member, grad)
         for member, grad in zip(plan.members, step.grads, strict=True)

@@ -67,9 +67,10 @@ def test_the_mean_is_right(impl, share):
     assert set(weight.flatten().tolist()) <= {1.0, 1.0 - 2.0**-8}
     moved = (weight < 1.0).double().mean().item()
     assert moved == pytest.approx(share, abs=4 * (share * (1 - share) / weight.numel()) ** 0.5)
-    assert ((weight[:, 1:] < 1) == (weight[:, :-1] < 1)).double().mean() == pytest.approx(
-        share**2 + (1 - share) ** 2, abs=0.01
-    )
+    for distance in (1, 2, 3, 4, 5, 8, 16, 512):  # a word of a counter serves one element
+        one, other = weight.flatten()[distance:] < 1, weight.flatten()[:-distance] < 1
+        alike = (one == other).double().mean().item()
+        assert alike == pytest.approx(share**2 + (1 - share) ** 2, abs=0.01)
 
 
 @pytest.mark.parametrize("live", [False, True])
@@ -117,6 +118,17 @@ def test_other_dtypes_and_special_values_stay_alone(impl):
     special = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0], dtype=torch.bfloat16)
     moved = step_by(impl, special.clone(), 0.0, (1, 2))
     torch.testing.assert_close(moved, special, equal_nan=True, rtol=0, atol=0)
+
+
+def test_every_nan_stays_one(impl):
+    """A GPU's own NaN has all bits set: one more, and it would be a zero."""
+    bits = torch.tensor([0x7FFFFFFF, 0x7FC00000, -1, -0x400000], dtype=torch.int32)
+    weight = torch.ones(4, 64, dtype=torch.bfloat16)
+    direction = bits.view(torch.float32)[:, None].expand(4, 64).contiguous().flatten()
+    tiles, _, _ = table([(4, 64)], 4096)
+    move = (1.0, 0.0, 0.0, False)
+    impl.update_blocks_([weight], None, direction, torch.ones(1), tiles, *move, seed=1, step=2.0)
+    assert weight.isnan().all()
 
 
 def make(**arguments):
@@ -198,3 +210,18 @@ def test_replayed_steps_draw_anew(monkeypatch):
 def test_it_is_a_flag():
     with pytest.raises(ValueError, match="stochastic_rounding"):
         Shampoo([Parameter(torch.ones(2, 2))], stochastic_rounding="yes")
+
+
+def step_together(rank: int, arguments: dict) -> None:
+    param = Parameter(torch.ones(16, 12).bfloat16())
+    param.grad = torch.ones_like(param)
+    Shampoo([param], max_preconditioner_dim=8, **arguments).step()
+
+
+@pytest.mark.parametrize("name", ["stochastic_rounding", "capturable"])
+def test_blocks_divided_among_ranks_are_refused(ranks, name):
+    for error in ranks.run(step_together, 2, {name: True}):
+        assert "divided among" in str(error)
+        assert "num_trainers_per_group=1" in str(error)
+    alone = {name: True, "num_trainers_per_group": 1}
+    assert ranks.run(step_together, 2, alone) == [None, None]
