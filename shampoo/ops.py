@@ -2,24 +2,26 @@
 
 PyTorch's dispatcher is the only switch between kernels. An op starts out as its reference
 everywhere, and :func:`load_kernels` registers faster kernels over it for one device, as
-:mod:`shampoo.backends` chooses. Ops write
-into tensors they are given and return nothing, so one fake that does nothing lets torch.compile
-trace them all.
+:mod:`shampoo.backends` chooses. Ops write into tensors they are given and return nothing, so one
+fake that does nothing lets torch.compile trace them all.
 """
 
 import functools
 import importlib
+import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from shampoo import backends, jit
 from shampoo.kernels import health, minimax, reference
 
 _library = torch.library.Library("shampoo", "DEF")  # type: ignore[no-untyped-call]
 _meanings: dict[str, Callable[..., None]] = {}
+_names: dict[str, list[str]] = {}  # of an op and of its overload for numbers on the device
 
 
 def _no_output(*_: object) -> None:
@@ -27,35 +29,62 @@ def _no_output(*_: object) -> None:
 
 
 def _define(schema: str, meaning: Callable[..., None]) -> Callable[..., Any]:
-    name = schema.partition("(")[0]
+    name, _, overload = schema.partition("(")[0].partition(".")
     _meanings[name] = meaning
     _library.define(schema)  # type: ignore[no-untyped-call]
+    full_name = f"{name}.{overload}" if overload else name
     if "cuda" in backends.KERNELS.get(name, ()):
         # The kernel in CUDA C++ has a name of its own, so that it can be chosen by size.
         _library.define(f"cuda_{schema}")  # type: ignore[no-untyped-call]
-    _library.impl(name, meaning, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"shampoo::{name}", _no_output, lib=_library)
-    return getattr(torch.ops.shampoo, name).default  # type: ignore[no-any-return]
+    _names.setdefault(name, []).append(full_name)
+    _library.impl(full_name, meaning, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"shampoo::{full_name}", _no_output, lib=_library)
+    return getattr(getattr(torch.ops.shampoo, name), overload or "default")  # type: ignore[no-any-return]
 
 
-gather_blocks_ = _define(
+def _define_twice(schema: str, numbers: str, meaning: Callable[..., None]) -> Callable[..., Any]:
+    """Defines an op and its overload ``Tensor``, which reads ``numbers`` on the device.
+
+    A step that a graph replays cannot take its moving numbers from the host: there they are 0-d
+    float64 tensors beside the others. The choice is made here, since the dispatcher's own would
+    turn such a tensor into a float, and wait for the device.
+    """
+    names = numbers.split()
+    plain = _define(schema, meaning)
+    replayed = re.sub(rf"float ({'|'.join(names)})\b", r"Tensor \1", schema)
+    replayed = re.sub(r"Tensor (\w+)=[\d.]+", r"Tensor? \1=None", replayed)
+    on_device = _define(replayed.replace("(", ".Tensor(", 1), meaning)
+    arguments = [part.split()[-1] for part in schema[schema.index("(") :].split(",")]
+    first = arguments.index(names[0])
+
+    def choose(*given: Any, **named: Any) -> None:
+        number = given[first] if first < len(given) else named[names[0]]
+        (on_device if isinstance(number, Tensor) else plain)(*given, **named)
+
+    return choose
+
+
+gather_blocks_ = _define_twice(
     "gather_blocks_(Tensor(a!) out, Tensor[] sources, Tensor tiles, float alpha, bool accumulate)"
     " -> ()",
+    "alpha",
     reference.gather_blocks_,
 )
 magnitudes_ = _define(
     "magnitudes_(Tensor(a!) out, Tensor[] tensors) -> ()",
     reference.magnitudes_,
 )
-graft_moments_ = _define(
+graft_moments_ = _define_twice(
     "graft_moments_(Tensor(a!)? exp_avg, Tensor(b!)? exp_avg_sq, Tensor(c!)? direction,"
     " Tensor(d!) norm, Tensor grad, Tensor runs, float beta1, float correction1, float beta2,"
     " float weight2, float correction2, float eps, bool normalized) -> ()",
+    "beta1 correction1 beta2 weight2 correction2",
     reference.graft_moments_,
 )
 # Not "mode" as in the reference: torch.compile would pass it by keyword to functions that have one.
-gram_ema_ = _define(
+gram_ema_ = _define_twice(
     "gram_ema_(Tensor(a!) factor, Tensor grad, int k, float beta, float weight) -> ()",
+    "beta weight",
     reference.gram_ema_,
 )
 precondition_ = _define(
@@ -81,9 +110,11 @@ judge_roots_ = _define(
     "judge_roots_(Tensor(a!) ok, Tensor root, Tensor factor, Tensor ridge, float p) -> ()",
     health.judge_roots_,
 )
-update_blocks_ = _define(
+update_blocks_ = _define_twice(
     "update_blocks_(Tensor(a!)[] params, Tensor(b!)? momentum, Tensor direction, Tensor scale,"
-    " Tensor tiles, float lr, float weight_decay, float mu, bool nesterov) -> ()",
+    " Tensor tiles, float lr, float weight_decay, float mu, bool nesterov, int? seed=None,"
+    " float step=0.0) -> ()",
+    "lr weight_decay mu step",
     reference.update_blocks_,
 )
 
@@ -158,30 +189,41 @@ def _load_triton_once() -> str:
 
 def _route(name: str, backend: str, table: backends.Table, kinds: Iterable[str]) -> None:
     """Puts the chosen kernels over the reference on CUDA devices, for arguments they support."""
-    kernels = {kind: kernel(name, kind) for kind in backends.KERNELS[name] if kind in kinds}
-    if not kernels:
-        return
     meaning, choose = _meanings[name], backends.router(name, backend, table)
+    for full_name in _names[name]:
+        kernels = {
+            kind: kernel(full_name, kind)
+            for kind in backends.KERNELS[name]
+            # Those in Triton take their numbers from the host.
+            if kind in kinds and (kind == "cuda" or full_name == name)
+        }
+        if kernels:
+            _routes[full_name] = _switch(kernels, meaning, choose)
+            _register(full_name, meaning)
 
+
+def _switch(
+    kernels: Mapping[str, tuple[Callable[..., None], Callable[..., bool] | None]],
+    meaning: Callable[..., None],
+    choose: Callable[[Sequence[Any]], str],
+) -> Callable[..., None]:
     def run(*arguments: Any) -> None:
         implementation, supports = kernels.get(choose(arguments), (meaning, None))
         if supports is not None and not supports(*arguments):
             implementation = meaning
         implementation(*arguments)
 
-    _routes[name] = run
-    _register(name)
+    return run
 
 
 @functools.cache
-def _register(name: str) -> None:
+def _register(full_name: str, meaning: Callable[..., None]) -> None:
     """Sends an op on CUDA devices through its route, which may change."""
-    meaning = _meanings[name]
 
     def run(*arguments: Any) -> None:
-        _routes.get(name, meaning)(*arguments)
+        _routes.get(full_name, meaning)(*arguments)
 
-    _library.impl(name, run, "CUDA")  # type: ignore[no-untyped-call]
+    _library.impl(full_name, run, "CUDA")  # type: ignore[no-untyped-call]
 
 
 def kernel(name: str, kind: str) -> tuple[Callable[..., None], Callable[..., bool] | None]:
@@ -189,7 +231,8 @@ def kernel(name: str, kind: str) -> tuple[Callable[..., None], Callable[..., boo
     if kind == "cuda":
         if name in ("minimax_root_", "small_root_"):
             return torch.ops.shampoo.cuda_small_root_.default, backends.supports_small_root
-        return getattr(torch.ops.shampoo, f"cuda_{name}").default, None
+        base, _, overload = name.partition(".")
+        return getattr(getattr(torch.ops.shampoo, f"cuda_{base}"), overload or "default"), None
     from shampoo.kernels import gram, minimax_triton, precondition, probe
 
     home: Any = {

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from shampoo.agreement import FAILED, OK
+from shampoo import capture
+from shampoo.agreement import FAILED, OK, Attempt
 from shampoo.consolidation import consolidate
 from shampoo.division import Owners
-from shampoo.proposal import Attempt
 from shampoo.state_dict import match, signed
 from shampoo.step_plan import Plan
 from shampoo.workers import Workers
@@ -29,7 +29,9 @@ class Persistent(Optimizer):
     # On the class, so that an unpickled or copied optimizer, which has none, starts without.
     _plan: Plan | None = None
     _kept: dict[Tensor, Owners] | None = None  # owners of blocks in a plan that is no more
+    _on_device: capture.DeviceState | None = None  # of the plan, if it is capturable
     _incoming: dict[Tensor, dict[str, Any]] | None = None
+    _damage: str = ""  # why this rank cannot go on until it has loaded a checkpoint
     _consolidated: dict[Tensor, dict[str, Tensor]] | None = None
     _workers: Workers
 
@@ -40,22 +42,39 @@ class Persistent(Optimizer):
     def _current_plan(self) -> Plan:
         """The plan, rebuilt if parameters were added, swapped, unfrozen or moved since."""
         if self._plan is None or not self._plan.is_current(self.param_groups, self._workers):
+            capture.check_warm(False)
             live = {param for group in self.param_groups for param in group["params"]}
-            for param in [param for param in self.state if param not in live]:
-                logger.warning("shampoo: a parameter was replaced; its state is dropped")
+            if dead := [param for param in self.state if param not in live]:
+                logger.warning(
+                    "shampoo: %d parameters were replaced; their state is dropped", len(dead)
+                )
+            for param in dead:
                 del self.state[param]
+            self._settle_skipped()
             self._plan = Plan(self.param_groups, self.state, self._workers, kept=self._owners())
+            self._on_device = None
+            if self._plan.arenas and capture.is_capturable(self.param_groups):
+                self._on_device = capture.DeviceState(self._plan)
         return self._plan
 
     def _owners(self) -> dict[Tensor, Owners] | None:
         """Who owns the blocks that have state, on this rank or another."""
         return self._kept if self._plan is None else self._plan.owners()
 
+    def _settle_skipped(self) -> None:
+        """Adds what the device has counted since to ``extra``."""
+        if self._on_device is not None:
+            skipped = int(self._on_device.skipped)
+            self._on_device.skipped.zero_()
+            for group in self.param_groups:
+                group["extra"]["skipped_steps"] += skipped
+
     def __getstate__(self) -> dict[str, Any]:
         """Called by torch when it copies and pickles.
 
         Published state are views, each of which would be pickled with all of its arena.
         """
+        self._settle_skipped()
         state = super().__getstate__()
         state["_workers"], state["_kept"] = self._workers, self._owners()
         state["state"] = {
@@ -68,8 +87,10 @@ class Persistent(Optimizer):
         """The state of the blocks that this rank owns, or of all after a consolidation.
 
         Saved and loaded by every rank, by ``torch.distributed.checkpoint``, or by one rank after
-        :meth:`consolidate_state_dict`. Does not communicate.
+        :meth:`consolidate_state_dict`. Does not communicate, but waits for a device that counts
+        the steps.
         """
+        self._settle_skipped()
         holders = self._workers.holders([p for group in self.param_groups for p in group["params"]])
         if self._consolidated is None:
             return signed(super().state_dict(), holders.ranks[holders.me], holders.size)
@@ -152,7 +173,8 @@ class Persistent(Optimizer):
         if "_workers" not in self.__dict__:
             self._workers = Workers()  # a pickle of a version before there were any
         self._kept = self._owners()
-        self._plan = self._consolidated = None
+        self._plan = self._on_device = self._consolidated = None
+        self._damage = ""
         if self._incoming is not None:
             self.state = defaultdict(dict, self._incoming)
             if self._incoming:

@@ -150,6 +150,11 @@ class Plan:
         self._enlist(groups, state, workers, kept)
         params = self.planned(groups)
         self.holders = workers.holders([param for group in groups for param in group["params"]])
+        # Whether groups of ranks work out the same, each for itself.
+        self.is_redundant = any(
+            not isinstance(param, DTensor) and member.team.size < self._replicas.size
+            for member, param in zip(self.members, params, strict=True)
+        )
         self.crews = self._place(groups, params, state, device)
         self.arenas = [crew[crew[0].team.me] for crew in self.crews]
         published: Published = []
@@ -230,13 +235,16 @@ class Plan:
 
         Only this rank's own will have state.
         """
-        crews: dict[tuple[int, str, torch.dtype, torch.device, int, Team], list[Arena]] = {}
+        crews: dict[tuple[int, str, torch.dtype, torch.device, int, int, Team], list[Arena]] = {}
         for index, (member, param) in enumerate(zip(self.members, params, strict=True)):
             geometry, team = self._geometries[member.group], member.team
             place = torch.device(device) if device else param.device
+            known = state.get(param, {})
+            # Where the device counts the steps taken, the schedule follows the calls.
+            step = int(known.get("calls", member.step)) if geometry.capturable else member.step
             wide = torch.promote_types(param.dtype, geometry.dtype)
             rule, diagonal = member.layout.rule, member.layout.diagonal
-            key = (member.group, rule, wide, place, member.step, team)
+            key = (member.group, rule, wide, place, step, member.step, team)
             if key not in crews:
                 crews[key] = [
                     Arena(
@@ -245,15 +253,16 @@ class Plan:
                         geometry.dtype,
                         wide,
                         place,
-                        member.step,
+                        step,
                         is_staggered=geometry.refresh_schedule == "staggered",
                         is_layerwise=GRAFTING[geometry.grafting].layerwise and rule != ADAGRAD,
+                        is_capturable=geometry.capturable,
                         team=team,
                     )
                     for _ in team.ranks
                 ]
             for arena in crews[key]:
-                arena.members.append(index)
+                arena.enroll(index, member.layout.blocks)
             if team.is_alone:
                 for tile in member.layout.tiles:
                     most = max(1, _segment_limit(place) // tile.block_numel)
@@ -284,9 +293,9 @@ class Plan:
         return True
 
     @property
-    def is_fresh(self) -> bool:
-        """Whether no block has taken a step yet."""
-        return all(arena.step == 0 for arena in self.arenas)
+    def step(self) -> int:
+        """How many steps the oldest blocks have taken; 0 means that no block has taken one."""
+        return max((arena.step for arena in self.arenas), default=0)
 
     def steps(self) -> list[tuple[int, int]]:
         """Groups of which there are blocks, and the steps these have taken."""
@@ -309,6 +318,7 @@ class Plan:
                     field.name: str(getattr(self.geometry(member), field.name))
                     for field in fields(Geometry)
                 },
+                "placements": str(getattr(seen.param, "placements", "none, it is no DTensor")),
                 "ranks that divide its blocks": str(member.team.size),
                 "owners of its blocks": str(member.owners),
             }
@@ -328,7 +338,10 @@ class Plan:
         """Makes the buffers that a change of betas or momentum has called for since the build."""
         for arena in self.arenas:
             values = hyperparameters[arena.group]
-            for name, needed in (("exp_avg", values.beta1 > 0), ("momentum", values.momentum > 0)):
+            for name, needed in (
+                ("exp_avg", values.has_exp_avg),
+                ("momentum", values.momentum > 0),
+            ):
                 if needed and name not in arena.moments:
                     arena.add_moment(name)
                     params = self.planned(groups)
@@ -347,11 +360,10 @@ class Plan:
         self, groups: Sequence[dict[str, Any]], hyperparameters: Sequence[Hyperparameters]
     ) -> None:
         """Spreads the refreshes of staggered groups anew if their period is not the one it was."""
-        for crew, arena in zip(self.crews, self.arenas, strict=True):
+        for arena, crew in zip(self.arenas, self.crews, strict=True):
             period = hyperparameters[arena.group].precondition_frequency
             if arena.is_staggered and arena.period != period:
-                most = max(other.refreshed for other in crew)
-                arena.assign_slots(period, max(1, min(period, most)))
+                arena.assign_slots(period, crew)
                 groups[arena.group]["extra"]["refresh_period"] = period
                 self._selections.clear()
 
@@ -443,7 +455,7 @@ def _moments_of(
 ) -> list[str]:
     """The buffers an arena needs: by its group's values, or because a checkpoint brings them."""
     is_needed = {
-        "exp_avg": float(group["betas"][0]) > 0,
+        "exp_avg": Hyperparameters.read(group).has_exp_avg,
         "exp_avg_sq": arena.rule == ADAGRAD or GRAFTING[group["grafting"]].second_moment,
         "momentum": float(group["momentum"]) > 0,
     }

@@ -3,11 +3,17 @@
 import pytest
 import torch
 from root_cases import Exact, fixture, spd, stack
+from test_op_numbers import (  # noqa: F401 - the same
+    op,
+    test_nothing_times_nan_is_nothing,
+    test_numbers_may_lie_on_the_device,
+)
 from test_ops import (  # noqa: F401 - collected here too, with the fixture below
     test_gather_blocks,
     test_graft_moments,
     test_graft_moments_keeps_a_nan_in_its_block,
     test_graft_moments_may_write_the_direction_over_the_gradient,
+    test_graft_moments_without_a_memory_is_exact,
     test_update_blocks,
     test_update_blocks_leaves_the_gaps_of_a_strided_parameter_alone,
 )

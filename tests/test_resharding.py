@@ -115,4 +115,6 @@ def test_parameters_of_missing_blocks_start_anew_where_that_is_asked_for(ranks, 
 def test_ranks_that_loaded_files_of_different_steps_do_not_step(ranks):
     for refused in ranks.run(runs.step_apart, 2):
         assert type(refused).__name__ == "PlanMismatchError"
-        assert "rank 1 has group 0 with steps taken=[5], rank 0 has group 0 with" in str(refused)
+        assert "rank 1 has group 0 with steps=[5, 5], rank 0 has group 0 with steps=[6, 6]" in str(
+            refused
+        )

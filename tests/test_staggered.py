@@ -3,6 +3,7 @@
 import copy
 import io
 from collections import Counter
+from itertools import zip_longest
 from typing import Any
 
 import pytest
@@ -150,6 +151,32 @@ def test_a_late_group_gets_slots_of_its_own_and_the_old_ones_stay():
     step([*params, late], opt, 4)
     assert {k: int(v) for k, v in opt.state[params[0]].items() if ".slot" in k} == before
     assert len({int(v) for k, v in opt.state[late].items() if ".slot" in k}) == 5
+
+
+def slots_of_rank(rank: int, world: int) -> list[tuple[int, int]]:
+    """Side and slot of every root of this rank, dearest first."""
+    params, opt = make(num_trainers_per_group=world)
+    step(params, opt, 1)
+    found = [
+        (len(state[key.replace("slot", "factor")]), int(slot))
+        for state in opt.state.values()
+        for key, slot in state.items()
+        if ".slot" in key
+    ]
+    return sorted(found, key=lambda root: (-root[0], root[1]))
+
+
+def test_ranks_refresh_their_dearest_roots_in_the_same_steps(ranks: Ranks) -> None:
+    found = ranks.returns(slots_of_rank, 3, 3)
+    assert sum(map(len, found)) == len(slots_of_rank(0, 1))
+    for alike in zip(*found, strict=False):
+        assert len({slot for _, slot in alike}) == 1
+    slowest = Counter[int]()
+    for alike in zip_longest(*found, fillvalue=(0, 0)):
+        side, slot = max(alike)
+        slowest[slot] += side**3
+    assert set(slowest) == set(range(5))
+    assert max(slowest.values()) <= sum(slowest.values()) / 5 + 8**3
 
 
 def test_together_keeps_no_slots():
