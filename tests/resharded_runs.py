@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import io
+import logging
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -122,6 +123,10 @@ def save_all_forms(rank: int, folder: Path, layout: str) -> str:
 def resume_all_forms(rank: int, folder: Path, layout: str, forms: Sequence[str]) -> dict[str, str]:
     """Digests at the end of runs that go on from each form."""
     found = {}
+    complaints: list[logging.LogRecord] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = complaints.append
+    logging.getLogger("shampoo").addHandler(handler)
     for form in forms:
         model, optimizer = build(layout, seed=1)
         if form in ("nested", "flat"):
@@ -140,7 +145,22 @@ def resume_all_forms(rank: int, folder: Path, layout: str, forms: Sequence[str])
             load_file(model, optimizer, folder / f"{name}.pt")
         train(model, optimizer, range(SAVED, STEPS))
         found[form] = digest(model)
+    assert not complaints, [record.getMessage() for record in complaints]
     return found
+
+
+def consolidated_in_groups(rank: int) -> tuple[dict[int, Any], dict[int, Any], str]:
+    """The state on a rank before and after it is gathered on the last, and why not elsewhere."""
+    model, optimizer = build("groups")
+    train(model, optimizer, range(SAVED))
+    own = through_a_file(optimizer.state_dict()["state"])
+    refused = ""
+    try:
+        optimizer.consolidate_state_dict(to=4)
+    except ValueError as error:
+        refused = str(error)
+    optimizer.consolidate_state_dict(to=3)
+    return own, optimizer.state_dict()["state"], refused
 
 
 def load_file(model: nn.Module, optimizer: Shampoo, path: Path) -> None:

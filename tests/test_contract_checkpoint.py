@@ -372,6 +372,21 @@ def test_asking_dcp_for_the_state_of_an_untouched_optimizer_is_inert(flatten, fr
 
 
 @pytest.mark.parametrize("flatten", [True, False])
+def test_what_dcp_hands_over_without_a_block_is_incomplete(flatten):
+    """torch takes a flattened state apart by the keys it wants; a missing one is an empty dict."""
+    model = regressor()
+    opt = Shampoo(model.named_parameters(), **HYPER)
+    train(model, opt, 4, seed=1)
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    state = copy.deepcopy(get_optimizer_state_dict(model, opt, options=options))
+    entries = state if flatten else state["state"]["2.weight"]
+    for key in [key for key in entries if "block1." in key and (not flatten or "2.weight" in key)]:
+        del entries[key]
+    with pytest.raises(shampoo.IncompleteCheckpointError, match=r"first: 2\.weight block 1\)"):
+        set_optimizer_state_dict(model, opt, state, options=options)
+
+
+@pytest.mark.parametrize("flatten", [True, False])
 def test_state_goes_through_dcp_and_back(flatten):
     models = [regressor(), regressor()]
     opts = [Shampoo(m.parameters(), **HYPER) for m in models]

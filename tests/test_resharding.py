@@ -72,6 +72,19 @@ def test_a_consolidated_state_is_that_of_all_owners(ranks, saved):
             assert saved.world == 1 or value.untyped_storage().nbytes() == value.nbytes
 
 
+def test_one_group_of_several_is_consolidated(ranks):
+    own, after, refused = zip(*ranks.returns(runs.consolidated_in_groups, 4), strict=True)
+    assert set(refused) == {"Invalid to=4. Must be one of the ranks (0, 1, 2, 3)."}
+    [keys] = ranks.returns(runs.keys_of_the_state, 1)
+    for rank in range(3):
+        assert after[rank].keys() == own[rank].keys()
+        assert all(after[rank][index].keys() == own[rank][index].keys() for index in own[rank])
+    assert {index: sorted(entries) for index, entries in after[3].items()} == keys
+    for index, entries in after[3].items():
+        expected = own[2][index] | own[3][index]
+        assert all(torch.equal(value, expected[key]) for key, value in entries.items())
+
+
 def test_nothing_that_persists_communicates(ranks, saved):
     found = ranks.returns(runs.persist_on_the_last_rank_alone, saved.world, saved.layout)
     assert found == [saved.straight] * saved.world
