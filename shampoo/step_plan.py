@@ -150,8 +150,8 @@ class Plan:
         self._enlist(groups, state, workers, kept)
         params = self.planned(groups)
         self.holders = workers.holders([param for group in groups for param in group["params"]])
-        # Whether teams may work out the same, each for itself: groups of trainers, or parts of a mesh
-        # with what tensor parallelism does not divide.
+        # Whether teams may work out the same, each for itself: groups of trainers, or columns of a
+        # mesh with what tensor parallelism does not divide.
         self.is_redundant = any(member.team.size < self.holders.size for member in self.members)
         self.crews = self._place(groups, params, state, device)
         self.arenas = [crew[crew[0].team.me] for crew in self.crews]

@@ -44,6 +44,7 @@ LAYOUTS = {
     "groups of 2 in 4": Placing(4, hyper={"num_trainers_per_group": 2}),
     "fsdp2": Placing(3, (3,), (Shard(0),)),
     "hsdp 2x2": Placing(4, (2, 2), (Replicate(), Shard(0))),
+    "tensor parallel, ddp 2x2": Placing(4, (2, 2), (Replicate(), Shard(1)), rows=2),
     "tensor parallel, fsdp2 2x2": Placing(4, (2, 2), (Shard(0), Shard(1)), rows=2),
     "fsdp2 and plain": Placing(2, (2,), (Shard(0),), plain=2),
 }

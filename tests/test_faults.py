@@ -66,6 +66,7 @@ BEFORE = {  # anything has changed
 }
 REDUNDANT = (  # teams that work out the same; of the last, since there are few plain blocks
     "groups of 2 in 4",
+    "tensor parallel, ddp 2x2",
     "tensor parallel, fsdp2 2x2",
     "fsdp2 and plain",
 )

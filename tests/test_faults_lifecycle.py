@@ -179,6 +179,7 @@ def _drift(rank: int, layout: str, where: int, every: int) -> Any:
         ("ddp", 1, "rank 0 holds others than rank 1"),
         ("groups of 2 in 4", 3, "rank 0 holds others than rank 3"),
         ("hsdp 2x2", 3, "rank 1 holds others than rank 3"),
+        ("tensor parallel, ddp 2x2", 3, "rank 1 holds others than rank 3"),  # 0 and 2 hold the same
         ("fsdp2 and plain", 0, "rank 0 holds others than rank 1"),
     ],
 )
