@@ -7,6 +7,7 @@ import pytest
 import torch
 from host_build import HostOps
 from test_op_numbers import (  # noqa: F401 - the same
+    NUMBERS,
     test_nothing_times_nan_is_nothing,
     test_numbers_may_lie_on_the_device,
 )
@@ -29,6 +30,11 @@ from shampoo.kernels import reference
 @pytest.fixture
 def impl():
     return HostOps()
+
+
+@pytest.fixture(params=[name for name in NUMBERS if hasattr(HostOps, name)])
+def op(request):
+    return request.param
 
 
 ORDERS = [(3000,), (40, 64), (64, 130), (20, 17, 12), (3, 5, 4, 8), (5,)]
