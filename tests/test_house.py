@@ -71,7 +71,7 @@ LAYERS = {
     # the step
     "gradients": "ops",
     "proposal": "agreement errors exchange gradients regions step_plan",
-    "direction": "hyperparameters layout ops segments",
+    "direction": "hyperparameters kernels.norms layout ops segments",
     "layerwise": "exchange segments stacks",
     "optimizer": "agreement checkpoint direction exchange exchanges hyperparameters layerwise"
     " layout ops precision proposal refresh segments solver stacks step_plan workers",
