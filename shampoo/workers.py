@@ -222,7 +222,8 @@ def trainers_per_group(requested: int, replicas: int, local: int, blocks: int) -
     if requested in (0, 1):
         return 1
     if requested == -1:
-        size = max(size for size in divisors if size <= max(1, local))
+        size = max(1, min(local, replicas))
+        # What divides a node too, so that no group has ranks of two.
         fitting = max(
             other
             for other in divisors
@@ -230,10 +231,13 @@ def trainers_per_group(requested: int, replicas: int, local: int, blocks: int) -
         )
         if fitting < size:
             logger.info(
-                "shampoo: %d blocks are too few for %d ranks to divide: groups of %d do",
-                blocks,
-                size,
+                "shampoo: groups of %d ranks divide the blocks, not the %d of a node: a group must"
+                " divide the %d ranks and have %d of the %d blocks a rank",
                 fitting,
+                size,
+                replicas,
+                _BLOCKS_PER_TRAINER,
+                blocks,
             )
         return fitting
     if requested > replicas:

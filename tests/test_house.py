@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     # the mathematics on stacks, which knows torch alone
     "kernels": "",
-    "kernels.reference": "",
+    "kernels.philox": "",
+    "kernels.reference": "kernels.philox",
     "kernels.norms": "",
     "kernels.newton": "kernels.norms",
     "kernels.minimax": "kernels.norms",
@@ -67,7 +68,7 @@ LAYERS = {
     "state_dict": "division errors hyperparameters layout stacks step_plan workers",
     "consolidation": "step_plan",
     # what travels
-    "exchange": "averages hyperparameters ops scalars segments stacks",
+    "exchange": "averages hyperparameters layout ops scalars segments stacks",
     "allgather": "agreement exchange hyperparameters ops scalars segments stacks",
     "routes": "blocking regions",
     "router": "agreement averages exchange hyperparameters ops routes scalars segments stacks",
@@ -78,7 +79,7 @@ LAYERS = {
     "scalars": "averages grafting hyperparameters layout",
     "capture": "gradients hyperparameters scalars segments stacks step_plan",
     "proposal": "agreement capture errors exchange exchanges gradients regions replicas step_plan",
-    "direction": "averages hyperparameters ops scalars segments",
+    "direction": "averages hyperparameters kernels.norms ops scalars segments",
     "layerwise": "exchange segments stacks",
     "advance": "agreement capture direction exchange hyperparameters layerwise ops precision"
     " refresh scalars segments stacks",

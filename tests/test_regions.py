@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 import torch.distributed as dist
+from fake_world import each_rank
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -15,7 +16,6 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.distributed.tensor.placement_types import _StridedShard
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from shampoo.blocking import MERGE_MODES, merge_dims, merge_groups
 from shampoo.regions import (
@@ -76,16 +76,6 @@ def test_rows_are_one_box_whatever_is_merged():
         assert len(region.boxes) == 1
     columns = region_of(shape, (5, 1, 3), (0, 1, 0), merge_groups(shape, 30, "full"))
     assert [box.start for box in columns.boxes] == [(3,), (9,), (15,), (21,), (27,)]
-
-
-def each_rank(world: int):
-    """Plays every rank in turn, on a process group that does not communicate."""
-    for rank in range(world):
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-        try:
-            yield rank
-        finally:
-            dist.destroy_process_group()
 
 
 PLACEMENTS = [
