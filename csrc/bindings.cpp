@@ -64,7 +64,8 @@ void graft_moments_live_(const std::optional<at::Tensor>& exp_avg,
 
 void update_blocks_(at::TensorList params, const std::optional<at::Tensor>& momentum,
                     const at::Tensor& direction, const at::Tensor& scale, const at::Tensor& tiles,
-                    double lr, double weight_decay, double mu, bool nesterov) {
+                    double lr, double weight_decay, double mu, bool nesterov,
+                    std::optional<int64_t> seed, double step) {
   check_flat("direction", direction);
   check_same("scale", scale, "direction", direction);
   const auto table = tiles_of(tiles, "params", params, "direction", direction);
@@ -72,19 +73,23 @@ void update_blocks_(at::TensorList params, const std::optional<at::Tensor>& mome
   check_update(momentum, direction, scale, table);
   const auto memory = sources_of("params", params);
   const Move move{lr, weight_decay, mu, nesterov};
+  const Rounding rounding{seed.has_value(), static_cast<uint64_t>(seed.value_or(0)),
+                          static_cast<uint64_t>(step)};
   with_flat(direction, [&](auto flat) {
     using Flat = decltype(flat);
     update_blocks(memory, pointer<Flat>(momentum), const_pointer<Flat>(direction),
-                  const_pointer<Flat>(scale), table, move);
+                  const_pointer<Flat>(scale), table, move, rounding);
   });
 }
 
 void update_blocks_live_(at::TensorList params, const std::optional<at::Tensor>& momentum,
                          const at::Tensor& direction, const at::Tensor& scale,
                          const at::Tensor& tiles, const at::Tensor& lr,
-                         const at::Tensor& weight_decay, const at::Tensor& mu, bool nesterov) {
+                         const at::Tensor& weight_decay, const at::Tensor& mu, bool nesterov,
+                         std::optional<int64_t> seed, const std::optional<at::Tensor>& step) {
   update_blocks_(params, momentum, direction, scale, tiles, number_of("lr", lr),
-                 number_of("weight_decay", weight_decay), number_of("mu", mu), nesterov);
+                 number_of("weight_decay", weight_decay), number_of("mu", mu), nesterov, seed,
+                 step ? number_of("step", *step) : 0.0);
 }
 
 void gram_ema_(const at::Tensor& factor, const at::Tensor& grad, int64_t k, double beta,

@@ -32,9 +32,17 @@ cuda::Number number_of(const char* name, const at::Tensor& number, const at::Ten
   return cuda::Number(static_cast<const double*>(number.const_data_ptr()));
 }
 
+cuda::Number number_of(const char* name, const std::optional<at::Tensor>& number,
+                       const at::Tensor& beside) {
+  return number ? number_of(name, *number, beside) : cuda::Number(0.0);
+}
+
 // Every op twice, with `Scalar` a double or a tensor.
 template <class Scalar>
 using Given = std::conditional_t<std::is_same_v<Scalar, double>, double, const at::Tensor&>;
+template <class Scalar>
+using Optional = std::conditional_t<std::is_same_v<Scalar, double>, double,
+                                    const std::optional<at::Tensor>&>;
 
 template <class Scalar>
 void gather_blocks_(const at::Tensor& out, at::TensorList sources, const at::Tensor& tiles,
@@ -86,8 +94,8 @@ void graft_moments_(const std::optional<at::Tensor>& exp_avg,
 template <class Scalar>
 void update_blocks_(at::TensorList params, const std::optional<at::Tensor>& momentum,
                     const at::Tensor& direction, const at::Tensor& scale, const at::Tensor& tiles,
-                    Given<Scalar> lr, Given<Scalar> weight_decay, Given<Scalar> mu,
-                    bool nesterov) {
+                    Given<Scalar> lr, Given<Scalar> weight_decay, Given<Scalar> mu, bool nesterov,
+                    std::optional<int64_t> seed, Optional<Scalar> step) {
   check_flat("direction", direction, direction.device());
   check_same("scale", scale, "direction", direction);
   const auto table = tiles_of(tiles, "params", params, "direction", direction);
@@ -97,12 +105,13 @@ void update_blocks_(at::TensorList params, const std::optional<at::Tensor>& mome
   const cuda::Move move{number_of("lr", lr, direction),
                         number_of("weight_decay", weight_decay, direction),
                         number_of("mu", mu, direction), nesterov};
+  const cuda::Rounding rounding{seed.has_value(), static_cast<uint64_t>(seed.value_or(0)),
+                                number_of("step", step, direction)};
   const OnDeviceOf current(direction);
   with_flat(direction, [&](auto flat) {
     using Flat = decltype(flat);
     cuda::update_blocks(memory, pointer<Flat>(momentum), const_pointer<Flat>(direction),
-                        const_pointer<Flat>(scale), table, move, cuda::Rounding{},
-                        current.stream);
+                        const_pointer<Flat>(scale), table, move, rounding, current.stream);
   });
 }
 

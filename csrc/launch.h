@@ -54,12 +54,10 @@ struct Move {
   bool nesterov;
 };
 
-// Whether bfloat16 parameters are rounded up or down at random, with the mean in between. The
-// random number of an element depends on these two and its place in the segment alone.
 struct Rounding {
-  bool stochastic = false;
-  uint64_t seed = 0;
-  uint64_t offset = 0;  // another one for every step
+  bool stochastic;
+  uint64_t seed;
+  Number step;
 };
 
 // As the functions of kernels.h of the same names. `nonfinite` may be null: it gets a 1 for every

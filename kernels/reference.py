@@ -21,6 +21,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from shampoo.kernels.philox import philox
+
 Number = float | Tensor
 
 
@@ -203,12 +205,16 @@ def update_blocks_(
     weight_decay: Number,
     mu: Number,
     nesterov: bool,
+    seed: int | None = None,
+    step: Number | None = 0.0,
 ) -> None:
     """Moves the parameters: ``P = scale[b] * direction``, then steps 8 to 10 of the algorithm.
 
     Without ``momentum``: ``W <- (1 - lr weight_decay) W - lr P``. With it: ``P <- P + weight_decay
     W``, ``M <- mu M + P``, ``W <- W - lr (P + mu M if nesterov else M)``. ``weight_decay`` is
-    decoupled. Computed in the wider dtype of W and P; W is rounded once.
+    decoupled. Computed in the wider dtype of W and P; W is rounded once: to nearest, or if there is
+    a ``seed``, and W is bfloat16, up or down at random with W as the mean. The random numbers
+    depend on ``seed``, ``step``, a whole number, and the place in the segment alone.
     """
     block = 0
     for source, offset, dims, start, grid, extent in _tile_rows(tiles):
@@ -216,17 +222,28 @@ def update_blocks_(
         merged = param.reshape(dims)
         weight = _blocks_of(merged, start, grid, extent)
         region = slice(offset, offset + weight.numel())
-        step = direction[region].view(count, -1) * scale[block : block + count, None]
-        step = step.view(weight.shape)
-        wide = weight.to(torch.promote_types(weight.dtype, step.dtype))
+        move = direction[region].view(count, -1) * scale[block : block + count, None]
+        move = move.view(weight.shape)
+        wide = weight.to(torch.promote_types(weight.dtype, move.dtype))
         if momentum is None:
-            wide = wide * (1.0 - lr * weight_decay) - lr * step
+            wide = wide * (1.0 - lr * weight_decay) - lr * move
         else:
             buffer = momentum[region].view(weight.shape)
-            step = step + weight_decay * wide
-            buffer.mul_(mu).add_(step)
-            wide = wide - lr * (step + mu * buffer if nesterov else buffer)
+            move = move + weight_decay * wide
+            buffer.mul_(mu).add_(move)
+            wide = wide - lr * (move + mu * buffer if nesterov else buffer)
+        if seed is not None and weight.dtype == torch.bfloat16:
+            places = torch.arange(region.start, region.stop, device=weight.device)
+            wide = _dithered(wide.float(), seed, 0.0 if step is None else step, places)
         weight.copy_(wide)
         if merged.untyped_storage().data_ptr() != param.untyped_storage().data_ptr():
             param.copy_(merged.view(param.shape))
         block += count
+
+
+def _dithered(wide: Tensor, seed: int, step: Number, places: Tensor) -> Tensor:
+    """float32 values of which bfloat16 loses nothing: what it would lose decides, by chance."""
+    high = step.long() if isinstance(step, Tensor) else int(step)
+    words = philox(seed, high, places // 4).gather(1, places[:, None] % 4)
+    bits = wide.view(torch.int32) + (words.view(wide.shape) & 0xFFFF).int()
+    return torch.where(wide.isfinite(), (bits & ~0xFFFF).view(torch.float32), wide)

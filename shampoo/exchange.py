@@ -15,6 +15,7 @@ from torch import Tensor
 from shampoo import ops
 from shampoo.averages import Number
 from shampoo.hyperparameters import Hyperparameters
+from shampoo.layout import RULES
 from shampoo.scalars import Scalars
 from shampoo.segments import Segment
 from shampoo.stacks import Arena
@@ -110,7 +111,14 @@ class Alone(Exchange):
             scalars.decay * 0.0 if arena.is_layerwise else scalars.decay,
             scalars.momentum,
             hyper.nesterov,
+            _seed(arena, segment) if hyper.stochastic_rounding else None,
+            scalars.step,
         )
+
+
+def _seed(arena: Arena, segment: Segment) -> int:
+    """Another one for every segment of an optimizer: the same random numbers would be drawn."""
+    return (len(RULES) * arena.group + RULES.index(arena.rule)) << 40 | segment.start
 
 
 def search_direction(

@@ -123,6 +123,7 @@ class Hyperparameters:
     root_method: str
     nonfinite: str
     maximize: bool
+    stochastic_rounding: bool
 
     @classmethod
     def read(cls, group: dict[str, Any]) -> "Hyperparameters":
@@ -159,6 +160,7 @@ class Hyperparameters:
             root_method=_root_method(group),
             nonfinite=group["nonfinite"],
             maximize=group["maximize"],
+            stochastic_rounding=group["stochastic_rounding"],
         )
         values._check()
         return values
@@ -293,6 +295,7 @@ def _check_flags(group: dict[str, Any]) -> None:
         "precondition",
         "bias_correction",
         "maximize",
+        "stochastic_rounding",
         "capturable",
         "differentiable",
     ):

@@ -130,9 +130,7 @@ def compiler_version() -> str:
 
 def nvcc_version() -> str:
     """What the CUDA compiler that torch would run says of itself; empty if there is none."""
-    from torch.utils import cpp_extension
-
-    toolkit = cpp_extension.CUDA_HOME
+    toolkit = _toolkit()
     command = os.environ.get("PYTORCH_NVCC") or (f"{toolkit}/bin/nvcc" if toolkit else "")
     return _version((command,)) if shutil.which(command) else ""
 

@@ -52,6 +52,7 @@ def _define_twice(schema: str, numbers: str, meaning: Callable[..., None]) -> Ca
     names = numbers.split()
     plain = _define(schema, meaning)
     replayed = re.sub(rf"float ({'|'.join(names)})\b", r"Tensor \1", schema)
+    replayed = re.sub(r"Tensor (\w+)=[\d.]+", r"Tensor? \1=None", replayed)
     on_device = _define(replayed.replace("(", ".Tensor(", 1), meaning)
     arguments = [part.split()[-1] for part in schema[schema.index("(") :].split(",")]
     first = arguments.index(names[0])
@@ -111,8 +112,9 @@ judge_roots_ = _define(
 )
 update_blocks_ = _define_twice(
     "update_blocks_(Tensor(a!)[] params, Tensor(b!)? momentum, Tensor direction, Tensor scale,"
-    " Tensor tiles, float lr, float weight_decay, float mu, bool nesterov) -> ()",
-    "lr weight_decay mu",
+    " Tensor tiles, float lr, float weight_decay, float mu, bool nesterov, int? seed=None,"
+    " float step=0.0) -> ()",
+    "lr weight_decay mu step",
     reference.update_blocks_,
 )
 

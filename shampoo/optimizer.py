@@ -97,6 +97,10 @@ class Shampoo(Persistent):
             is close to the mean. A block then follows the grafted method until its first root, at
             most a period after ``start_preconditioning_step``.
         maximize: ascend instead of descend.
+        stochastic_rounding: round bfloat16 parameters up or down at random, so that steps too small
+            for them are right on average. What is drawn depends on the step and on the place of a
+            weight among the others, so a resumed run draws the same. Not for parameters whose
+            blocks are divided among ranks.
         foreach: accepted for compatibility; work is always batched over blocks.
         fused: True raises if the compiled kernels, so far those for a CPU, cannot be built; None
             and False take what there is.
@@ -175,6 +179,7 @@ class Shampoo(Persistent):
         nonfinite: str = "skip",
         refresh_schedule: str = "together",
         maximize: bool = False,
+        stochastic_rounding: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,

@@ -44,8 +44,11 @@ class Persistent(Optimizer):
         if self._plan is None or not self._plan.is_current(self.param_groups, self._workers):
             capture.check_warm(False)
             live = {param for group in self.param_groups for param in group["params"]}
-            for param in [param for param in self.state if param not in live]:
-                logger.warning("shampoo: a parameter was replaced; its state is dropped")
+            if dead := [param for param in self.state if param not in live]:
+                logger.warning(
+                    "shampoo: %d parameters were replaced; their state is dropped", len(dead)
+                )
+            for param in dead:
                 del self.state[param]
             self._settle_skipped()
             self._plan = Plan(self.param_groups, self.state, self._workers, kept=self._owners())

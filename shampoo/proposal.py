@@ -115,7 +115,16 @@ def propose(
     Args:
         is_prepared: whether the buffers for ``purpose`` are there.
         on_device: what decides it without the host, where it must not wait.
+
+    Raises:
+        ValueError: for ``stochastic_rounding`` where blocks are divided among ranks.
     """
+    if not plan.holders.is_alone and any(hyper.stochastic_rounding for hyper in step.hyper):
+        raise ValueError(
+            f"Invalid stochastic_rounding=True with blocks divided among {plan.holders.size} ranks."
+            " Must be False: ranks would draw other numbers for the same weight. Or pass"
+            " num_trainers_per_group=1, so that every rank works alone."
+        )
     present = [
         (member, grad)
         for member, grad in zip(plan.members, step.grads, strict=True)

@@ -27,6 +27,7 @@ class Scalars:
     factor_weight: Number
     correction2: Number
     moment: SecondMoment
+    step: Number
     started: bool | Tensor  # whether roots are used: from ``start_preconditioning_step`` on
     accepted: Tensor | None = None  # 0-d bool; None where the host has already decided
 
@@ -47,6 +48,7 @@ class Scalars:
             factor_weight=hyper.factor_weight,
             correction2=hyper.correction2(step),
             moment=hyper.diagonal_moment(step) if is_adagrad else hyper.grafting_moment(step),
+            step=step if isinstance(step, Tensor) else float(step),
             started=rule == FACTORED and start < math.inf and step >= start,
         )
 

@@ -16,6 +16,7 @@ from torch.nn import Parameter
 
 from shampoo import Shampoo, ShampooError
 
+TIMEOUT = 30.0  # seconds; a rank that waits for one that does not come fails after it
 SHAPES = ((13, 9), (20, 6), (9, 13), (5,), (8, 8))  # 13 blocks, whole shards of some are empty
 HYPER: dict[str, Any] = {
     "lr": 0.1,
@@ -144,7 +145,5 @@ def broken(target: str, is_here: bool, after: int = 0) -> Iterator[None]:
 def wait_for_all(name: str) -> None:
     """Returns once all ranks have come here; unlike a barrier, needs no healthy process group."""
     store = dist.distributed_c10d._get_default_store()
-    store.add(name, 1)
-    arrived = 0
-    while arrived < dist.get_world_size():
-        arrived = store.add(name, 0)
+    store.set(f"{name} {dist.get_rank()}", "here")
+    store.wait([f"{name} {rank}" for rank in range(dist.get_world_size())])

@@ -105,16 +105,29 @@ class HostOps:
             *_given(scalars),
         )
 
-    def update_blocks_(self, params, momentum, direction, scale, tiles, *scalars, stochastic=None):
-        """``stochastic``: seed and offset, for stochastic rounding."""
+    def update_blocks_(
+        self,
+        params,
+        momentum,
+        direction,
+        scale,
+        tiles,
+        lr,
+        decay,
+        mu,
+        nesterov,
+        seed=None,
+        step=0.0,
+    ):
         self.module.update_blocks_(
             _memory(params),
             *map(_address, (momentum, direction, scale)),
             direction.dtype == torch.float64,
             tiles.tolist(),
-            *_given(scalars),
-            stochastic is not None,
-            *(stochastic or (0, 0)),
+            *_given((lr, decay, mu, nesterov)),
+            seed is not None,
+            seed or 0,
+            *_given([step]),
         )
 
     def small_root(self, A, p, relative_eps, eps=0.0, residual=None):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from root_cases import Exact, fixture, spd, stack
 from test_op_numbers import (  # noqa: F401 - the same
+    op,
     test_nothing_times_nan_is_nothing,
     test_numbers_may_lie_on_the_device,
 )

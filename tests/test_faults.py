@@ -7,12 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from fault_runs import LAYOUTS, Run, broken, said_by, wait_for_all
+from fault_runs import LAYOUTS, TIMEOUT, Run, broken, said_by, wait_for_all
 from ranks import DiedError, Ranks
 from torch.distributed.tensor import DTensor
-
-TIMEOUT = 8.0  # seconds; a rank that waits for one that does not come fails after it
-
 
 # Row 1
 
@@ -73,7 +70,7 @@ POINTS = {
     "packing for the wire": "shampoo.ops:gather_blocks_",
     "choosing blocks": "shampoo.step_plan:Plan.select",
     "a root": "shampoo.refresh:solve_",
-    "a direction": "shampoo.optimizer:direct",
+    "a direction": "shampoo.advance:direct",
     "delivery": "shampoo.allgather:search_direction shampoo.router:search_direction",
 }
 
@@ -126,8 +123,8 @@ def test_2_a_rank_raises_and_lingers(ranks: Ranks, layout: str) -> None:
 
 
 LAYERWISE = {
-    "norms": "shampoo.layerwise:Norms.measure",
-    "ratios": "shampoo.layerwise:Norms.rescale",
+    "norms": "shampoo.layerwise:measure",
+    "ratios": "shampoo.layerwise:rescale",
     "packing for the wire": "shampoo.ops:gather_blocks_",
 }
 

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     # the mathematics on stacks, which knows torch alone
     "kernels": "",
-    "kernels.reference": "",
+    "kernels.philox": "",
+    "kernels.reference": "kernels.philox",
     "kernels.norms": "",
     "kernels.newton": "kernels.norms",
     "kernels.minimax": "kernels.norms",
@@ -67,7 +68,7 @@ LAYERS = {
     "state_dict": "division errors hyperparameters layout stacks step_plan workers",
     "consolidation": "step_plan",
     # what travels
-    "exchange": "averages hyperparameters ops scalars segments stacks",
+    "exchange": "averages hyperparameters layout ops scalars segments stacks",
     "allgather": "agreement exchange hyperparameters ops scalars segments stacks",
     "routes": "blocking regions",
     "router": "agreement averages exchange hyperparameters ops routes scalars segments stacks",

@@ -111,13 +111,13 @@ void graft_moments_(uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t direction
 void update_blocks_(const std::vector<Memory>& params, uintptr_t momentum, uintptr_t direction,
                     uintptr_t scale, bool is_double,
                     const std::vector<std::vector<int64_t>>& tiles, Given lr, Given weight_decay,
-                    Given mu, bool nesterov, bool stochastic, uint64_t seed, uint64_t offset) {
+                    Given mu, bool nesterov, bool stochastic, uint64_t seed, Given step) {
   with_flat(is_double, [&](auto flat) {
     using Flat = decltype(flat);
     update_blocks(sources_of(params), at<Flat>(momentum), at<const Flat>(direction),
                   at<const Flat>(scale), tiles_of(tiles),
                   Move{number_of(lr), number_of(weight_decay), number_of(mu), nesterov},
-                  Rounding{stochastic, seed, offset}, nullptr);
+                  Rounding{stochastic, seed, number_of(step)}, nullptr);
   });
 }
 
