@@ -112,17 +112,13 @@ void gram_ema_(const at::Tensor& factor, const at::Tensor& grad, int64_t k, doub
   for (int64_t mode = 0; mode < k; ++mode) before *= grad.size(mode + 1);
   for (int64_t mode = k + 1; mode < grad.dim() - 1; ++mode) after *= grad.size(mode + 1);
   const at::Tensor packed = grad.contiguous();
-  if (diagonal) {
-    const at::Tensor squares = packed.view({blocks, before, size, after}).square();
-    factor.mul_(beta).add_(squares.sum(at::IntArrayRef{1, 3}), weight);
-    return;
-  }
   TORCH_CHECK(factor.is_contiguous(), "factor of shape ", factor.sizes(), " has strides ",
               factor.strides(), ". Must be contiguous.");
   with_flat(factor, [&](auto flat) {
     using Flat = decltype(flat);
-    gram_ema(pointer<Flat>(factor), const_pointer<Flat>(packed), blocks, before, size, after,
-             static_cast<Flat>(beta), static_cast<Flat>(weight));
+    const auto kernel = diagonal ? gram_diagonal_ema<Flat> : gram_ema<Flat>;
+    kernel(pointer<Flat>(factor), const_pointer<Flat>(packed), blocks, before, size, after,
+           static_cast<Flat>(beta), static_cast<Flat>(weight));
   });
 }
 
@@ -170,7 +166,17 @@ void precondition_(const at::Tensor& out, const at::Tensor& norm, const at::Tens
                 size, ", ", size, "], or [", grad.size(0), ", ", size, "] for a diagonal.");
   }
   if (grad.numel() == 0) return;
-  precondition(out, norm, grad, roots);
+  const at::Tensor packed = grad.contiguous();
+  std::vector<at::Tensor> packed_roots;  // owns what the kernel reads
+  for (const at::Tensor& root : roots) packed_roots.push_back(root.contiguous());
+  with_flat(grad, [&](auto flat) {
+    using Flat = decltype(flat);
+    std::vector<Root<Flat>> modes;
+    for (const at::Tensor& root : packed_roots)
+      modes.push_back({const_pointer<Flat>(root), root.size(1), root.dim() == 2});
+    precondition(pointer<Flat>(out), pointer<Flat>(norm), const_pointer<Flat>(packed),
+                 grad.size(0), modes);
+  });
 }
 
 void minimax_root_(const at::Tensor& root, const at::Tensor& ridge, const at::Tensor& factor,

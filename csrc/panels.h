@@ -42,8 +42,12 @@ void pack(Flat* panel, const Flat* grad, const Unfolding& shape, int64_t column,
   const int64_t columns = std::min(width, shape.size - column);
   if (columns < width) std::fill_n(panel, depth * width, Flat(0));
   if (shape.after == 1) {
-    for (int64_t k = 0; k < depth; ++k)
-      std::copy_n(grad + (start + k) * shape.size + column, columns, panel + k * width);
+    const Flat* from = grad + start * shape.size + column;
+    if (columns == width)  // known to the compiler
+      for (int64_t k = 0; k < depth; ++k) std::copy_n(from + k * shape.size, width, panel + k * width);
+    else
+      for (int64_t k = 0; k < depth; ++k)
+        std::copy_n(from + k * shape.size, columns, panel + k * width);
     return;
   }
   // A run of depths is contiguous in the gradient; short runs keep the panel's lines in L1.

@@ -1,55 +1,65 @@
-// Replaces the products of the reference by the same ones, and its norms, which take longer than
-// they need to in float64, by one pass.
+// Replaces a bmm and, for the modes before the last, copies of a stack for every mode. A block goes
+// through all of its modes while it is in the cache, and its bits do not depend on where it lies: ranks
+// that hold it at other offsets get the same direction, which no BLAS gives.
 #include "precondition.h"
 
-#include <ATen/ops/bmm.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/mul.h>
-
 #include "kernels.h"
-#include "unfold.h"
+#include "product.h"
 
 namespace shampoo {
 namespace {
 
-template <class Flat>
-void norms_of(const at::Tensor& norm, const at::Tensor& out) {
-  block_norms(static_cast<Flat*>(norm.mutable_data_ptr()),
-              static_cast<const Flat*>(out.const_data_ptr()),
-              {out.size(0), out.numel() / out.size(0)});
+// Rows that a diagonal is applied to at a time: those of a column of the block share cache lines.
+constexpr int64_t kStrip = 16;
+
+// out[r, i] = diagonal[i] blocks[i, r]
+template <class Flat, class ForPanels>
+void scale_columns(Flat* out, const Flat* block, const Flat* diagonal, int64_t size, int64_t rest,
+                   const ForPanels& for_panels) {
+  for_panels((rest + kStrip - 1) / kStrip, [&](int64_t strip) {
+    const int64_t first = strip * kStrip, last = std::min(rest, first + kStrip);
+    for (int64_t i = 0; i < size; ++i)
+      for (int64_t r = first; r < last; ++r) out[r * size + i] = diagonal[i] * block[i * rest + r];
+  });
 }
 
 }  // namespace
 
-void precondition(const at::Tensor& out, const at::Tensor& norm, const at::Tensor& grad,
-                  at::TensorList roots) {
-  const int64_t count = grad.size(0), order = grad.dim() - 1;
-  at::Tensor blocks = grad;
-  for (int64_t mode = 0; mode < order; ++mode) {
-    const at::Tensor& root = roots[mode];
-    const int64_t size = grad.size(mode + 1);
-    const bool last = mode == order - 1;
-    if (root.dim() == 2) {
-      std::vector<int64_t> shape(order + 1, 1);
-      shape[0] = count;
-      shape[mode + 1] = size;
-      at::Tensor result = last ? out : at::empty_like(blocks);
-      at::mul_out(result, blocks, root.view(shape));
-      blocks = result;
-    } else if (last) {
-      at::Tensor result = out.view({count, -1, size});
-      at::bmm_out(result, blocks.reshape({count, -1, size}), root);
-    } else {
-      const at::Tensor product = at::bmm(root, unfold(blocks, mode));
-      int64_t before = 1;
-      for (int64_t dim = 1; dim <= mode; ++dim) before *= grad.size(dim);
-      blocks = product.view({count, size, before, -1}).transpose(1, 2).reshape(grad.sizes());
-    }
+// A mode's product takes the first mode of a block away and appends the result as the last one: after
+// all modes, they are in their order again. So every mode is out = block^T root, with the rest of the
+// modes as rows, and nothing is ever unfolded.
+template <class Flat>
+void precondition(Flat* out, Flat* norm, const Flat* grad, int64_t count,
+                  const std::vector<Root<Flat>>& roots) {
+  int64_t numel = 1, packed_root = 0;
+  for (const Root<Flat>& root : roots) {
+    numel *= root.size;
+    if (!root.is_diagonal)
+      packed_root = std::max(packed_root, packed_numel<Flat>(root.size, root.size));
   }
-  if (out.scalar_type() == at::kDouble)
-    norms_of<double>(norm, out);
-  else
-    norms_of<float>(norm, out);
+  const int64_t between = roots.size() > 1 ? numel : 0;
+  for_matrices<Flat>(count, packed_root + between, [&](int64_t b, Flat* scratch,
+                                                       const auto& for_panels) {
+    Flat *const result = out + b * numel, *const other = scratch + packed_root;
+    const Flat* from = grad + b * numel;
+    for (size_t mode = 0; mode < roots.size(); ++mode) {
+      const auto& [entries, size, is_diagonal] = roots[mode];
+      Flat* to = (roots.size() - mode) % 2 ? result : other;  // the last one is the result
+      const int64_t rest = numel / size;
+      if (is_diagonal) {
+        scale_columns(to, from, entries + b * size, size, rest, for_panels);
+      } else {
+        pack_panels(scratch, entries + b * size * size, {size, size, 1}, for_panels);
+        multiply_columns(to, from, {size, rest, 1}, scratch, size, for_panels);
+      }
+      from = to;
+    }
+    block_norms(norm + b, result, {1, numel});
+  });
 }
+
+template void precondition(float*, float*, const float*, int64_t, const std::vector<Root<float>>&);
+template void precondition(double*, double*, const double*, int64_t,
+                           const std::vector<Root<double>>&);
 
 }  // namespace shampoo

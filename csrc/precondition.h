@@ -1,11 +1,23 @@
-// The preconditioned gradient. Like gram.h, made of torch's own products.
+// The preconditioned gradient.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <cstdint>
+#include <vector>
 
 namespace shampoo {
 
-void precondition(const at::Tensor& out, const at::Tensor& norm, const at::Tensor& grad,
-                  at::TensorList roots);
+// One mode of every block: matrices [count, size, size], or diagonals [count, size].
+template <class Flat>
+struct Root {
+  const Flat* entries;
+  int64_t size;
+  bool is_diagonal;
+};
+
+// out[b] = grad[b] x_1 root_1[b] ... x_o root_o[b], norm[b] = |out[b]|
+// out, grad: [count, d_1 .. d_o], no overlap; roots: one a mode, symmetric
+template <class Flat>
+void precondition(Flat* out, Flat* norm, const Flat* grad, int64_t count,
+                  const std::vector<Root<Flat>>& roots);
 
 }  // namespace shampoo

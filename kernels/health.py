@@ -76,7 +76,9 @@ def judge_roots_(ok: Tensor, root: Tensor, factor: Tensor, ridge: Tensor, p: flo
 
     A root passes if it is finite, its diagonal is positive, no entry exceeds 1.5 ridge^(-1/p), its
     commutator is at most 2e-2 (8e-2 for p < 4) and its quadratic form is in [0.8, 1.25]. A
-    pseudo-inverse (ridge 0) is held to the commutator and to a diagonal that is not negative.
+    pseudo-inverse (ridge 0) is held to the commutator and to a diagonal that is not negative. The
+    products are torch's, so the last bits of both numbers may depend on where a root lies in the
+    stack: the verdict may, where a number is that close to its limit.
     """
     commutator, form = probe(root, factor, ridge, p)
     smallest = root.diagonal(dim1=1, dim2=2).amin(dim=1)

@@ -18,7 +18,8 @@ def newton_root_(
     """``root = (A + ridge I)^(-1/p)`` with ``ridge = max(eps, relative_eps * ||A||_S4)``.
 
     On the CPU everything is float64: in float32 the iteration converges to a root that is wrong by
-    per cents on ill-conditioned input. On a GPU the dtype is that of the factor.
+    per cents on ill-conditioned input. On a GPU the dtype is that of the factor. The products are
+    torch's: the last bits of a float64 root may depend on where it lies in the stack.
 
     Args:
         root: [B, n, n], written; bitwise symmetric.

@@ -1,4 +1,4 @@
-"""Norms of every matrix of a stack, in float64."""
+"""Norms of every matrix of a stack, in float64, and powers."""
 
 from __future__ import annotations
 
@@ -27,6 +27,17 @@ def schatten4(values: Tensor) -> Tensor:
     unit = torch.where(largest > 0, largest, 1.0)
     norm: Tensor = unit * torch.linalg.vector_norm(values / unit[:, None], ord=4, dim=1)
     return norm
+
+
+def elementwise_power(values: Tensor, exponent: float) -> Tensor:
+    """``values ** exponent``, whose bits on a CPU do not depend on where an element lies.
+
+    torch raises whole vectors with one function and what is left over at the end with another. Of
+    a tensor with gaps it raises every element with the second.
+    """
+    if values.device.type == "cpu":
+        values = torch.stack((values, values), dim=-1)[..., 0]
+    return values**exponent
 
 
 def power_of_two(largest: Tensor) -> Tensor:

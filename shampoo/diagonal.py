@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from shampoo.eigen import NEGLIGIBLE
-from shampoo.kernels.norms import largest_entry, schatten4
+from shampoo.kernels.norms import elementwise_power, largest_entry, schatten4
 
 
 def diagonal_root_(
@@ -34,11 +34,12 @@ def diagonal_root_(
     own = torch.clamp(relative_eps * schatten4(values), min=eps)
     if eps == 0 and relative_eps == 0:
         cutoff = n * torch.finfo(factor.dtype).eps * values.amax(dim=1)
-        powers = torch.where(values > cutoff[:, None], values ** (-1 / p), 0.0)
+        powers = torch.where(values > cutoff[:, None], elementwise_power(values, -1 / p), 0.0)
     else:
         smallest = values.amin(dim=1)
         own = own - torch.where(smallest < -NEGLIGIBLE * own, smallest, 0.0)
-        powers = torch.where(own[:, None] > 0, values + own[:, None], 1.0) ** (-1 / p)
+        damped = torch.where(own[:, None] > 0, values + own[:, None], 1.0)
+        powers = elementwise_power(damped, -1 / p)
     ridge.copy_(torch.where(diagonal, own, ridge))
     root.masked_fill_(diagonal[:, None, None], 0)
     roots = root.diagonal(dim1=1, dim2=2)

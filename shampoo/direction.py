@@ -6,6 +6,7 @@ from torch import Tensor
 from shampoo import ops
 from shampoo.averages import Number
 from shampoo.hyperparameters import Hyperparameters
+from shampoo.kernels.norms import elementwise_power
 from shampoo.scalars import Scalars
 from shampoo.segments import Part, Segment
 
@@ -80,7 +81,9 @@ def _diagonal_root(
     diagonal = factor / correction
     largest = diagonal.amax(1, keepdim=True)
     unit = torch.where(largest > 0, largest, 1.0)  # keeps the fourth powers in range
-    norm = unit * (diagonal / unit).pow(4).sum(1, keepdim=True).pow(0.25)
+    squares, fourth_powers = (diagonal / unit).square(), torch.zeros_like(unit)
+    ops.gram_ema_(fourth_powers, squares[:, None], 0, 0.0, 1.0)  # in one order, unlike torch's sum
+    norm = unit * fourth_powers.sqrt().sqrt()
     ridge = (hyper.relative_eps * norm).clamp_min(hyper.eps)
     damped = diagonal + ridge
-    return torch.where(damped > 0, damped.pow(exponent), 0.0)
+    return torch.where(damped > 0, elementwise_power(damped, exponent), 0.0)

@@ -61,9 +61,6 @@ class Proposal:
                 found.append({"name": f"group {index}", **terms, **words})
             return found
 
-        # Bias corrections count them; ranks that loaded files of different steps would part here.
-        steps = self.plan.steps()
-
         def gradients() -> list[dict[str, str]]:
             return [
                 {"name": member.name, "gradient": "a tensor" if is_there else "None"}

@@ -150,11 +150,9 @@ class Plan:
         self._enlist(groups, state, workers, kept)
         params = self.planned(groups)
         self.holders = workers.holders([param for group in groups for param in group["params"]])
-        # Whether groups of ranks work out the same, each for itself.
-        self.is_redundant = any(
-            not isinstance(param, DTensor) and member.team.size < self._replicas.size
-            for member, param in zip(self.members, params, strict=True)
-        )
+        # Whether teams may work out the same, each for itself: groups of trainers, or columns of a
+        # mesh with what tensor parallelism does not divide.
+        self.is_redundant = any(member.team.size < self.holders.size for member in self.members)
         self.crews = self._place(groups, params, state, device)
         self.arenas = [crew[crew[0].team.me] for crew in self.crews]
         published: Published = []
@@ -296,10 +294,6 @@ class Plan:
     def step(self) -> int:
         """How many steps the oldest blocks have taken; 0 means that no block has taken one."""
         return max((arena.step for arena in self.arenas), default=0)
-
-    def steps(self) -> list[tuple[int, int]]:
-        """Groups of which there are blocks, and the steps these have taken."""
-        return [(arena.group, arena.step) for arena in self.arenas]
 
     @functools.cached_property
     def digest(self) -> int:

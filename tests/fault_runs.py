@@ -34,6 +34,7 @@ class Placing:
     mesh: tuple[int, ...] = ()
     placements: tuple[Any, ...] = ()
     plain: int = 0  # the first parameters, which are no DTensors
+    rows: int = 0  # the first parameters, which with vectors lie on rows of the mesh only
     hyper: dict[str, Any] = field(default_factory=dict)
 
 
@@ -43,6 +44,8 @@ LAYOUTS = {
     "groups of 2 in 4": Placing(4, hyper={"num_trainers_per_group": 2}),
     "fsdp2": Placing(3, (3,), (Shard(0),)),
     "hsdp 2x2": Placing(4, (2, 2), (Replicate(), Shard(0))),
+    "tensor parallel, ddp 2x2": Placing(4, (2, 2), (Replicate(), Shard(1)), rows=2),
+    "tensor parallel, fsdp2 2x2": Placing(4, (2, 2), (Shard(0), Shard(1)), rows=2),
     "fsdp2 and plain": Placing(2, (2,), (Shard(0),), plain=2),
 }
 
@@ -52,7 +55,10 @@ class Run:
 
     def __init__(self, layout: str, shapes: Sequence[Any] = SHAPES, **hyper: Any) -> None:
         self.layout = LAYOUTS[layout]
-        self._mesh = init_device_mesh("cpu", self.layout.mesh) if self.layout.mesh else None
+        self._mesh = None
+        if self.layout.mesh:
+            names = ("rows", "columns")[: len(self.layout.mesh)]
+            self._mesh = init_device_mesh("cpu", self.layout.mesh, mesh_dim_names=names)
         generator = torch.Generator().manual_seed(0)
         whole = [torch.randn(shape, generator=generator) for shape in shapes]
         self.params = [Parameter(self.place(i, tensor)) for i, tensor in enumerate(whole)]
@@ -62,7 +68,10 @@ class Run:
         """A tensor as parameter ``index`` is placed."""
         if self._mesh is None or index < self.layout.plain:
             return whole.clone()
-        return distribute_tensor(whole, self._mesh, self.layout.placements, src_data_rank=None)
+        mesh, placements = self._mesh, self.layout.placements
+        if index < self.layout.rows or (self.layout.rows and whole.dim() < 2):
+            mesh, placements = mesh["rows"], placements[:1]
+        return distribute_tensor(whole, mesh, placements, src_data_rank=None)
 
     def feed(self, step: int) -> None:
         """Gradients of a step."""

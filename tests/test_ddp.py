@@ -121,22 +121,20 @@ def test_owners_too_apply_the_rounded_direction(ranks: Ranks, dtype):
             assert torch.equal(param, direction.to(dtype).float())
 
 
-def _rounded_runs(rank: int, dtype: torch.dtype) -> list[str]:
-    runs = {
-        name: ("replicated", {"communication_dtype": dtype, **sharing})
-        for name, (_, sharing) in RUNS[4].items()
+def _rounded_runs(rank: int, dtype: torch.dtype) -> dict[tuple[str, str], str]:
+    runs = {**RUNS[4], **{layout: (layout, {}) for layout in ("fsdp2", "hsdp", "tensor parallel")}}
+    rounded = {
+        name: (layout, {"communication_dtype": dtype, **sharing})
+        for name, (layout, sharing) in runs.items()
     }
-    return list(
-        digests(rank, runs, {name: CASES[name] for name in ("transformer", "bf16")}).values()
-    )
+    return digests(rank, rounded, {"transformer": CASES["transformer"]})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounded_directions_leave_replicas_equal_to_the_bit(ranks: Ranks, alone, dtype):
-    first, *others = ranks.returns(_rounded_runs, 4, dtype)
-    assert all(other == first for other in others)
-    assert len(set(first)) == 2, "who shares with whom decides nothing"
-    assert alone["transformer"] not in first, "nothing was rounded"
+def test_rounded_directions_leave_all_layouts_equal_to_the_bit(ranks: Ranks, alone, dtype):
+    found = [set(answer.values()) for answer in ranks.returns(_rounded_runs, 4, dtype)]
+    [together] = set.union(*found)
+    assert together != alone["transformer"], "nothing was rounded"
 
 
 def _by_backward(rank: int, name: str, is_shared: bool, is_same: bool) -> tuple[str, list[float]]:

@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"
 ENVIRONMENT = {
     **{"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-    "MKL_CBWR": "COMPATIBLE",  # as in ranks.py
+    "MKL_CBWR": "COMPATIBLE",  # products of the model may depend on where its matrices lie
 }
 STEPS = 30
 

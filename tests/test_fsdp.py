@@ -20,20 +20,23 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 PLAIN = Case("transformer", {"momentum": 0.9})
-RUNS: dict[int, dict[str, Run]] = {
-    world: {layout: (layout, {}) for layout in layouts}
-    for world, layouts in {
-        2: ("fsdp2", "fsdp2 columns"),
-        3: ("fsdp2",),
-        4: ("fsdp2", "hsdp", "tensor parallel"),
-    }.items()
-}
+LAYOUTS_OF = {2: ["fsdp2"], 3: ["fsdp2"], 4: ["fsdp2", "hsdp", "tensor parallel"]}
+# Three ranks divide the input channels of the first convolution, two the columns of the block.
+COLUMNS = {2: ["transformer", "layerwise"], 3: ["convolutions", "no graft"]}
 
 
-@pytest.mark.parametrize("world", RUNS)
+@pytest.mark.parametrize("world", LAYOUTS_OF)
 def test_parameters_are_those_of_one_process_to_the_bit(ranks: Ranks, alone, world):
-    for found in ranks.returns(digests, world, RUNS[world], CASES):
-        assert found == {(run, case): alone[case] for run in RUNS[world] for case in CASES}
+    runs: dict[str, Run] = {layout: (layout, {}) for layout in LAYOUTS_OF[world]}
+    for found in ranks.returns(digests, world, runs, CASES):
+        assert found == {(run, case): alone[case] for run in runs for case in CASES}
+
+
+@pytest.mark.parametrize("world", COLUMNS)
+def test_shards_of_columns_and_channels_too(ranks: Ranks, alone, world):
+    cases = {name: CASES[name] for name in COLUMNS[world]}
+    for found in ranks.returns(digests, world, {"run": ("fsdp2 columns", {})}, cases):
+        assert found == {("run", case): alone[case] for case in cases}
 
 
 @pytest.mark.parametrize("layout", ["fsdp2", "hsdp"])

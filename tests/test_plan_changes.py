@@ -75,3 +75,20 @@ def expected(ranks: Ranks) -> list[str]:
 def test_changes_between_steps_are_those_of_one_process(ranks: Ranks, expected, name):
     world, (layout, sharing) = RUNS[name]
     assert ranks.returns(train_through_changes, world, layout, sharing) == [expected] * world
+
+
+def train_after_sharding(rank: int, is_sharded: bool) -> str:
+    """Shards a model that has an optimizer already, as Accelerate does."""
+    model = CASE.build()
+    optimizer = CASE.optimizer(model.parameters(), num_trainers_per_group=2)
+    if is_sharded:
+        run(model, optimizer, 0, 1)
+        model = LAYOUTS["fsdp2"](CASE.build())
+        optimizer.param_groups[0]["params"] = list(model.parameters())
+    run(model, optimizer, 1, 4)
+    return digest(model.parameters())
+
+
+def test_parameters_that_were_swapped_for_shards_are_trained_anew(ranks: Ranks):
+    [alone] = ranks.returns(train_after_sharding, 1, False)
+    assert ranks.returns(train_after_sharding, 2, True) == [alone] * 2

@@ -169,6 +169,19 @@ def test_parameters_draw_apart_and_steps_too():
     assert not torch.equal(params[0], first[0])
 
 
+def test_groups_and_rules_draw_apart():
+    """They have segments of their own, each of which begins at its first element."""
+    params = [Parameter(torch.ones(40).bfloat16()) for _ in range(2)]
+    params.append(Parameter(torch.ones(40, 1, 2).bfloat16()))
+    groups = [{"params": params[:1]}, {"params": params[1:]}]
+    opt = Shampoo(groups, lr=2.0**-9, max_preconditioner_dim=80, stochastic_rounding=True)
+    put(params, 0)
+    opt.step()
+    grafted, other, factored = (param.detach().flatten()[:40] for param in params)
+    assert not torch.equal(grafted, other)
+    assert not torch.equal(other, factored)
+
+
 def test_a_resumed_run_draws_the_same():
     params, opt = make(lr=1e-3)
     for step in range(5):
