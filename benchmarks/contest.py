@@ -42,7 +42,7 @@ class Plan(NamedTuple):
 
     ``refresh``: steps from root step to root step. ``grafted_embeddings``: embeddings get a group
     without factors. Periods of ``refresh`` steps are measured until ``seconds`` have passed, but at
-    least ``periods``.
+    least ``periods``, after ``warmup`` of them.
     """
 
     device: torch.device
@@ -50,6 +50,7 @@ class Plan(NamedTuple):
     grafted_embeddings: bool
     seconds: float
     periods: int
+    warmup: int = 1
 
 
 class Contestant:
@@ -73,6 +74,8 @@ class Contestant:
     def receive(self, gradients: list[Tensor]) -> None:
         """Copies the round's gradients into this contestant's own."""
         torch._foreach_copy_(self.grads, gradients)
+        for param, grad in zip(self.params, self.grads, strict=True):
+            param.grad = grad  # some optimizers clear it
 
     def state_bytes(self) -> int:
         """Bytes of the distinct storages in ``optimizer.state``; shared views count once."""
@@ -128,7 +131,7 @@ def run(
 ) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, Contestant]]:
     """Lets the contestants step in turn.
 
-    The first period holds compilation and the first roots; it is returned apart from the measured
+    Warm-up holds compilation and the first roots; it is returned apart from the measured
     periods. Each round has a new random gradient, the same for all.
 
     Args:
@@ -138,7 +141,7 @@ def run(
         after_round: Called with the phase and the finished part of it, 0 to 1.
 
     Returns:
-        Seconds of every round of the first period, of the measured periods, and the contestants.
+        Seconds of every round of warm-up, of the measured periods, and the contestants.
     """
     contestants = {name: Contestant(model, build, plan) for name, build in factories.items()}
     gradients = [torch.empty(shape, device=plan.device) for shape in model.shapes]
@@ -150,7 +153,7 @@ def run(
         for gradient in gradients:
             gradient.normal_(generator=generator)
 
-    def period(advanced: Callable[[int], object]) -> dict[str, list[float]]:
+    def period(advanced: Callable[[int], object], rounds: int) -> dict[str, list[float]]:
         nonlocal done
 
         def count_round() -> None:
@@ -161,23 +164,27 @@ def run(
         return interleaved(
             {name: contestant.optimizer.step for name, contestant in contestants.items()},
             clock,
-            rounds=plan.refresh,
+            rounds=rounds,
             first_round=done,
             before_round=new_gradients,
             before_call=lambda name: contestants[name].receive(gradients),
             after_round=count_round,
         )
 
-    first = period(lambda count: after_round("first period", count / plan.refresh))
+    before = plan.warmup * plan.refresh
+    first = period(lambda count: after_round("warm-up", count / before), before)
     measured: dict[str, list[float]] = {name: [] for name in contestants}
     start = time.perf_counter()
 
     def finished(count: int) -> float:
         by_time = (time.perf_counter() - start) / max(plan.seconds, 1e-9)
-        return min(by_time, (count / plan.refresh - 1) / plan.periods)
+        return min(by_time, (count - before) / plan.refresh / plan.periods)
+
+    def advance(count: int) -> None:
+        after_round("measuring", min(1.0, finished(count)))
 
     while finished(done) < 1.0:
-        times = period(lambda count: after_round("measuring", min(1.0, finished(count))))
+        times = period(advance, plan.refresh)
         for name, seconds in times.items():
             measured[name] += seconds
     return first, measured, contestants

@@ -30,17 +30,18 @@ HEAD = """# Scaling, simulated
 Written by `{command}`: edit `benchmarks/scale.py`, not this file.
 
 **Nothing here was measured on more than one rank.** Blocks, owners and bytes are computed by the
-package's own code for these shapes. Seconds are predictions of its cost model.
+package's own code for these shapes, and tests compare them with the plan of the optimizer on ranks
+of a fake process group. Seconds are predictions of its cost model.
 
 - Block size {block}, roots every {frequency} steps, Adam grafting; bfloat16 parameters, gradients
   and directions, float32 statistics. Every matrix is preconditioned, embeddings included.
 - Nominal constants: {nominal}.
   Links: 350 GB/s a rank inside a node of 8, 40 GB/s across. All of the exchange is counted, as if
-  no other work hid it, but not its latency: on thousands of ranks an all-to-all has a few kB for
-  each peer and takes longer than its bytes.
+  no other work hid it, but not its latency: on thousands of ranks an all-to-all has a kB or
+  less for each peer and takes longer than its bytes.
 - Calibrated constants: {calibrated}
-  (`python -m benchmarks.calibrate`), with the same links. They say how the work scales where
-  arithmetic is dear, not how long an accelerator takes, which has not been measured yet.
+  (`python -m benchmarks.calibrate`), with the same links and owners. They say how the work scales
+  where arithmetic is dear, not how long an accelerator takes, which has not been measured yet.
 
 | column | meaning |
 |---|---|
@@ -117,6 +118,7 @@ def predict(
         layout=layout,
         replicas=replicas,
         parameter_dtype=torch.bfloat16,
+        communication_dtype=torch.bfloat16,
         cost_model=model,
         max_preconditioner_dim=BLOCK,
         precondition_frequency=FREQUENCY,

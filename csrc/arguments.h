@@ -116,17 +116,21 @@ void with_flat(const at::Tensor& tensor, const Use& use) {
     use(float());
 }
 
+// A number that an overload `Tensor` takes, read on the host.
+inline double number_of(const char* name, const at::Tensor& tensor) {
+  check_number(name, tensor, at::kCPU);
+  return *static_cast<const double*>(tensor.const_data_ptr());
+}
+
 // Reads the table and checks that everything the kernel touches is there.
 inline std::vector<Run> runs_of(const at::Tensor& runs, const std::optional<at::Tensor>& exp_avg,
                                 const std::optional<at::Tensor>& exp_avg_sq,
                                 const std::optional<at::Tensor>& direction, const at::Tensor& norm,
-                                const at::Tensor& grad, const Moments& moments,
+                                const at::Tensor& grad,
                                 const at::Device& device = at::kCPU) {
   check_flat("grad", grad, device);
   check_flat("norm", norm, device);
   check_table("runs", runs, 2);
-  if (exp_avg) check_positive("correction1", moments.correction1);
-  if (exp_avg_sq) check_positive("correction2", moments.correction2);
   std::vector<Run> table;
   int64_t blocks = 0, elements = 0;
   const int64_t* row = static_cast<const int64_t*>(runs.const_data_ptr());
@@ -148,6 +152,14 @@ inline std::vector<Run> runs_of(const at::Tensor& runs, const std::optional<at::
   check_moment("exp_avg_sq", exp_avg_sq);
   check_moment("direction", direction);
   return table;
+}
+
+// What the moments are divided by.
+inline void check_corrections(const std::optional<at::Tensor>& exp_avg,
+                              const std::optional<at::Tensor>& exp_avg_sq, double correction1,
+                              double correction2) {
+  if (exp_avg) check_positive("correction1", correction1);
+  if (exp_avg_sq) check_positive("correction2", correction2);
 }
 
 // What update_blocks_ takes beside its table of parameters.

@@ -25,6 +25,11 @@ void gather_blocks_(const at::Tensor& out, at::TensorList sources, const at::Ten
   });
 }
 
+void gather_blocks_live_(const at::Tensor& out, at::TensorList sources, const at::Tensor& tiles,
+                         const at::Tensor& alpha, bool accumulate) {
+  gather_blocks_(out, sources, tiles, number_of("alpha", alpha), accumulate);
+}
+
 void graft_moments_(const std::optional<at::Tensor>& exp_avg,
                     const std::optional<at::Tensor>& exp_avg_sq,
                     const std::optional<at::Tensor>& direction, const at::Tensor& norm,
@@ -32,7 +37,8 @@ void graft_moments_(const std::optional<at::Tensor>& exp_avg,
                     double correction1, double beta2, double weight2, double correction2,
                     double eps, bool normalized) {
   const Moments moments{beta1, correction1, beta2, weight2, correction2, eps, normalized};
-  const auto table = runs_of(runs, exp_avg, exp_avg_sq, direction, norm, grad, moments);
+  const auto table = runs_of(runs, exp_avg, exp_avg_sq, direction, norm, grad);
+  check_corrections(exp_avg, exp_avg_sq, correction1, correction2);
   if (table.empty()) return;
   with_flat(grad, [&](auto flat) {
     with_flat(norm, [&](auto length) {
@@ -43,9 +49,23 @@ void graft_moments_(const std::optional<at::Tensor>& exp_avg,
   });
 }
 
+void graft_moments_live_(const std::optional<at::Tensor>& exp_avg,
+                         const std::optional<at::Tensor>& exp_avg_sq,
+                         const std::optional<at::Tensor>& direction, const at::Tensor& norm,
+                         const at::Tensor& grad, const at::Tensor& runs, const at::Tensor& beta1,
+                         const at::Tensor& correction1, const at::Tensor& beta2,
+                         const at::Tensor& weight2, const at::Tensor& correction2, double eps,
+                         bool normalized) {
+  graft_moments_(exp_avg, exp_avg_sq, direction, norm, grad, runs, number_of("beta1", beta1),
+                 number_of("correction1", correction1), number_of("beta2", beta2),
+                 number_of("weight2", weight2), number_of("correction2", correction2), eps,
+                 normalized);
+}
+
 void update_blocks_(at::TensorList params, const std::optional<at::Tensor>& momentum,
                     const at::Tensor& direction, const at::Tensor& scale, const at::Tensor& tiles,
-                    double lr, double weight_decay, double mu, bool nesterov) {
+                    double lr, double weight_decay, double mu, bool nesterov,
+                    std::optional<int64_t> seed, double step) {
   check_flat("direction", direction);
   check_same("scale", scale, "direction", direction);
   const auto table = tiles_of(tiles, "params", params, "direction", direction);
@@ -53,11 +73,23 @@ void update_blocks_(at::TensorList params, const std::optional<at::Tensor>& mome
   check_update(momentum, direction, scale, table);
   const auto memory = sources_of("params", params);
   const Move move{lr, weight_decay, mu, nesterov};
+  const Rounding rounding{seed.has_value(), static_cast<uint64_t>(seed.value_or(0)),
+                          static_cast<uint64_t>(step)};
   with_flat(direction, [&](auto flat) {
     using Flat = decltype(flat);
     update_blocks(memory, pointer<Flat>(momentum), const_pointer<Flat>(direction),
-                  const_pointer<Flat>(scale), table, move);
+                  const_pointer<Flat>(scale), table, move, rounding);
   });
+}
+
+void update_blocks_live_(at::TensorList params, const std::optional<at::Tensor>& momentum,
+                         const at::Tensor& direction, const at::Tensor& scale,
+                         const at::Tensor& tiles, const at::Tensor& lr,
+                         const at::Tensor& weight_decay, const at::Tensor& mu, bool nesterov,
+                         std::optional<int64_t> seed, const std::optional<at::Tensor>& step) {
+  update_blocks_(params, momentum, direction, scale, tiles, number_of("lr", lr),
+                 number_of("weight_decay", weight_decay), number_of("mu", mu), nesterov, seed,
+                 step ? number_of("step", *step) : 0.0);
 }
 
 void gram_ema_(const at::Tensor& factor, const at::Tensor& grad, int64_t k, double beta,
@@ -88,6 +120,11 @@ void gram_ema_(const at::Tensor& factor, const at::Tensor& grad, int64_t k, doub
     kernel(pointer<Flat>(factor), const_pointer<Flat>(packed), blocks, before, size, after,
            static_cast<Flat>(beta), static_cast<Flat>(weight));
   });
+}
+
+void gram_ema_live_(const at::Tensor& factor, const at::Tensor& grad, int64_t k,
+                    const at::Tensor& beta, const at::Tensor& weight) {
+  gram_ema_(factor, grad, k, number_of("beta", beta), number_of("weight", weight));
 }
 
 void magnitudes_(const at::Tensor& out, at::TensorList tensors) {
@@ -195,4 +232,8 @@ TORCH_LIBRARY_IMPL(shampoo, CPU, m) {
   m.impl("eigh_", &shampoo::eigh_);
   m.impl("minimax_root_", &shampoo::minimax_root_);
   m.impl("update_blocks_", &shampoo::update_blocks_);
+  m.impl("gather_blocks_.Tensor", &shampoo::gather_blocks_live_);
+  m.impl("graft_moments_.Tensor", &shampoo::graft_moments_live_);
+  m.impl("gram_ema_.Tensor", &shampoo::gram_ema_live_);
+  m.impl("update_blocks_.Tensor", &shampoo::update_blocks_live_);
 }

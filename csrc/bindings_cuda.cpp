@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <type_traits>
 
 #include "arguments.h"
 #include "launch.h"
@@ -24,28 +25,57 @@ struct OnDeviceOf {
       : guard(tensor.device()), stream(c10::cuda::getCurrentCUDAStream().stream()) {}
 };
 
+// Numbers of the host go into the arguments of a kernel, those on the device are read by it.
+cuda::Number number_of(const char*, double number, const at::Tensor&) { return number; }
+cuda::Number number_of(const char* name, const at::Tensor& number, const at::Tensor& beside) {
+  check_number(name, number, beside.device());
+  return cuda::Number(static_cast<const double*>(number.const_data_ptr()));
+}
+
+cuda::Number number_of(const char* name, const std::optional<at::Tensor>& number,
+                       const at::Tensor& beside) {
+  return number ? number_of(name, *number, beside) : cuda::Number(0.0);
+}
+
+// Every op twice, with `Scalar` a double or a tensor.
+template <class Scalar>
+using Given = std::conditional_t<std::is_same_v<Scalar, double>, double, const at::Tensor&>;
+template <class Scalar>
+using Optional = std::conditional_t<std::is_same_v<Scalar, double>, double,
+                                    const std::optional<at::Tensor>&>;
+
+template <class Scalar>
 void gather_blocks_(const at::Tensor& out, at::TensorList sources, const at::Tensor& tiles,
-                    double alpha, bool accumulate) {
+                    Given<Scalar> alpha, bool accumulate) {
   check_flat("out", out, out.device());
   const auto table = tiles_of(tiles, "sources", sources, "out", out);
   if (table.empty()) return;
   const auto memory = sources_of("sources", sources, out.device());
+  const cuda::Number factor = number_of("alpha", alpha, out);
   const OnDeviceOf current(out);
   with_flat(out, [&](auto flat) {
-    cuda::gather_blocks(pointer<decltype(flat)>(out), memory, table, alpha, accumulate, nullptr,
+    cuda::gather_blocks(pointer<decltype(flat)>(out), memory, table, factor, accumulate, nullptr,
                         current.stream);
   });
 }
 
+template <class Scalar>
 void graft_moments_(const std::optional<at::Tensor>& exp_avg,
                     const std::optional<at::Tensor>& exp_avg_sq,
                     const std::optional<at::Tensor>& direction, const at::Tensor& norm,
-                    const at::Tensor& grad, const at::Tensor& runs, double beta1,
-                    double correction1, double beta2, double weight2, double correction2,
-                    double eps, bool normalized) {
-  const Moments moments{beta1, correction1, beta2, weight2, correction2, eps, normalized};
-  const auto table =
-      runs_of(runs, exp_avg, exp_avg_sq, direction, norm, grad, moments, grad.device());
+                    const at::Tensor& grad, const at::Tensor& runs, Given<Scalar> beta1,
+                    Given<Scalar> correction1, Given<Scalar> beta2, Given<Scalar> weight2,
+                    Given<Scalar> correction2, double eps, bool normalized) {
+  const cuda::Moments moments{number_of("beta1", beta1, grad),
+                              number_of("correction1", correction1, grad),
+                              number_of("beta2", beta2, grad),
+                              number_of("weight2", weight2, grad),
+                              number_of("correction2", correction2, grad),
+                              eps,
+                              normalized};
+  const auto table = runs_of(runs, exp_avg, exp_avg_sq, direction, norm, grad, grad.device());
+  if constexpr (std::is_same_v<Scalar, double>)
+    check_corrections(exp_avg, exp_avg_sq, correction1, correction2);
   if (table.empty()) return;
   const OnDeviceOf current(grad);
   const at::Tensor scratch =
@@ -61,21 +91,27 @@ void graft_moments_(const std::optional<at::Tensor>& exp_avg,
   });
 }
 
+template <class Scalar>
 void update_blocks_(at::TensorList params, const std::optional<at::Tensor>& momentum,
                     const at::Tensor& direction, const at::Tensor& scale, const at::Tensor& tiles,
-                    double lr, double weight_decay, double mu, bool nesterov) {
+                    Given<Scalar> lr, Given<Scalar> weight_decay, Given<Scalar> mu, bool nesterov,
+                    std::optional<int64_t> seed, Optional<Scalar> step) {
   check_flat("direction", direction, direction.device());
   check_same("scale", scale, "direction", direction);
   const auto table = tiles_of(tiles, "params", params, "direction", direction);
   if (table.empty()) return;
   check_update(momentum, direction, scale, table);
   const auto memory = sources_of("params", params, direction.device());
+  const cuda::Move move{number_of("lr", lr, direction),
+                        number_of("weight_decay", weight_decay, direction),
+                        number_of("mu", mu, direction), nesterov};
+  const cuda::Rounding rounding{seed.has_value(), static_cast<uint64_t>(seed.value_or(0)),
+                                number_of("step", step, direction)};
   const OnDeviceOf current(direction);
   with_flat(direction, [&](auto flat) {
     using Flat = decltype(flat);
     cuda::update_blocks(memory, pointer<Flat>(momentum), const_pointer<Flat>(direction),
-                        const_pointer<Flat>(scale), table, Move{lr, weight_decay, mu, nesterov},
-                        cuda::Rounding{}, current.stream);
+                        const_pointer<Flat>(scale), table, move, rounding, current.stream);
   });
 }
 
@@ -119,9 +155,13 @@ void small_root_(const at::Tensor& root, const at::Tensor& ridge, const at::Tens
 }  // namespace
 }  // namespace shampoo
 
+// Names beside those of the ops: shampoo/backends.py decides which calls come here.
 TORCH_LIBRARY_IMPL(shampoo, CUDA, m) {
-  m.impl("gather_blocks_", &shampoo::gather_blocks_);
-  m.impl("graft_moments_", &shampoo::graft_moments_);
-  m.impl("update_blocks_", &shampoo::update_blocks_);
-  m.impl("small_root_", &shampoo::small_root_);
+  m.impl("cuda_gather_blocks_", &shampoo::gather_blocks_<double>);
+  m.impl("cuda_gather_blocks_.Tensor", &shampoo::gather_blocks_<at::Tensor>);
+  m.impl("cuda_graft_moments_", &shampoo::graft_moments_<double>);
+  m.impl("cuda_graft_moments_.Tensor", &shampoo::graft_moments_<at::Tensor>);
+  m.impl("cuda_update_blocks_", &shampoo::update_blocks_<double>);
+  m.impl("cuda_update_blocks_.Tensor", &shampoo::update_blocks_<at::Tensor>);
+  m.impl("cuda_small_root_", &shampoo::small_root_);
 }

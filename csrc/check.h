@@ -44,6 +44,14 @@ inline void check_length(const char* name, const at::Tensor& tensor, const char*
               " describes ", needed, ".");
 }
 
+// A number in the memory of a device: 0-d, float64.
+inline void check_number(const char* name, const at::Tensor& tensor, const at::Device& device) {
+  TORCH_CHECK(tensor.device() == device && tensor.scalar_type() == at::kDouble &&
+                  tensor.numel() == 1,
+              name, " is ", tensor.scalar_type(), " of shape ", tensor.sizes(), " on ",
+              tensor.device(), ". Must be one number, float64 on ", place_of(device), ".");
+}
+
 // A table of int64 rows, read on the host.
 inline void check_table(const char* name, const at::Tensor& table, int64_t least_columns) {
   TORCH_CHECK(table.device().is_cpu(), name, " is on ", table.device(),

@@ -31,6 +31,13 @@ struct BFloat16 {
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     return {static_cast<uint16_t>(value != value ? 0x7fc0u : rounded)};
   }
+  // Up with the probability that `random`, 16 bits, is at least the distance to the value above.
+  static BFloat16 narrow(float value, uint32_t random) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    if ((bits & 0x7f800000u) == 0x7f800000u) return narrow(value);  // NaN or infinite
+    return {static_cast<uint16_t>((bits + (random & 0xffffu)) >> 16)};
+  }
 };
 
 struct Half {

@@ -16,8 +16,12 @@ void gather_blocks(Flat* out, const std::vector<Source>& sources, const std::vec
     visit_tiles(tiles, sources, begin, end,
                 [&](const Source& source, int64_t /*block*/, int64_t element, int64_t stride,
                     int64_t flat, int64_t count) {
+                  Flat* to = out + flat;
+                  if (alpha == 0.0) {  // a NaN times zero would be one
+                    if (!accumulate) std::fill_n(to, count, Flat(0));
+                    return;
+                  }
                   with_type(source, element, [&](auto* from) {
-                    Flat* to = out + flat;
                     if (!accumulate && alpha == 1.0) return load_run(to, from, stride, count);
                     for (int64_t i = 0; i < count; i += kChunk) {
                       const int64_t length = std::min(kChunk, count - i);

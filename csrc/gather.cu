@@ -4,6 +4,7 @@
 #include "boxes.h"
 #include "elements.h"
 #include "launch.h"
+#include "numbers.h"
 
 namespace shampoo::cuda {
 namespace {
@@ -11,8 +12,8 @@ namespace {
 template <class Flat>
 struct Gather {
   Flat* out;
-  Flat alpha;
-  bool accumulate, scaled;
+  Number alpha;
+  bool accumulate;
   uint8_t* nonfinite;
 };
 
@@ -20,11 +21,12 @@ template <class Flat>
 __global__ void __launch_bounds__(kThreads)
     gather_kernel(const __grid_constant__ BoxTable table, Gather<Flat> gather) {
   const Box& box = table.find(blockIdx.x);
+  const Flat alpha = static_cast<Flat>(read(gather.alpha));
   with_type(box.data, box.dtype, [&](auto* data) {
     for_own_elements(box, [&](Box::Place place, uint32_t at, auto quad) {
       constexpr int kCount = decltype(quad)::value ? 4 : 1;
-      Flat values[kCount], before[kCount];
-      load(values, data + place.element);
+      Flat values[kCount] = {}, before[kCount];
+      if (alpha != Flat(0)) load(values, data + place.element);  // a NaN times zero would be one
       Flat* to = gather.out + box.offset + at;
       bool finite = true;
       for (Flat value : values) finite &= static_cast<bool>(isfinite(value));
@@ -32,9 +34,9 @@ __global__ void __launch_bounds__(kThreads)
       if (gather.nonfinite && !finite) gather.nonfinite[box.first_block + place.block] = 1;
       if (gather.accumulate) {
         load(before, to);
-        for (int i = 0; i < kCount; ++i) values[i] = fma(gather.alpha, values[i], before[i]);
-      } else if (gather.scaled) {
-        for (Flat& value : values) value *= gather.alpha;
+        for (int i = 0; i < kCount; ++i) values[i] = fma(alpha, values[i], before[i]);
+      } else {
+        for (Flat& value : values) value *= alpha;
       }
       store(to, values);
     });
@@ -45,17 +47,17 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class Flat>
 void gather_blocks(Flat* out, const std::vector<Source>& sources, const std::vector<Tile>& tiles,
-                   double alpha, bool accumulate, uint8_t* nonfinite, Stream stream) {
-  const Gather<Flat> gather{out, static_cast<Flat>(alpha), accumulate, alpha != 1.0, nonfinite};
+                   Number alpha, bool accumulate, uint8_t* nonfinite, Stream stream) {
+  const Gather<Flat> gather{out, alpha, accumulate, nonfinite};
   const bool aligned = reinterpret_cast<uintptr_t>(out) % sizeof(Quad<Flat>) == 0;
   for_each_table(tiles, sources, aligned, [&](const BoxTable& table, uint32_t chunks) {
     launch(gather_kernel<Flat>, chunks, kThreads, 0, stream, table, gather);
   });
 }
 
-template void gather_blocks(float*, const std::vector<Source>&, const std::vector<Tile>&, double,
+template void gather_blocks(float*, const std::vector<Source>&, const std::vector<Tile>&, Number,
                             bool, uint8_t*, Stream);
-template void gather_blocks(double*, const std::vector<Source>&, const std::vector<Tile>&, double,
+template void gather_blocks(double*, const std::vector<Source>&, const std::vector<Tile>&, Number,
                             bool, uint8_t*, Stream);
 
 }  // namespace shampoo::cuda

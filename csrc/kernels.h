@@ -46,6 +46,14 @@ struct Move {
   bool nesterov;
 };
 
+// Whether bfloat16 parameters are rounded up or down at random, with the mean in between. The
+// random number of an element depends on these two and its place in the segment alone.
+struct Rounding {
+  bool stochastic = false;
+  uint64_t seed = 0;
+  uint64_t step = 0;
+};
+
 template <class Flat>
 void gather_blocks(Flat* out, const std::vector<Source>& sources, const std::vector<Tile>& tiles,
                    double alpha, bool accumulate);
@@ -65,6 +73,7 @@ void block_norms(Flat* norm, const Flat* blocks, const Run& run);
 // `momentum` may be null.
 template <class Flat>
 void update_blocks(const std::vector<Source>& params, Flat* momentum, const Flat* direction,
-                   const Flat* scale, const std::vector<Tile>& tiles, const Move& move);
+                   const Flat* scale, const std::vector<Tile>& tiles, const Move& move,
+                   const Rounding& rounding);
 
 }  // namespace shampoo

@@ -32,19 +32,39 @@ constexpr int64_t kMaxRootSize = 128;
 void small_root(float* root, double* ridge, const float* factor, int64_t n, int64_t batch, int p,
                 double eps, double relative_eps, const RootSchedule& schedule, Stream stream);
 
-// Whether bfloat16 parameters are rounded up or down at random, with the mean in between. The
-// random number of an element depends on these two and its place in the segment alone.
+// A number of the host; or one in the memory of the device, which may be another whenever a CUDA
+// graph is replayed.
+struct Number {
+  double value = 0.0;
+  const double* live = nullptr;  // if not null, where it lies
+
+  Number(double of_host) : value(of_host) {}
+  explicit Number(const double* of_device) : live(of_device) {}
+};
+
+// As in kernels.h.
+struct Moments {
+  Number beta1, correction1, beta2, weight2, correction2;
+  double eps;
+  bool normalized;
+};
+
+struct Move {
+  Number lr, weight_decay, mu;
+  bool nesterov;
+};
+
 struct Rounding {
-  bool stochastic = false;
-  uint64_t seed = 0;
-  uint64_t offset = 0;  // another one for every step
+  bool stochastic;
+  uint64_t seed;
+  Number step;
 };
 
 // As the functions of kernels.h of the same names. `nonfinite` may be null: it gets a 1 for every
 // block of the segment with an element that is NaN or infinite in Flat, and else stays as it is.
 template <class Flat>
 void gather_blocks(Flat* out, const std::vector<Source>& sources, const std::vector<Tile>& tiles,
-                   double alpha, bool accumulate, uint8_t* nonfinite, Stream stream);
+                   Number alpha, bool accumulate, uint8_t* nonfinite, Stream stream);
 
 // Doubles of scratch memory that graft_moments needs on the device.
 int64_t moments_scratch(const std::vector<Run>& runs);

@@ -7,6 +7,7 @@
 #include "boxes.h"
 #include "elements.h"
 #include "launch.h"
+#include "numbers.h"
 
 namespace shampoo::cuda {
 namespace {
@@ -54,14 +55,26 @@ __device__ __forceinline__ double over_warp(double sum) {
   return sum;
 }
 
+// The numbers of Moments as the kernel uses them.
 template <class Flat>
-struct Step {
-  Flat *exp_avg, *exp_avg_sq, *direction;
-  const Flat* grad;
-  const double* lengths;  // of the gradient's blocks, if they are to be normalized
-  double* sums;           // [chunks]
+struct Weights {
   Flat coefficient, correction1, beta2, weight2, scale2, eps;
   bool from_gradient;
+
+  __host__ __device__ static Weights of(double beta1, double correction1, double beta2,
+                                        double weight2, double correction2, double eps) {
+    Weights weights{static_cast<Flat>(1.0 - beta1),
+                    static_cast<Flat>(correction1),
+                    static_cast<Flat>(beta2),
+                    static_cast<Flat>(weight2),
+                    static_cast<Flat>(1.0 / correction2),
+                    static_cast<Flat>(eps),
+                    false};
+    // As torch's lerp: from the nearer end, so that a weight of 1 gives exactly the gradient.
+    weights.from_gradient = weights.coefficient >= Flat(0.5);
+    if (weights.from_gradient) weights.coefficient -= Flat(1);
+    return weights;
+  }
 
   // exp_avg <- beta1 exp_avg + (1 - beta1) grad
   __device__ __forceinline__ Flat average(Flat avg, Flat value) const {
@@ -71,10 +84,21 @@ struct Step {
   __device__ __forceinline__ Flat square(Flat sq, Flat value) const {
     return fma(weight2 * value, value, beta2 * sq);
   }
+};
+
+template <class Flat>
+struct Step {
+  Flat *exp_avg, *exp_avg_sq, *direction;
+  const Flat* grad;
+  const double* lengths;  // of the gradient's blocks, if they are to be normalized
+  double* sums;           // [chunks]
+  Weights<Flat> weights;
+  const Weights<Flat>* live;  // in their place, if not null
 
   // Moves kCount elements from `at` on. Returns the sum of squares of D.
   template <int kCount>
-  __device__ __forceinline__ double move(int64_t at, Flat length) const {
+  __device__ __forceinline__ double move(const Weights<Flat>& weights, int64_t at,
+                                         Flat length) const {
     Flat values[kCount], avg[kCount] = {}, sq[kCount] = {};
     load(values, grad + at);
     if (exp_avg) load(avg, exp_avg + at);
@@ -85,12 +109,12 @@ struct Step {
       const Flat raw = !lengths ? values[i] : length > Flat(0) ? values[i] / length : Flat(0);
       Flat divisor = Flat(1);
       if (exp_avg) {
-        values[i] = avg[i] = average(avg[i], values[i]);
-        divisor = correction1;
+        values[i] = avg[i] = weights.average(avg[i], values[i]);
+        divisor = weights.correction1;
       }
       if (exp_avg_sq) {
-        sq[i] = square(sq[i], raw);
-        divisor *= sqrt(sq[i] * scale2) + eps;
+        sq[i] = weights.square(sq[i], raw);
+        divisor *= sqrt(sq[i] * weights.scale2) + weights.eps;
       }
       values[i] /= divisor;
       sum += static_cast<double>(values[i]) * static_cast<double>(values[i]);
@@ -101,6 +125,14 @@ struct Step {
     return sum;
   }
 };
+
+// One thread for all: the division costs more than a thread of moments_kernel has to spare.
+template <class Flat>
+__global__ void weights_kernel(Moments moments, Weights<Flat>* to) {
+  if (threadIdx.x == 0)
+    *to = Weights<Flat>::of(read(moments.beta1), read(moments.correction1), read(moments.beta2),
+                            read(moments.weight2), read(moments.correction2), moments.eps);
+}
 
 template <class Flat>
 __global__ void __launch_bounds__(kThreads, 3)
@@ -117,14 +149,16 @@ __global__ void __launch_bounds__(kThreads, 3)
       step.lengths
           ? static_cast<Flat>(step.lengths[table.first_block + run.first_block + block])
           : Flat(0);
+  const Weights<Flat> weights = step.live ? *step.live : step.weights;
   double sum = 0.0;
   if (quads && run.start % 4 == 0 && run.size % 4 == 0) {
 #pragma unroll 4
     for (int64_t at = begin + 4 * lane; at < end; at += 4 * 32)
-      sum += step.template move<4>(at, length);
+      sum += step.template move<4>(weights, at, length);
   } else {
 #pragma unroll 4
-    for (int64_t at = begin + lane; at < end; at += 32) sum += step.template move<1>(at, length);
+    for (int64_t at = begin + lane; at < end; at += 32)
+      sum += step.template move<1>(weights, at, length);
   }
   sum = over_warp(sum);
   if (lane == 0) step.sums[table.first_chunk + chunk] = sum;
@@ -168,8 +202,10 @@ void for_each_run_table(const std::vector<Run>& runs, const Start& start) {
 
 }  // namespace
 
+constexpr int64_t kWeights = sizeof(Weights<double>) / sizeof(double);  // in front of the scratch
+
 int64_t moments_scratch(const std::vector<Run>& runs) {
-  int64_t doubles = 0;
+  int64_t doubles = kWeights;
   for (const Run& run : runs) doubles += run.count * (parts_of(run) + 1);
   return doubles;
 }
@@ -180,7 +216,7 @@ void graft_moments(Flat* exp_avg, Flat* exp_avg_sq, Flat* direction, Norm* norm,
                    Stream stream) {
   int64_t blocks = 0;
   for (const Run& run : runs) blocks += run.count;
-  double *lengths = scratch, *sums = scratch + blocks;
+  double *lengths = scratch + kWeights, *sums = lengths + blocks;
   const auto move = [&](const Step<Flat>& step, auto* to) {
     const uintptr_t memory =
         reinterpret_cast<uintptr_t>(step.exp_avg) | reinterpret_cast<uintptr_t>(step.exp_avg_sq) |
@@ -197,6 +233,15 @@ void graft_moments(Flat* exp_avg, Flat* exp_avg_sq, Flat* direction, Norm* norm,
   Step<Flat> step{};
   step.grad = grad;
   step.sums = sums;
+  if (moments.beta1.live) {  // and so are the others
+    auto* live = reinterpret_cast<Weights<Flat>*>(scratch);
+    launch(weights_kernel<Flat>, 1, 32, 0, stream, moments, live);
+    step.live = live;
+  } else {
+    step.weights = Weights<Flat>::of(moments.beta1.value, moments.correction1.value,
+                                     moments.beta2.value, moments.weight2.value,
+                                     moments.correction2.value, moments.eps);
+  }
   if (moments.normalized && exp_avg_sq) {
     move(step, lengths);  // nothing moves yet: D is the gradient
     step.lengths = lengths;
@@ -204,15 +249,6 @@ void graft_moments(Flat* exp_avg, Flat* exp_avg_sq, Flat* direction, Norm* norm,
   step.exp_avg = exp_avg;
   step.exp_avg_sq = exp_avg_sq;
   step.direction = direction;
-  step.coefficient = static_cast<Flat>(1.0 - moments.beta1);
-  step.correction1 = static_cast<Flat>(moments.correction1);
-  step.beta2 = static_cast<Flat>(moments.beta2);
-  step.weight2 = static_cast<Flat>(moments.weight2);
-  step.scale2 = static_cast<Flat>(1.0 / moments.correction2);
-  step.eps = static_cast<Flat>(moments.eps);
-  // As torch's lerp: from the nearer end, so that a weight of 1 gives exactly the gradient.
-  step.from_gradient = step.coefficient >= Flat(0.5);
-  if (step.from_gradient) step.coefficient -= Flat(1);
   move(step, norm);
 }
 

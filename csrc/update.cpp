@@ -5,6 +5,7 @@
 
 #include "dtypes.h"
 #include "kernels.h"
+#include "philox.h"
 
 namespace shampoo {
 namespace {
@@ -46,11 +47,25 @@ struct Step {
   }
 };
 
+// `place`: of the first element in the segment.
+template <class Wide>
+void store_randomly(BFloat16* to, const Wide* from, int64_t stride, int64_t place, int64_t count,
+                    const Rounding& rounding) {
+  RandomWords random{};
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t at = place + i;
+    if (i == 0 || at % 4 == 0)
+      random = philox(rounding.seed, rounding.step, static_cast<uint64_t>(at) / 4);
+    to[i * stride] = BFloat16::narrow(static_cast<float>(from[i]), random.words[at % 4]);
+  }
+}
+
 }  // namespace
 
 template <class Flat>
 void update_blocks(const std::vector<Source>& params, Flat* momentum, const Flat* direction,
-                   const Flat* scale, const std::vector<Tile>& tiles, const Move& move) {
+                   const Flat* scale, const std::vector<Tile>& tiles, const Move& move,
+                   const Rounding& rounding) {
   const int64_t total = tiles.back().ordinal + tiles.back().numel();
   at::parallel_for(0, total, kGrain, [&](int64_t begin, int64_t end) {
     visit_tiles(
@@ -71,6 +86,12 @@ void update_blocks(const std::vector<Source>& params, Flat* momentum, const Flat
               load_run(chunk, weight + i * stride, stride, length);
               step(chunk, buffer ? buffer + i : nullptr, direction + flat + i, scale[block],
                    length);
+              if constexpr (std::is_same_v<Param, BFloat16>) {
+                if (rounding.stochastic) {
+                  store_randomly(weight + i * stride, chunk, stride, flat + i, length, rounding);
+                  continue;
+                }
+              }
               store_run(weight + i * stride, chunk, stride, length);
             }
           });
@@ -79,8 +100,8 @@ void update_blocks(const std::vector<Source>& params, Flat* momentum, const Flat
 }
 
 template void update_blocks(const std::vector<Source>&, float*, const float*, const float*,
-                            const std::vector<Tile>&, const Move&);
+                            const std::vector<Tile>&, const Move&, const Rounding&);
 template void update_blocks(const std::vector<Source>&, double*, const double*, const double*,
-                            const std::vector<Tile>&, const Move&);
+                            const std::vector<Tile>&, const Move&, const Rounding&);
 
 }  // namespace shampoo

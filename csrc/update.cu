@@ -4,6 +4,7 @@
 #include "boxes.h"
 #include "elements.h"
 #include "launch.h"
+#include "numbers.h"
 #include "philox.h"
 
 namespace shampoo::cuda {
@@ -18,11 +19,23 @@ struct Update {
   Rounding rounding;
 };
 
+// The numbers of a Move, read.
+struct Pace {
+  double lr, weight_decay, mu;
+  bool nesterov;
+
+  __device__ __forceinline__ explicit Pace(const Move& move)
+      : lr(read(move.lr)),
+        weight_decay(read(move.weight_decay)),
+        mu(read(move.mu)),
+        nesterov(move.nesterov) {}
+};
+
 // In the order of roundings of the reference: products that touch only flat tensors in Flat, the
 // rest in Wide.
 template <class Wide, class Flat>
 __device__ __forceinline__ void step(Wide& weight, Flat& momentum, bool has_momentum,
-                                     Flat direction, const Move& move) {
+                                     Flat direction, const Pace& move) {
   const Flat lr = static_cast<Flat>(move.lr), mu = static_cast<Flat>(move.mu);
   if (!has_momentum) {
     weight = weight * static_cast<Wide>(1.0 - move.lr * move.weight_decay) -
@@ -41,6 +54,8 @@ template <class Flat>
 __global__ void __launch_bounds__(kThreads)
     update_kernel(const __grid_constant__ BoxTable table, Update<Flat> update) {
   const Box& box = table.find(blockIdx.x);
+  const Pace pace(update.move);
+  const uint64_t drawn = static_cast<uint64_t>(read(update.rounding.step));
   with_type(box.data, box.dtype, [&](auto* data) {
     using Param = std::remove_pointer_t<decltype(data)>;
     using Wide = std::conditional_t<std::is_same_v<Param, double>, double, Flat>;
@@ -55,13 +70,12 @@ __global__ void __launch_bounds__(kThreads)
       if (update.momentum) load(momentum, update.momentum + flat);
 #pragma unroll
       for (int i = 0; i < kCount; ++i)
-        step(weight[i], momentum[i], update.momentum != nullptr, direction[i] * scale,
-             update.move);
+        step(weight[i], momentum[i], update.momentum != nullptr, direction[i] * scale, pace);
       if (update.momentum) store(update.momentum + flat, momentum);
       if constexpr (std::is_same_v<Param, BFloat16Bits>) {
         if (update.rounding.stochastic) {
           const RandomWords random =
-              philox(update.rounding.seed, update.rounding.offset, static_cast<uint64_t>(flat) / 4);
+              philox(update.rounding.seed, drawn, static_cast<uint64_t>(flat) / 4);
 #pragma unroll
           for (int i = 0; i < kCount; ++i)
             narrow(data[place.element + i], static_cast<float>(weight[i]),

@@ -94,7 +94,7 @@ def judge_roots_(ok: Tensor, root: Tensor, factor: Tensor, ridge: Tensor, p: flo
         ok &= ~damped | ((form >= QUADRATIC[0]) & (form <= QUADRATIC[1]))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # without a limit: a CUDA graph reads them again as long as it lives
 def white_vectors(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[n, 8] white vectors, always the same, drawn without touching the global generators."""
     generator = torch.Generator().manual_seed(math.isqrt(2 * 10**12))

@@ -11,7 +11,8 @@ CPU tables describe it:
 ``runs`` ``[R, 2]`` int64: consecutive blocks of equal size, ``count, size``.
 
 Merged shapes are logical: tensors may have any strides, and are never asked for a view that can
-fail. Shapes: B blocks, d_1 .. d_o the sizes of one block.
+fail. Shapes: B blocks, d_1 .. d_o the sizes of one block. A *number* may be a 0-d float64 tensor on
+the device of the others, which is then read there, when a graph is replayed.
 """
 
 import math
@@ -19,6 +20,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from shampoo.kernels.philox import philox
+
+Number = float | Tensor
 
 
 def _tile_rows(
@@ -41,24 +46,34 @@ def _blocks_of(merged: Tensor, start: list[int], grid: list[int], extent: list[i
 
 
 def gather_blocks_(
-    out: Tensor, sources: Sequence[Tensor], tiles: Tensor, alpha: float, accumulate: bool
+    out: Tensor, sources: Sequence[Tensor], tiles: Tensor, alpha: Number, accumulate: bool
 ) -> None:
-    """Copies the tiles into the segment: ``out <- alpha * blocks (+ out)``, in its dtype."""
+    """Copies the tiles into the segment: ``out <- alpha * blocks (+ out)``, in its dtype.
+
+    ``alpha = 0`` stands for blocks of zeros, whatever they hold: a NaN times zero is no zero.
+    """
     for source, offset, dims, start, grid, extent in _tile_rows(tiles):
         blocks = _blocks_of(sources[source].reshape(dims), start, grid, extent)
         region = out.narrow(0, offset, blocks.numel()).view(blocks.shape)
+        factor = 1.0
+        if isinstance(alpha, Tensor):
+            blocks = torch.where(alpha == 0.0, 0.0, blocks.to(out.dtype) * alpha)
+        elif alpha == 0.0:
+            blocks = torch.zeros_like(blocks)
+        else:
+            factor = alpha
         if accumulate:
-            region.add_(blocks.to(out.dtype), alpha=alpha)
+            region.add_(blocks.to(out.dtype), alpha=factor)
         else:
             region.copy_(blocks)
-            if alpha != 1.0:
-                region.mul_(alpha)
+            if factor != 1.0:
+                region.mul_(factor)
 
 
 def magnitudes_(out: Tensor, tensors: Sequence[Tensor]) -> None:
     """``out[i] <- max |x|`` of every tensor, float64: NaN or Inf if it holds one; none is empty."""
     norms = torch._foreach_norm(list(tensors), ord=math.inf)
-    out.copy_(torch.stack([norm.to(out) for norm in norms]))
+    out.copy_(torch.stack([norm.to(out.device) for norm in norms]))
 
 
 def graft_moments_(
@@ -68,11 +83,11 @@ def graft_moments_(
     norm: Tensor,
     grad: Tensor,
     runs: Tensor,
-    beta1: float,
-    correction1: float,
-    beta2: float,
-    weight2: float,
-    correction2: float,
+    beta1: Number,
+    correction1: Number,
+    beta2: Number,
+    weight2: Number,
+    correction2: Number,
     eps: float,
     normalized: bool,
 ) -> None:
@@ -86,7 +101,8 @@ def graft_moments_(
     """
     filtered = grad
     if exp_avg is not None:
-        exp_avg.lerp_(grad, 1.0 - beta1)
+        share = 1.0 - beta1
+        exp_avg.lerp_(grad, share.to(grad.dtype) if isinstance(share, Tensor) else share)
         filtered = exp_avg / correction1
     block = start = 0
     for count, size in runs.tolist():
@@ -98,7 +114,11 @@ def graft_moments_(
                 length = torch.linalg.vector_norm(raw, dim=1, keepdim=True, dtype=torch.float64)
                 raw = torch.where(length > 0, raw / length.to(raw.dtype), torch.zeros_like(raw))
             square = exp_avg_sq[region].view(count, size)
-            square.mul_(beta2).addcmul_(raw, raw, value=weight2)
+            square.mul_(beta2)
+            if isinstance(weight2, Tensor):
+                square.addcmul_(raw * weight2, raw)
+            else:
+                square.addcmul_(raw, raw, value=weight2)
             blocks = blocks / (square / correction2).sqrt_().add_(eps)
         length = torch.linalg.vector_norm(blocks, dim=1, dtype=torch.float64)
         norm[block : block + count].copy_(length)
@@ -116,17 +136,21 @@ def _unfold(blocks: Tensor, mode: int) -> Tensor:
     return blocks.reshape(count, before, size, after).transpose(1, 2).reshape(count, size, -1)
 
 
-def gram_ema_(factor: Tensor, grad: Tensor, mode: int, beta: float, weight: float) -> None:
+def gram_ema_(factor: Tensor, grad: Tensor, mode: int, beta: Number, weight: Number) -> None:
     """``A_k <- beta A_k + weight mat_k(G) mat_k(G)^T``, or only the diagonal of it.
 
     ``factor`` ``[B, d_k, d_k]``, or ``[B, d_k]`` for a diagonal mode; ``grad``
     ``[B, d_1 .. d_o]``.
     """
     unfolded = _unfold(grad, mode)
-    if factor.dim() == 2:
+    if isinstance(weight, Tensor):
+        diagonal = factor.dim() == 2
+        gram = unfolded.square().sum(2) if diagonal else torch.bmm(unfolded, unfolded.mT)
+        factor.mul_(beta).addcmul_(gram, weight.to(gram.dtype))
+    elif factor.dim() == 2:
         factor.mul_(beta).add_(unfolded.square().sum(2), alpha=weight)
     else:
-        factor.baddbmm_(unfolded, unfolded.mT, beta=beta, alpha=weight)
+        factor.baddbmm_(unfolded, unfolded.mT, beta=float(beta), alpha=weight)
 
 
 def precondition_(out: Tensor, norm: Tensor, grad: Tensor, roots: Sequence[Tensor]) -> None:
@@ -177,16 +201,20 @@ def update_blocks_(
     direction: Tensor,
     scale: Tensor,
     tiles: Tensor,
-    lr: float,
-    weight_decay: float,
-    mu: float,
+    lr: Number,
+    weight_decay: Number,
+    mu: Number,
     nesterov: bool,
+    seed: int | None = None,
+    step: Number | None = 0.0,
 ) -> None:
     """Moves the parameters: ``P = scale[b] * direction``, then steps 8 to 10 of the algorithm.
 
     Without ``momentum``: ``W <- (1 - lr weight_decay) W - lr P``. With it: ``P <- P + weight_decay
     W``, ``M <- mu M + P``, ``W <- W - lr (P + mu M if nesterov else M)``. ``weight_decay`` is
-    decoupled. Computed in the wider dtype of W and P; W is rounded once.
+    decoupled. Computed in the wider dtype of W and P; W is rounded once: to nearest, or if there is
+    a ``seed``, and W is bfloat16, up or down at random with W as the mean. The random numbers
+    depend on ``seed``, ``step``, a whole number, and the place in the segment alone.
     """
     block = 0
     for source, offset, dims, start, grid, extent in _tile_rows(tiles):
@@ -194,17 +222,28 @@ def update_blocks_(
         merged = param.reshape(dims)
         weight = _blocks_of(merged, start, grid, extent)
         region = slice(offset, offset + weight.numel())
-        step = direction[region].view(count, -1) * scale[block : block + count, None]
-        step = step.view(weight.shape)
-        wide = weight.to(torch.promote_types(weight.dtype, step.dtype))
+        move = direction[region].view(count, -1) * scale[block : block + count, None]
+        move = move.view(weight.shape)
+        wide = weight.to(torch.promote_types(weight.dtype, move.dtype))
         if momentum is None:
-            wide = wide * (1.0 - lr * weight_decay) - lr * step
+            wide = wide * (1.0 - lr * weight_decay) - lr * move
         else:
             buffer = momentum[region].view(weight.shape)
-            step = step + weight_decay * wide
-            buffer.mul_(mu).add_(step)
-            wide = wide - lr * (step + mu * buffer if nesterov else buffer)
+            move = move + weight_decay * wide
+            buffer.mul_(mu).add_(move)
+            wide = wide - lr * (move + mu * buffer if nesterov else buffer)
+        if seed is not None and weight.dtype == torch.bfloat16:
+            places = torch.arange(region.start, region.stop, device=weight.device)
+            wide = _dithered(wide.float(), seed, 0.0 if step is None else step, places)
         weight.copy_(wide)
         if merged.untyped_storage().data_ptr() != param.untyped_storage().data_ptr():
             param.copy_(merged.view(param.shape))
         block += count
+
+
+def _dithered(wide: Tensor, seed: int, step: Number, places: Tensor) -> Tensor:
+    """float32 values of which bfloat16 loses nothing: what it would lose decides, by chance."""
+    high = step.long() if isinstance(step, Tensor) else int(step)
+    words = philox(seed, high, places // 4).gather(1, places[:, None] % 4)
+    bits = wide.view(torch.int32) + (words.view(wide.shape) & 0xFFFF).int()
+    return torch.where(wide.isfinite(), (bits & ~0xFFFF).view(torch.float32), wide)

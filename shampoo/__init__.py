@@ -5,11 +5,13 @@ from shampoo.errors import (
     IncompleteCheckpointError,
     NonFiniteGradientError,
     PlanMismatchError,
+    ReplicaMismatchError,
     ShampooDistributedError,
     ShampooError,
 )
 from shampoo.optimizer import Shampoo
 from shampoo.planner import plan
+from shampoo.replay import Replay
 from shampoo.roots import inverse_root
 
 __version__ = "0.1.0"
@@ -18,6 +20,8 @@ __all__ = [
     "IncompleteCheckpointError",
     "NonFiniteGradientError",
     "PlanMismatchError",
+    "Replay",
+    "ReplicaMismatchError",
     "Shampoo",
     "ShampooDistributedError",
     "ShampooError",

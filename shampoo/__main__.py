@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from shampoo import jit, ops
+from shampoo import backends, jit, ops
 from shampoo.architectures import ARCHITECTURES
 from shampoo.cost import CostModel
 from shampoo.grafting import GRAFTING
-from shampoo.hyperparameters import DTYPES
+from shampoo.hyperparameters import DTYPES, dtype_name
 from shampoo.planner import LAYOUTS, plan
+from shampoo.workers import COMMUNICATION_DTYPES
 
-_WIRE_DTYPES = (*DTYPES, "bfloat16", "float16")
+_PARAMETER_DTYPES = (*DTYPES, "bfloat16", "float16")
 
 
 def report(build: bool) -> dict[str, object]:
@@ -31,20 +32,22 @@ def report(build: bool) -> dict[str, object]:
     except jit.BuildError as error:
         reason, library = str(error), ""
     kernels = {
-        name: "compiled" if usable else "reference" for name, usable in ops.kernels("CPU").items()
+        name: "cpp" if usable else "reference" for name, usable in ops.kernels("CPU").items()
     }
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    card, backend = backends.card(), backends.chosen()
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "",
-        "gpu": gpu,
+        "gpu": torch.cuda.get_device_name() if card else "",
+        "backend": backend,
         "compiler": jit.compiler_version().partition("\n")[0],
         "flags": " ".join(jit.cxx_flags()),
         "threads": torch.get_num_threads(),
         "cache": str(jit.cache_dir()),
         "library": library,
         "cpu_kernels": kernels,
+        "gpu_kernels": backends.describe(backend, card, backends.table()) if card else {},
         "reason": reason,
     }
 
@@ -86,8 +89,9 @@ def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--grafting", choices=tuple(GRAFTING), default="adam")
     add("--momentum", type=float, default=0.0)
     add("--grafted-only", nargs="+", default=[], metavar="PATTERN", help="names left unfactored")
-    add("--dtype", choices=_WIRE_DTYPES, default="float32", help="of parameters and gradients")
-    add("--communication-dtype", choices=_WIRE_DTYPES, help="of directions; default: as parameters")
+    add("--dtype", choices=_PARAMETER_DTYPES, default="float32", help="of parameters and gradients")
+    wires = [dtype_name(dtype) for dtype in COMMUNICATION_DTYPES]
+    add("--communication-dtype", choices=wires, help="of directions; default: as computed")
     add("--devices-per-node", type=int, default=8)
     add("--cost-model", type=Path, help="JSON from python -m benchmarks.calibrate")
     # Suppressed, or its default would undo the same flag before the command.

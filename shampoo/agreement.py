@@ -8,7 +8,7 @@ cannot go on says so there, and the others stop with it instead of waiting for i
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from shampoo.errors import (
     NonFiniteGradientError,
     PlanMismatchError,
+    ReplicaMismatchError,
     ShampooDistributedError,
     ShampooError,
 )
@@ -24,6 +25,10 @@ from shampoo.errors import (
 OK, SKIPPED, REFUSED, FAILED = range(4)
 
 Entry = Mapping[str, str]  # what a rank says of one parameter or group, by the name of it
+Result = TypeVar("Result")
+
+# Errors that keep their type on the ranks that only hear of them.
+_SHARED_ERRORS = {kind.__name__: kind for kind in (NonFiniteGradientError, ReplicaMismatchError)}
 
 
 def digest(content: str) -> int:
@@ -36,11 +41,55 @@ def digest(content: str) -> int:
 class Topic:
     """Something that must be alike on all ranks, in short and, where they differ, in words."""
 
+    noun: str  # what the entries are of
     digest: int
     entries: Callable[[], Sequence[Entry]]
 
 
-TOPICS = 3  # of a step: its plan, which gradients are there, the values of hyper-parameters
+TOPICS = 4  # of a step: values of hyper-parameters, its plan, which gradients are there, steps
+
+
+class Verdict(NamedTuple):
+    """On a step, by one rank or, where they have agreed, by all.
+
+    Attributes:
+        status: the word; OK or SKIPPED once agreed.
+        is_nonzero: whether there is a gradient that is not all zero (on any rank).
+        is_prepared: whether the buffers that the step needs are there (on all ranks).
+    """
+
+    status: int
+    is_nonzero: bool
+    is_prepared: bool
+
+
+class Attempt:
+    """Runs this rank's part of a step; while others wait for it, an exception must wait too.
+
+    Between two collectives everything that can raise runs in here: a rank that raised at once would
+    leave the others in the next collective until the process group times out.
+    """
+
+    def __init__(self, is_shared: bool) -> None:
+        self._is_shared = is_shared
+        self.error: Exception | None = None
+
+    @property
+    def word(self) -> int:
+        """OK or FAILED."""
+        return OK if self.error is None else FAILED
+
+    def run(self, work: Callable[..., Result], *arguments: Any) -> Result | None:
+        """What ``work`` returns, nothing once something has failed."""
+        if self.error is not None:
+            return None
+        try:
+            return work(*arguments)
+        except Exception as error:
+            if not self._is_shared:
+                raise
+            self.error = error
+            return None
 
 
 class Agreement:
@@ -57,22 +106,17 @@ class Agreement:
 
     def settle(
         self,
-        status: int,
-        is_nonzero: bool,
+        verdict: Verdict,
         topics: Sequence[Topic],
         error: Exception | None,
-    ) -> tuple[int, bool]:
+    ) -> Verdict:
         """Agrees on whether to step.
 
         Args:
-            status: this rank's word.
-            is_nonzero: whether it has a gradient that is not all zero.
+            verdict: this rank's; its status may be any word.
             topics: what must be alike on all ranks, as many on each; may be empty where ``error``
                 is given.
             error: why the status is FAILED or REFUSED.
-
-        Returns:
-            The status that counts, OK or SKIPPED, and whether any rank has a nonzero gradient.
 
         Raises:
             NonFiniteGradientError: if a rank refuses its gradients.
@@ -83,17 +127,24 @@ class Agreement:
         digests = [topic.digest for topic in topics] or [0] * TOPICS
         # Of a digest and its negative, the largest are each other's negatives iff all are equal.
         signed = [value for number in digests for value in (number, -number)]
-        status, nonzero, *agreed = self._max([status, int(is_nonzero), *signed])
+        status, nonzero, unprepared, *agreed = self._max(
+            [verdict.status, int(verdict.is_nonzero), int(not verdict.is_prepared), *signed]
+        )
         if status >= REFUSED:
             self.fail(error)
         for topic, high, low in zip(topics, agreed[::2], agreed[1::2], strict=True):
             if high != -low:
-                self._name_difference(topic.entries())
-        return status, bool(nonzero)
+                self._name_difference(topic.noun, topic.entries())
+        return Verdict(status, bool(nonzero), not unprepared)
 
     def confirm(self, word: int) -> int:
         """The largest word of all ranks."""
         return self._max([word])[0]
+
+    def check(self, attempt: Attempt) -> None:
+        """Raises on all ranks if the attempt of one has failed."""
+        if self.confirm(attempt.word) != OK:
+            self.fail(attempt.error)
 
     def fail(self, error: Exception | None) -> NoReturn:
         """Raises on all ranks alike, naming the first rank that has an error."""
@@ -106,9 +157,7 @@ class Agreement:
         rank, (kind, message) = next(
             (rank, other) for rank, other in zip(ranks, reasons, strict=True) if other is not None
         )
-        error_type: type[ShampooError] = ShampooDistributedError
-        if kind == NonFiniteGradientError.__name__:
-            error_type = NonFiniteGradientError
+        error_type: type[ShampooError] = _SHARED_ERRORS.get(kind, ShampooDistributedError)
         raise error_type(
             f"rank {rank}: {kind}: {message} No rank has changed a parameter in this step."
         ) from error
@@ -119,7 +168,7 @@ class Agreement:
         agreed: list[int] = tensor.tolist()
         return agreed
 
-    def _name_difference(self, entries: Sequence[Entry]) -> NoReturn:
+    def _name_difference(self, noun: str, entries: Sequence[Entry]) -> NoReturn:
         """Raises with the first entry in which a rank differs from the first rank."""
         everyone: list[Sequence[Entry]] = [()] * dist.get_world_size(self._group)
         dist.all_gather_object(everyone, entries, group=self._group)
@@ -127,15 +176,16 @@ class Agreement:
         for rank, theirs in zip(ranks, everyone, strict=True):
             if len(theirs) != len(everyone[0]):
                 raise PlanMismatchError(
-                    f"rank {rank} has {len(theirs)} parameters to train, rank {ranks[0]} has"
+                    f"rank {rank} has {len(theirs)} {noun}, rank {ranks[0]} has"
                     f" {len(everyone[0])}. Give all ranks the same model and parameter groups."
                 )
             for own, other in zip(everyone[0], theirs, strict=True):
                 if own != other:
-                    key = next(key for key in own if own[key] != other.get(key))
+                    keys = [*own, *(key for key in other if key not in own)]
+                    key = next(key for key in keys if own.get(key) != other.get(key))
                     raise PlanMismatchError(
-                        f"rank {rank} has {other['name']} with {key}={other[key]},"
-                        f" rank {ranks[0]} has {own['name']} with {key}={own[key]}."
+                        f"rank {rank} has {other['name']} with {key}={other.get(key)},"
+                        f" rank {ranks[0]} has {own['name']} with {key}={own.get(key)}."
                         " All ranks must train the same parameters, in the same order, with the"
                         " same hyper-parameters. No rank has changed anything in this step."
                     )

@@ -18,6 +18,7 @@ from shampoo import ops
 from shampoo.agreement import FAILED
 from shampoo.exchange import Exchange, Round, applied_decay, search_direction
 from shampoo.hyperparameters import Hyperparameters
+from shampoo.scalars import Scalars
 from shampoo.segments import Segment
 from shampoo.stacks import Arena
 
@@ -26,13 +27,18 @@ _PARTS = 4  # of a buffer that is sent while the rest is computed
 _PATTERNS = 16  # of present gradients, whose tables are kept
 
 
+def slice_length(numel: int) -> int:
+    """Elements of a slice in which a rank sends at most ``numel`` elements of directions."""
+    return _HEADER + -(-numel // _HEADER) * _HEADER
+
+
 class AllGather(Exchange):
     """The exchange of a team whose ranks all hold the same parameters.
 
     Args:
         crews: arenas of the team, for each of its positions, in the order in which the step
             delivers.
-        group: the team's process group.
+        group: the team's process group, None for one rank.
         dtype: in which directions travel.
         overlap: send in parts, each as soon as the step has delivered it.
     """
@@ -40,7 +46,7 @@ class AllGather(Exchange):
     def __init__(
         self,
         crews: Sequence[Sequence[Arena]],
-        group: dist.ProcessGroup,
+        group: dist.ProcessGroup | None,
         dtype: torch.dtype,
         overlap: bool,
     ) -> None:
@@ -63,7 +69,7 @@ class AllGather(Exchange):
         self._buffers = []
         for part in range(len(self._edges[0]) - 1):
             longest = max(edges[part + 1] - edges[part] for edges in self._edges)
-            length = _HEADER + -(-longest // _HEADER) * _HEADER
+            length = slice_length(longest)
             # Zero: padding and absent blocks are never read, but nothing undefined travels either.
             self._buffers.append(torch.zeros(self._team.size, length, dtype=dtype, device=device))
         own = self._edges[self._team.me]
@@ -89,9 +95,11 @@ class AllGather(Exchange):
     def open(self, step: Round) -> None:
         """Takes a step's parameters and gradients."""
         super().open(step)
-        self._works = []
+        self._table()  # here, where others still hear of it if this fails
 
-    def deliver(self, arena: Arena, segment: Segment, hyper: Hyperparameters) -> None:
+    def deliver(
+        self, arena: Arena, segment: Segment, hyper: Hyperparameters, scalars: Scalars
+    ) -> None:
         """Writes D into this rank's slice; parts before it are complete and can travel."""
         me = self._team.me
         start = self._bases[me][self._index[id(arena)]] + segment.start
@@ -107,7 +115,8 @@ class AllGather(Exchange):
 
     def sum_(self, values: Tensor) -> None:
         """Adds up what the ranks of the team know, in place."""
-        dist.all_reduce(values, group=self._group)
+        if self._group is not None:
+            dist.all_reduce(values, group=self._group)
 
     def _launch(self, until: int, word: int) -> None:
         """Starts to send the parts before ``until`` that have not been sent yet."""
@@ -115,9 +124,11 @@ class AllGather(Exchange):
         for part in range(len(self._works), until):
             buffer = self._buffers[part]
             buffer[me, 0] = word
-            self._works.append(
-                _all_gather(buffer.view(-1), buffer[me], self._group, len(self._buffers) > 1)
-            )
+            work = None
+            if self._group is not None:
+                is_async = len(self._buffers) > 1
+                work = _all_gather(buffer.view(-1), buffer[me], self._group, is_async)
+            self._works.append(work)
 
     def send(self, word: int) -> int:
         """Sends what is left with this rank's word; returns the team's, once all is here."""
@@ -125,6 +136,7 @@ class AllGather(Exchange):
         for work in self._works:
             if work is not None:
                 work.wait()
+        self._works.clear()  # not in open(), which does not happen once something has failed
         words = torch.stack([buffer[:, 0] for buffer in self._buffers])
         return FAILED if bool((words != 0).any()) else word
 

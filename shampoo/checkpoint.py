@@ -1,121 +1,222 @@
-"""Checks a ``state_dict`` against the optimizer that is about to load it, before anything changes.
+"""Checkpoints of a model and its optimizer that any number of ranks can load.
 
-``torch.optim.Optimizer`` casts state to the dtype of its parameter, which would ruin float32
-factors under bfloat16 parameters, so the state never passes through it: :func:`match` hands each
-parameter the tensors of the file as they are, and the plan copies them into arenas of the dtype
-that the hyper-parameters name.
+On ``torch.distributed.checkpoint`` (DCP): every rank writes the blocks it owns, and a run on other
+ranks, or sharded otherwise, reads the blocks that it owns then. One directory a step::
+
+    folder/step-00000100/   what DCP writes
+                            extra.pt   what else was to be saved, by torch.save
+                            complete   the marker: a directory without it does not exist
+
+Never load a directory that you do not trust: DCP unpickles its metadata.
 """
 
-import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
-from typing import Any
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Protocol, TypeVar
 
-from torch import Tensor
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.optim import Optimizer
 
-from shampoo.errors import BlockGridMismatchError, IncompleteCheckpointError
-from shampoo.hyperparameters import Geometry, Hyperparameters
-from shampoo.layout import Layout
-from shampoo.step_plan import Plan, parameter_name
-from shampoo.workers import Workers
-
-logger = logging.getLogger(__name__)
+_MARKER = "complete"
+_EXTRA = "extra.pt"
+_NAME = re.compile(r"step-(\d+)(\.replaced)?")
+Result = TypeVar("Result")
 
 
-def match(
-    groups: Sequence[dict[str, Any]],
-    defaults: Mapping[str, Any],
-    state_dict: Mapping[str, Any],
-    workers: Workers,
-) -> dict[Tensor, dict[str, Any]]:
-    """The state that a checkpoint holds for every parameter of ``groups``.
+class Stateful(Protocol):
+    """A scheduler, a sampler, a counter: what has a state of plain values and tensors."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state."""
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
+        """Takes on a state."""
+
+
+def save(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    step: int,
+    extra: Mapping[str, Stateful] | None = None,
+    keep: int | None = None,
+) -> None:
+    """Saves a checkpoint; all ranks must call it, and find the same ``folder``.
+
+    When it returns, the checkpoint exists; if the run dies before, the one before it does.
 
     Args:
-        groups: the optimizer's parameter groups; their parameters are matched in order.
-        defaults: values of hyper-parameters that the checkpoint does not have.
-        state_dict: what ``state_dict()`` returned when it was saved.
-        workers: who shares the work now; blocks of other owners are not looked for.
+        folder: of all checkpoints of a run; created if need be.
+        model: plain, in DistributedDataParallel, or sharded by ``fully_shard``.
+        step: how many the run has taken, >= 0; a checkpoint of the same step is replaced.
+        extra: what else to save, by name; alike on all ranks, since the first one's is written.
+        keep: how many checkpoints to keep, the newest ones, >= 1; None for all.
 
     Raises:
-        IncompleteCheckpointError: if the state of a parameter lacks blocks.
-        BlockGridMismatchError: if a block has another shape than its hyper-parameters would cut.
-        ValueError: if a saved hyper-parameter is out of range.
+        ValueError: for a value out of range.
+        OSError: on all ranks if the first cannot write.
+        CheckpointException: torch's, a BaseException: on all ranks if one cannot write.
     """
-    saved_groups = state_dict["param_groups"]
-    sizes = [len(group["params"]) for group in groups]
-    if [len(group["params"]) for group in saved_groups] != sizes:
-        return {}  # torch's own load is about to raise, in words its users know
-    found: dict[Tensor, dict[str, Any]] = {}
-    for group, saved in zip(groups, saved_groups, strict=True):
-        for param, identity in zip(group["params"], saved["params"], strict=True):
-            if state_dict["state"].get(identity):
-                found[param] = dict(state_dict["state"][identity])
-    trial = [
-        {**defaults, **saved, "params": group["params"]}
-        for group, saved in zip(groups, saved_groups, strict=True)
-    ]
-    for saved, group in zip(saved_groups, trial, strict=True):
-        Hyperparameters.read(group)
-        if absent := sorted(defaults.keys() - saved.keys()):
-            logger.warning(
-                "shampoo: the checkpoint lacks %s; using the defaults", ", ".join(absent)
-            )
-    if found:
-        _check_blocks(groups, trial, found)
-        _check_complete(trial, found, workers)
-    return found
+    if not isinstance(step, int) or step < 0:
+        raise ValueError(f"Invalid step={step!r}. Must be an integer >= 0.")
+    if keep is not None and keep < 1:
+        raise ValueError(f"Invalid keep={keep!r}. Must be >= 1, or None to keep all.")
+    place = Path(folder) / f"step-{step:08d}"
+
+    def prepare() -> None:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if (place / _MARKER).exists():
+            # It stays what a restart would load until its successor is complete.
+            replaced = place.with_suffix(".replaced")
+            shutil.rmtree(replaced, ignore_errors=True)
+            place.rename(replaced)
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        states = {name: stateful.state_dict() for name, stateful in (extra or {}).items()}
+        with (place / _EXTRA).open("wb") as file:
+            torch.save(states, file)
+            _flush(file)
+        # What cannot be loaded again is better known now than at the restart.
+        torch.load(place / _EXTRA, weights_only=True)
+
+    def commit() -> None:
+        temporary = place / f"{_MARKER}.tmp"
+        with temporary.open("w") as marker:
+            marker.write(f"{step}\n")
+            _flush(marker)
+        temporary.replace(place / _MARKER)
+        shutil.rmtree(place.with_suffix(".replaced"), ignore_errors=True)
+        for old in _complete(Path(folder))[: -keep if keep is not None else 0]:
+            # First the marker: a directory that is half removed must not look complete.
+            (old / _MARKER).unlink()
+            shutil.rmtree(old)
+
+    _on_first_rank(prepare)
+    states = _states(model, optimizer)
+    _transfer(state_dict_saver.save, states, place)
+    if _is_distributed():
+        dist.barrier()
+    _on_first_rank(commit)
 
 
-def _check_blocks(
-    groups: Sequence[dict[str, Any]],
-    trial: Sequence[dict[str, Any]],
-    found: Mapping[Tensor, dict[str, Any]],
-) -> None:
-    """Refuses state that was cut otherwise than this optimizer was built to cut."""
-    for index, (group, saved) in enumerate(zip(groups, trial, strict=True)):
-        ours, theirs = Geometry.of(group), Geometry.of(saved)
-        if ours == theirs:
-            continue
-        for position, param in enumerate(group["params"]):
-            if param in found and Layout.of(param.shape, ours) != Layout.of(param.shape, theirs):
-                name = parameter_name(group, index, position)
-                differences = "; ".join(
-                    f"{field.name}={getattr(theirs, field.name)!r},"
-                    f" this optimizer uses {getattr(ours, field.name)!r}"
-                    for field in fields(Geometry)
-                    if getattr(ours, field.name) != getattr(theirs, field.name)
-                )
-                raise BlockGridMismatchError(
-                    f"{name} was saved with {differences}. Build the optimizer with the values of"
-                    " the checkpoint: statistics of other blocks cannot be converted."
-                )
+def load(
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    extra: Mapping[str, Stateful] | None = None,
+) -> int | None:
+    """Loads the newest complete checkpoint; training then continues bit for bit.
+
+    All ranks must call it, after the model was wrapped or sharded. Their number and the sharding
+    may differ from those that saved.
+
+    Args:
+        folder: of :func:`save`; need not exist.
+        extra: what loads the states that were saved by these names.
+
+    Returns:
+        The step at which it was saved; None, with nothing changed, if there is no checkpoint.
+
+    Raises:
+        KeyError: for a name in ``extra`` that was not saved.
+        CheckpointException: torch's, a BaseException: if a file is damaged, or was saved by other
+            hyper-parameters. What model and optimizer hold then is of no use.
+    """
+    found = _on_first_rank(lambda: _complete(Path(folder))[-1:])
+    if not found:
+        return None
+    [place] = found
+    saved = torch.load(place / _EXTRA, weights_only=True, map_location="cpu")
+    if unknown := sorted((extra or {}).keys() - saved.keys()):
+        raise KeyError(f"{place} has no extra {unknown}. It has {sorted(saved)}.")
+    states = _states(model, optimizer)
+    _transfer(state_dict_loader.load, states, place)
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=states["model"],
+        optim_state_dict=states["optimizer"],
+    )
+    for name, stateful in (extra or {}).items():
+        stateful.load_state_dict(saved[name])
+    return _step_of(place)
 
 
-def _check_complete(
-    groups: Sequence[dict[str, Any]], found: dict[Tensor, dict[str, Any]], workers: Workers
-) -> None:
-    """Compares with a plan of the same groups that has shapes only; drops what it does not know."""
-    expected = {param: dict(entries) for param, entries in found.items()}
-    plan = Plan(groups, expected, workers, device="meta")
-    plan.check_methods([Hyperparameters.read(group) for group in groups])
-    missing, total, first = 0, 0, ""
-    for member, param in zip(plan.members, plan.planned(groups), strict=True):
-        if param not in found:
-            logger.warning(
-                "shampoo: the checkpoint has no state for %s; it starts anew", member.name
-            )
-            continue
-        entries = found[param]
-        absent = [key for key in expected[param] if key not in entries]
-        missing, total = missing + len(absent), total + len(expected[param])
-        first = first or (f"{absent[0]} of {member.name}" if absent else "")
-        if unknown := sorted(entries.keys() - expected[param].keys()):
-            logger.warning("shampoo: ignoring unknown state of %s: %s", member.name, unknown)
-            for key in unknown:
-                del entries[key]
-    if missing:
-        raise IncompleteCheckpointError(
-            f"{missing} of {total} state tensors are missing (first: {first}). The checkpoint is"
-            " incomplete, perhaps one rank's share of a sharded run. Save the whole state, for"
-            " example with torch.distributed.checkpoint, and load that."
-        )
+def _transfer(move: Callable[..., Any], states: dict[str, Any], place: Path) -> None:
+    """Between the tensors of ``states`` and files."""
+    with warnings.catch_warnings():
+        # On one process it guesses what no_dist has told it.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        move(states, checkpoint_id=place, no_dist=not _is_distributed())
+
+
+def _states(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    with _set_aside_gradients(optimizer):
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+    return {"model": model_state, "optimizer": optimizer_state}
+
+
+@contextmanager
+def _set_aside_gradients(optimizer: Optimizer) -> Iterator[None]:
+    """While there are any, DCP would leave a state empty that no step has filled yet."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    grads = [param.grad for param in params]
+    for param in params:
+        param.grad = None
+    try:
+        yield
+    finally:
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+
+
+def _complete(folder: Path) -> list[Path]:
+    """The directories of complete checkpoints, the newest last."""
+    named = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)]
+    complete = [path for path in named if (path / _MARKER).exists()]
+    # A replaced one counts only where its successor is not complete.
+    steps = {_step_of(path): path for path in sorted(complete, reverse=True)}
+    return [steps[step] for step in sorted(steps)]
+
+
+def _step_of(place: Path) -> int:
+    name = _NAME.fullmatch(place.name)
+    assert name is not None
+    return int(name[1])
+
+
+def _flush(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _on_first_rank(work: Callable[[], Result]) -> Result:
+    """What ``work`` returns or raises on rank 0, on all ranks, when it is done."""
+    if not _is_distributed():
+        return work()
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: Result = outcome[0]
+    return result

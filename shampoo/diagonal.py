@@ -10,18 +10,25 @@ from shampoo.kernels.norms import elementwise_power, largest_entry, schatten4
 
 
 def diagonal_root_(
-    root: Tensor, ridge: Tensor, factor: Tensor, p: float, eps: float, relative_eps: float
+    root: Tensor,
+    ridge: Tensor,
+    factor: Tensor,
+    p: float,
+    eps: float,
+    relative_eps: float,
+    reads: bool,
 ) -> None:
     """Overwrites the roots and ridges of those matrices of a stack that are exactly diagonal.
 
     Their root is ``(diagonal + ridge)^(-1/p)``, with the conventions of ``eigen_root_``; a zero
-    matrix without a ridge has the root I. Arguments as in ``eigen_root_``.
+    matrix without a ridge has the root I. Arguments as in ``eigen_root_``, and ``reads``: whether
+    the host may look first if there is a diagonal matrix.
     """
     count, n, _ = factor.shape
     # Without its last entry, a matrix is n - 1 rows of one diagonal entry and n others.
     rest = factor.flatten(1)[:, :-1].view(count, n - 1, n + 1)[:, :, 1:]
     diagonal = largest_entry(rest) == 0 if n > 1 else torch.ones_like(ridge, dtype=torch.bool)
-    if diagonal.device.type == "cpu" and not diagonal.any():
+    if reads and not diagonal.any():
         return
     values = factor.diagonal(dim1=1, dim2=2).double()  # [B, n]
     own = torch.clamp(relative_eps * schatten4(values), min=eps)

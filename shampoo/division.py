@@ -15,6 +15,10 @@ from shampoo.workers import Team
 _COSTS = CostModel()
 
 
+# The team that divided the blocks of a parameter, and the owner of each.
+Owners = tuple[Team, tuple[int, ...]]
+
+
 @dataclass(frozen=True)
 class Share:
     """The blocks of one parameter, to be divided."""
@@ -26,16 +30,14 @@ class Share:
     frequency: int  # precondition_frequency
 
 
-def divide(
-    shares: Sequence[Share], kept: Mapping[Tensor, Sequence[int]] | None = None
-) -> list[list[int]]:
+def divide(shares: Sequence[Share], kept: Mapping[Tensor, Owners] | None = None) -> list[list[int]]:
     """The owner of every block: its position in the team of its parameter.
 
     Group by group, so that a group that is added later does not move the blocks before it.
 
     Args:
         shares: in the order of groups and parameters.
-        kept: owners that were decided before, by parameter; these stay.
+        kept: owners that were decided before, by parameter; these stay if their team does.
 
     Returns:
         For every share, [blocks], in row-major order of its grid of blocks.
@@ -48,8 +50,9 @@ def divide(
         if share.team.is_alone:
             continue
         load = loads.setdefault(share.team, [0.0] * share.team.size)
-        if kept is not None and share.param in kept:
-            owners[index] = list(kept[share.param])
+        team, stays = (kept or {}).get(share.param, (None, ()))
+        if team == share.team:
+            owners[index] = list(stays)
             for owner, cost in zip(owners[index], costs[index], strict=True):
                 load[owner] += cost
         else:

@@ -23,3 +23,7 @@ class PlanMismatchError(ShampooError):
 
 class ShampooDistributedError(ShampooError):
     """A rank could not take its part of a step; no rank has changed a parameter in it."""
+
+
+class ReplicaMismatchError(ShampooError):
+    """Ranks that must hold the same bits of a parameter hold different ones."""

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from shampoo import ops
+from shampoo.averages import Number
 from shampoo.hyperparameters import Hyperparameters
+from shampoo.layout import RULES
+from shampoo.scalars import Scalars
 from shampoo.segments import Segment
 from shampoo.stacks import Arena
 
@@ -61,18 +64,20 @@ class Exchange(ABC):
     def fetch(self) -> None:  # noqa: B027, to do nothing is right where gradients are whole
         """Brings gradients to the owners of their blocks, where they do not have them."""
 
-    def gradients(self, segment: Segment, out: Tensor, sign: float) -> None:
+    def gradients(self, segment: Segment, out: Tensor, sign: Number) -> None:
         """``out <- sign G``, the gradients of a segment's blocks."""
         sources = [self.round.grads[member] for member in segment.members]
         ops.gather_blocks_(out, sources, segment.tiles, sign, False)
 
-    def weights(self, segment: Segment, out: Tensor, factor: float, accumulate: bool) -> None:
+    def weights(self, segment: Segment, out: Tensor, factor: Number, accumulate: bool) -> None:
         """``out <- factor W (+ out)``."""
         sources = [self.round.params[member] for member in segment.members]
         ops.gather_blocks_(out, sources, segment.tiles, factor, accumulate)
 
     @abstractmethod
-    def deliver(self, arena: Arena, segment: Segment, hyper: Hyperparameters) -> None:
+    def deliver(
+        self, arena: Arena, segment: Segment, hyper: Hyperparameters, scalars: Scalars
+    ) -> None:
         """Takes the finished ``P = scale * direction`` of a segment: steps 8 to 10."""
 
     def sum_(self, values: Tensor) -> None:  # noqa: B027, the sum of one rank is there
@@ -89,7 +94,9 @@ class Exchange(ABC):
 class Alone(Exchange):
     """One rank owns all blocks of what it holds: directions go straight into the parameters."""
 
-    def deliver(self, arena: Arena, segment: Segment, hyper: Hyperparameters) -> None:
+    def deliver(
+        self, arena: Arena, segment: Segment, hyper: Hyperparameters, scalars: Scalars
+    ) -> None:
         """M <- mu M + P, W <- W - lr D."""
         momentum = segment.moments.get("momentum") if hyper.momentum > 0 else None
         dtype = segment.direction.dtype if momentum is None else momentum.dtype
@@ -97,13 +104,21 @@ class Alone(Exchange):
             [self.round.params[member] for member in segment.members],
             momentum,
             segment.direction.to(dtype),  # wider only for float64 parameters
-            segment.scale.to(dtype),
+            scalars.gate(segment.scale.to(dtype)),
             segment.tiles,
-            hyper.lr,
-            0.0 if arena.is_layerwise else hyper.decoupled_decay,
-            hyper.momentum,
+            scalars.lr,
+            # LARS and LAMB have it in P. A product, since it may be a number on the device.
+            scalars.decay * 0.0 if arena.is_layerwise else scalars.decay,
+            scalars.momentum,
             hyper.nesterov,
+            _seed(arena, segment) if hyper.stochastic_rounding else None,
+            scalars.step,
         )
+
+
+def _seed(arena: Arena, segment: Segment) -> int:
+    """Another one for every segment of an optimizer: the same random numbers would be drawn."""
+    return (len(RULES) * arena.group + RULES.index(arena.rule)) << 40 | segment.start
 
 
 def search_direction(

@@ -1,5 +1,6 @@
 """Memory, balance, traffic and step time of one sharding, computed from shapes."""
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,13 +8,16 @@ from typing import Any
 
 import torch
 
+from shampoo.allgather import slice_length
 from shampoo.cost import CostModel
+from shampoo.division import Share, divide
 from shampoo.grafting import GRAFTING
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.layout import ADAGRAD, FACTORED, Layout
-from shampoo.ownership import aligned_slots, assign_owners
 from shampoo.report import PlanReport, StepSeconds
-from shampoo.traffic import SLICE_HEADER, Rows, slice_bytes
+from shampoo.slots import aligned_slots
+from shampoo.traffic import Rows
+from shampoo.workers import Team
 
 _STEP_BYTES = 8  # the step counter of a parameter, on every rank
 _COUNTER_BYTES = 4  # of a factor: failures, and its slot if staggered
@@ -48,7 +52,7 @@ class Setting:
     devices_per_node: int
     island_bandwidth: float  # bytes a second that a rank receives
     network_bandwidth: float
-    cost_model: CostModel
+    cost_model: CostModel  # of seconds; owners are those of every machine
 
     @property
     def bandwidth(self) -> float:
@@ -68,7 +72,7 @@ def block_state_bytes(
     size = values.geometry.dtype.itemsize
     wide = torch.promote_types(dtype, values.geometry.dtype).itemsize
     second_moment = rule == ADAGRAD or GRAFTING[values.geometry.grafting].second_moment
-    per_element = size * ((values.beta1 > 0) + second_moment) + wide * (values.momentum > 0)
+    per_element = size * (values.has_exp_avg + second_moment) + wide * (values.momentum > 0)
     total = per_element * math.prod(extent)
     if rule == FACTORED:
         counters = _COUNTER_BYTES * (1 + values.is_staggered)
@@ -84,40 +88,39 @@ class _Kind:
     numel: int
     ordinary: float
     root: float
+    seconds: float  # a step, the roots spread over their period
     state_bytes: int
-    parameter_itemsize: int
-    direction_itemsize: int
-
-    @property
-    def slice_bytes(self) -> int:
-        return slice_bytes(self.numel, self.direction_itemsize)
+    rooted_sides: tuple[int, ...]
+    needs_weights: bool  # at the owner
 
 
 class _Blocks:
-    """All blocks in wire order: groups, their tensors, row-major in each; and their owners."""
+    """All blocks in the order of groups, tensors and grids, and their owners."""
 
     def __init__(self, groups: Groups, setting: Setting) -> None:
         self.setting = setting
         self.kinds: list[_Kind] = []
         self.tensors: list[tuple[Tensor, Layout, int]] = []  # with the index of its first block
-        self.owners: list[int] = []
-        self.loads = [0.0] * setting.owners
         self.factored = 0
-        model = setting.cost_model
-        for values, tensors in groups:
-            costs: list[float] = []
+        team = Team(tuple(range(setting.owners)), 0, setting.layout != "ddp")
+        shares = []
+        for index, (values, tensors) in enumerate(groups):
             for tensor in tensors:
                 layout = Layout.of(tensor.shape, values.geometry)
+                param = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+                shares.append(Share(index, param, layout, team, values.precondition_frequency))
                 self.tensors.append((tensor, layout, len(self.kinds)))
                 self.kinds += self._kinds(tensor, layout, values)
-                costs += model.layout_seconds(layout, values.precondition_frequency)
                 if layout.rule == FACTORED:
-                    self.factored += sum(tile.blocks for tile in layout.tiles)
-            self.owners += assign_owners(costs, setting.owners, self.loads)
+                    self.factored += layout.blocks
+        self.owners = [owner for owners in divide(shares) for owner in owners]
+        dtypes = [tensor.dtype for tensor, _, _ in self.tensors]
+        computed = functools.reduce(torch.promote_types, dtypes, groups[0][0].geometry.dtype)
+        self.gradient_itemsize = functools.reduce(torch.promote_types, dtypes).itemsize
+        self.direction_itemsize = (setting.communication_dtype or computed).itemsize
 
     def _kinds(self, tensor: Tensor, layout: Layout, values: Hyperparameters) -> list[_Kind]:
-        model = self.setting.cost_model
-        directions = self.setting.communication_dtype or tensor.dtype
+        model, frequency = self.setting.cost_model, values.precondition_frequency
         by_block: dict[int, _Kind] = {}
         for tile in layout.tiles:
             block = (tile.extent, layout.diagonal, layout.rule)
@@ -125,9 +128,10 @@ class _Blocks:
                 numel=tile.block_numel,
                 ordinary=model.ordinary_seconds(*block),
                 root=model.root_seconds(*block),
+                seconds=model.block_seconds(*block, frequency),
                 state_bytes=block_state_bytes(*block, values, tensor.dtype),
-                parameter_itemsize=tensor.dtype.itemsize,
-                direction_itemsize=directions.itemsize,
+                rooted_sides=_rooted_sides(*block),
+                needs_weights=_needs_weights(values, layout.rule),
             )
             by_block |= dict.fromkeys(tile.block_indices(), kind)
         return [by_block[index] for index in range(len(by_block))]
@@ -138,6 +142,25 @@ class _Blocks:
         for kind, owner in zip(self.kinds, self.owners, strict=True):
             sums[owner] += getattr(kind, part)
         return sums
+
+    def update_bytes(self, numel: int, tensor: Tensor) -> int:
+        """Of moving ``numel`` elements of a tensor: direction read, weight read and written."""
+        return numel * (self.direction_itemsize + 2 * tensor.dtype.itemsize)
+
+
+def _rooted_sides(extent: Sequence[int], diagonal: Sequence[bool], rule: str) -> tuple[int, ...]:
+    """The sides of a block that have a root."""
+    if rule != FACTORED:
+        return ()
+    return tuple(s for s, is_diagonal in zip(extent, diagonal, strict=True) if not is_diagonal)
+
+
+def _needs_weights(values: Hyperparameters, rule: str) -> bool:
+    """Whether directions depend on weights, as in :func:`shampoo.exchange.needs_weights`."""
+    in_gradient = values.weight_decay > 0.0 and not values.decoupled_weight_decay
+    in_direction = values.momentum > 0.0 and values.decoupled_decay > 0.0
+    is_layerwise = GRAFTING[values.geometry.grafting].layerwise and rule != ADAGRAD
+    return in_gradient or in_direction or is_layerwise
 
 
 @dataclass(frozen=True)
@@ -153,57 +176,54 @@ class _Exchange:
     holders: float | None = None
 
 
-def _update_bytes(numel: int, tensor: Tensor, directions: torch.dtype | None) -> int:
-    """Of writing ``numel`` elements: direction read, weight read and written."""
-    return numel * ((directions or tensor.dtype).itemsize + 2 * tensor.dtype.itemsize)
-
-
 def _all_gather(blocks: _Blocks) -> _Exchange:
-    """Directions of replicated parameters (distributed.md 3.2)."""
-    setting = blocks.setting
-    updated = sum(
-        _update_bytes(tensor.numel, tensor, setting.communication_dtype)
-        for tensor, _, _ in blocks.tensors
-    )
-    if setting.owners == 1:
+    """Directions of replicated parameters, without overlap (:mod:`shampoo.allgather`)."""
+    owners, itemsize = blocks.setting.owners, blocks.direction_itemsize
+    updated = sum(blocks.update_bytes(tensor.numel, tensor) for tensor, _, _ in blocks.tensors)
+    if owners == 1:
         return _Exchange((0,), 0, updated)
-    slices = [SLICE_HEADER + size for size in blocks.per_owner("slice_bytes")]
-    payload = sum(kind.numel * kind.direction_itemsize for kind in blocks.kinds)
-    received, buffer = (setting.owners - 1) * max(slices), setting.owners * max(slices)
-    return _Exchange((received,) * setting.owners, buffer, updated, buffer / payload)
+    numels = blocks.per_owner("numel")
+    longest = itemsize * slice_length(max(numels))
+    padding = owners * longest / (sum(numels) * itemsize)
+    return _Exchange(((owners - 1) * longest,) * owners, owners * longest, updated, padding)
 
 
 def _all_to_all(blocks: _Blocks) -> _Exchange:
-    """Gradients to owners, directions to the holders of rows (distributed.md 3.1).
+    """Gradients to owners, directions to the holders of rows (:mod:`shampoo.router`).
 
+    Not counted: the word that each rank sends to every other in both exchanges, one element.
     A rank's shard is its rank modulo the shards: replicas of HSDP are the outer mesh dimension.
     """
-    setting = blocks.setting
-    received, updated = [0] * setting.owners, [0] * setting.owners
-    numel = on_owner = on_best = holders = 0
-    alike: dict[tuple[Any, ...], list[tuple[Tensor, int]]] = {}
+    setting, replicas = blocks.setting, blocks.setting.owners // blocks.setting.shards
+    going = blocks.direction_itemsize
+    received, buffers, updated = ([0] * setting.owners for _ in range(3))
+    on_owner = on_best = holders = 0
+    alike: dict[tuple[Any, ...], list[int]] = {}
     for tensor, layout, first in blocks.tensors:
-        alike.setdefault((tensor.shape, tensor.dtype, layout), []).append((tensor, first))
-    for (shape, dtype, layout), members in alike.items():
-        tensor, count = members[0][0], len(members)
-        sent = (setting.communication_dtype or dtype).itemsize
+        alike.setdefault((tensor.shape, tensor.dtype, layout), []).append(first)
+    for (shape, dtype, layout), starts in alike.items():
+        tensor = Tensor("", shape, dtype)
+        coming = blocks.gradient_itemsize * (1 + blocks.kinds[starts[0]].needs_weights)
         rows = Rows.of(shape, layout, setting.shards)
-        for rank, shard in enumerate(rows.local_numels() * (setting.owners // setting.shards)):
-            received[rank] += count * shard * sent
-            updated[rank] += count * _update_bytes(shard, tensor, setting.communication_dtype)
+        for rank, local in enumerate(rows.local_numels() * replicas):
+            received[rank] += len(starts) * local * going
+            # Of the holders of a piece, one sends its gradient: they take turns.
+            buffers[rank] += len(starts) * local * (going + coming // replicas)
+            updated[rank] += len(starts) * blocks.update_bytes(local, tensor)
         spans = rows.spans()
-        numel += count * tensor.numel
-        on_best += count * sum(span.largest_piece for span in spans)
-        holders += count * sum(span.holders for span in spans)
-        for _, first in members:
+        on_best += len(starts) * sum(span.largest_piece for span in spans)
+        holders += len(starts) * sum(span.holders for span in spans)
+        for first in starts:
             for index, span in enumerate(spans, start=first):
                 owner = blocks.owners[index]
                 local = span.on(owner % setting.shards)
-                received[owner] += (span.numel - local) * dtype.itemsize - local * sent
+                received[owner] += (span.numel - local) * coming - local * going
+                buffers[owner] += span.numel * (coming + going * replicas)
                 on_owner += local
+    numel = sum(tensor.numel for tensor, _, _ in blocks.tensors)
     return _Exchange(
         tuple(received),
-        buffer=2 * max(received),
+        buffer=max(buffers),
         updated=max(updated),
         locality=on_owner / numel,
         best_locality=on_best / numel,
@@ -213,19 +233,27 @@ def _all_to_all(blocks: _Blocks) -> _Exchange:
 
 def _slot_seconds(blocks: _Blocks, frequency: int) -> tuple[StepSeconds, int]:
     """Compute of a step when refreshes are staggered, and how many slots of a period are used."""
-    roots = [kind.root for kind in blocks.kinds]
-    slots = aligned_slots(roots, blocks.owners, frequency)
+    sides: list[list[int]] = [[] for _ in range(blocks.setting.owners)]
+    for kind, owner in zip(blocks.kinds, blocks.owners, strict=True):
+        sides[owner] += kind.rooted_sides
+    for owned in sides:
+        owned.sort(reverse=True)
+    slots = aligned_slots([[side**3 for side in owned] for owned in sides], frequency)
+    seconds = {
+        side: blocks.setting.cost_model.root_seconds((side,), (False,), FACTORED)
+        for owned in sides
+        for side in set(owned)
+    }
     ordinary = blocks.per_owner("ordinary")
-    refreshing: dict[tuple[int, int], float] = {}
-    for root, owner, slot in zip(roots, blocks.owners, slots, strict=True):
-        key = (slot, owner)
-        refreshing[key] = refreshing.get(key, 0.0) + root
     # A rank without a root in a slot still takes its ordinary step.
     longest = [max(ordinary)] * frequency
-    for (slot, owner), seconds in refreshing.items():
-        longest[slot] = max(longest[slot], ordinary[owner] + seconds)
-    used = len({slot for root, slot in zip(roots, slots, strict=True) if root > 0.0})
-    return StepSeconds(sum(longest) / frequency, max(longest)), used
+    for start, owned in zip(ordinary, sides, strict=True):
+        refreshing: dict[int, float] = {}
+        for side, slot in zip(owned, slots, strict=False):
+            refreshing[slot] = refreshing.get(slot, start) + seconds[side]
+        for slot, taken in refreshing.items():
+            longest[slot] = max(longest[slot], taken)
+    return StepSeconds(sum(longest) / frequency, max(longest)), len(set(slots))
 
 
 def forecast(groups: Groups, setting: Setting) -> PlanReport:
@@ -252,7 +280,7 @@ def forecast(groups: Groups, setting: Setting) -> PlanReport:
         max_preconditioner_dim=values.geometry.max_preconditioner_dim,
         precondition_frequency=frequency,
         state_bytes=tuple(steps + size for size in blocks.per_owner("state_bytes")),
-        compute_seconds=tuple(blocks.loads),
+        compute_seconds=tuple(blocks.per_owner("seconds")),
         traffic_bytes=exchange.received,
         buffer_bytes=exchange.buffer,
         padding=exchange.padding,

@@ -18,20 +18,20 @@ def check_dense(grad: Tensor, name: str) -> None:
         )
 
 
-def largest_magnitudes(grads: Sequence[Tensor]) -> list[float]:
-    """``max |g|`` of every gradient, NaN or Inf if it holds one, 0 if it is zero.
+def largest_magnitudes(grads: Sequence[Tensor]) -> Tensor:
+    """``max |g|`` of every gradient, [m] float64: NaN or Inf if it holds one, 0 if it is zero.
 
-    One pass over the gradients; on a GPU, the one point at which a step waits for it.
+    One pass over the gradients. It must end before the first of them moves anything, so the packing
+    of gradients, segment after segment, comes too late to do this on the way.
     """
     magnitudes = torch.empty(len(grads), dtype=torch.float64, device=grads[0].device)
     ops.magnitudes_(magnitudes, grads)
-    values: list[float] = magnitudes.tolist()
-    return values
+    return magnitudes
 
 
-def can_square(magnitude: float, numel: int, dtype: torch.dtype) -> bool:
-    """Whether statistics of ``dtype`` can hold the squares of a gradient: not if it is not finite.
+def square_limit(numel: int, dtype: torch.dtype) -> float:
+    """The magnitude from which statistics of ``dtype`` cannot hold the squares of a gradient.
 
-    One finite gradient beyond that would leave Inf in the factors and moments for ever.
+    One finite gradient beyond it would leave Inf in the factors and moments for ever.
     """
-    return magnitude * math.sqrt(numel) < math.sqrt(torch.finfo(dtype).max)
+    return math.sqrt(torch.finfo(dtype).max) / math.sqrt(numel)

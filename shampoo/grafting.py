@@ -6,6 +6,8 @@ The arithmetic is :func:`shampoo.kernels.reference.graft_moments_`.
 
 from dataclasses import dataclass
 
+from shampoo.averages import Number, correction_of, weight_of
+
 
 @dataclass(frozen=True)
 class Grafting:
@@ -36,17 +38,16 @@ GRAFTING = {
 class SecondMoment:
     """How ``exp_avg_sq`` moves and enters the direction at one step."""
 
-    beta: float
-    weight: float
-    correction: float
+    beta: Number
+    weight: Number
+    correction: Number
     eps: float
     normalized: bool = False
 
 
 def second_moment(
-    beta: float, step: int, eps: float, *, corrected: bool, normalized: bool = False
+    beta: Number, step: Number, eps: float, *, corrected: bool, normalized: bool = False
 ) -> SecondMoment:
     """``v <- beta v + (1 - beta) g^2``, or ``v + g^2`` at beta = 1, then ``sqrt(v / c) + eps``."""
-    plain_sum = beta == 1.0
-    correction = 1.0 - beta**step if corrected and not plain_sum else 1.0
-    return SecondMoment(beta, 1.0 if plain_sum else 1.0 - beta, correction, eps, normalized)
+    correction = correction_of(beta, step) if corrected else 1.0
+    return SecondMoment(beta, weight_of(beta), correction, eps, normalized)

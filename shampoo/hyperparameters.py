@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
+from shampoo.averages import Number, correction_of, weight_of
 from shampoo.blocking import MERGE_MODES
 from shampoo.grafting import GRAFTING, SecondMoment, second_moment
+from shampoo.schedule import smallest_relative_eps, tabulated_powers
 from shampoo.solver import ROOT_METHODS
 
 LARGE_DIM_METHODS = ("blocking", "adagrad", "diagonal")
@@ -44,13 +46,25 @@ def _number(group: dict[str, Any], name: str) -> float:
     return float(value)
 
 
-def _betas(group: dict[str, Any]) -> tuple[float, float]:
+def _live_number(value: Any, name: str, capturable: bool) -> Number:
+    """A number that may move while a graph is replayed: as a tensor, it is never read here."""
+    if not (capturable and isinstance(value, torch.Tensor)):
+        return _number({name: value}, name)
+    _require(value.numel() == 1, name, value, "a number or a tensor of one element")
+    return value.detach().reshape(()).double()
+
+
+def _betas(group: dict[str, Any]) -> tuple[Number, Number]:
     betas = group["betas"]
     is_pair = isinstance(betas, Sequence) and not isinstance(betas, str) and len(betas) == 2
     _require(is_pair, "betas", betas, "a pair (beta1, beta2)")
-    beta1, beta2 = (_number({"betas": beta}, "betas") for beta in betas)
-    _require(0.0 <= beta1 < 1.0, "betas[0]", beta1, ">= 0.0 and < 1.0")
-    _require(0.0 < beta2 <= 1.0, "betas[1]", beta2, "> 0.0 and <= 1.0")
+    beta1, beta2 = (
+        _live_number(beta, f"betas[{i}]", group["capturable"]) for i, beta in enumerate(betas)
+    )
+    if not isinstance(beta1, torch.Tensor):
+        _require(0.0 <= beta1 < 1.0, "betas[0]", beta1, ">= 0.0 and < 1.0")
+    if not isinstance(beta2, torch.Tensor):
+        _require(0.0 < beta2 <= 1.0, "betas[1]", beta2, "> 0.0 and <= 1.0")
     return beta1, beta2
 
 
@@ -69,6 +83,7 @@ class Geometry:
     preconditioner_dtype: str
     grafting: str
     refresh_schedule: str
+    capturable: bool
 
     @classmethod
     def of(cls, group: dict[str, Any]) -> "Geometry":
@@ -83,12 +98,15 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """One group's values as plain numbers, in the words of algorithm.md 1.2."""
+    """One group's values, in the words of algorithm.md 1.2.
+
+    Plain numbers, but for tensors that a group with ``capturable=True`` holds.
+    """
 
     geometry: Geometry
-    lr: float
-    beta1: float
-    beta2: float
+    lr: Number
+    beta1: Number
+    beta2: Number
     eps: float
     relative_eps: float
     weight_decay: float
@@ -100,11 +118,12 @@ class Hyperparameters:
     exponent_override: int | Sequence[int]
     exponent_multiplier: float
     bias_correction: bool
-    grafting_beta2: float
+    grafting_beta2: Number
     grafting_eps: float
     root_method: str
     nonfinite: str
     maximize: bool
+    stochastic_rounding: bool
 
     @classmethod
     def read(cls, group: dict[str, Any]) -> "Hyperparameters":
@@ -112,7 +131,7 @@ class Hyperparameters:
 
         Raises:
             ValueError: naming the first bad value, its bound and, where there is one, the remedy.
-            RuntimeError: for ``differentiable=True`` or ``capturable=True``.
+            RuntimeError: for ``differentiable=True``.
         """
         _check_flags(group)
         _check_choices(group)
@@ -122,7 +141,7 @@ class Hyperparameters:
         grafting_beta2 = beta2 if graft_default else _number(group, "grafting_beta2")
         values = cls(
             geometry=Geometry.of(group),
-            lr=_number(group, "lr"),
+            lr=_live_number(group["lr"], "lr", group["capturable"]),
             beta1=beta1,
             beta2=beta2,
             eps=_number(group, "eps"),
@@ -138,16 +157,18 @@ class Hyperparameters:
             bias_correction=group["bias_correction"],
             grafting_beta2=1.0 if plain_sum else grafting_beta2,
             grafting_eps=_number(group, "grafting_eps"),
-            root_method=group["root_method"],
+            root_method=_root_method(group),
             nonfinite=group["nonfinite"],
             maximize=group["maximize"],
+            stochastic_rounding=group["stochastic_rounding"],
         )
         values._check()
         return values
 
     def _check(self) -> None:
         finite = math.isfinite
-        _require(finite(self.lr) and self.lr >= 0.0, "lr", self.lr, ">= 0.0 and finite")
+        if not isinstance(self.lr, torch.Tensor):
+            _require(finite(self.lr) and self.lr >= 0.0, "lr", self.lr, ">= 0.0 and finite")
         _require(finite(self.eps) and self.eps >= 0.0, "eps", self.eps, ">= 0.0 and finite")
         _require(
             finite(self.relative_eps) and self.relative_eps >= 0.0,
@@ -183,12 +204,13 @@ class Hyperparameters:
             f'"eigh" or "auto" when exponent_multiplier={self.exponent_multiplier} is not 1.0:'
             " an iteration needs an integer root",
         )
-        _require(
-            0.0 < self.grafting_beta2 <= 1.0,
-            "grafting_beta2",
-            self.grafting_beta2,
-            "> 0.0 and <= 1.0, or None for betas[1]",
-        )
+        if not isinstance(self.grafting_beta2, torch.Tensor):
+            _require(
+                0.0 < self.grafting_beta2 <= 1.0,
+                "grafting_beta2",
+                self.grafting_beta2,
+                "> 0.0 and <= 1.0, or None for betas[1]",
+            )
         _require(
             finite(self.grafting_eps) and self.grafting_eps > 0.0,
             "grafting_eps",
@@ -204,8 +226,13 @@ class Hyperparameters:
         return (override or 2 * order) / self.exponent_multiplier
 
     @property
+    def coupled_decay(self) -> float:
+        """The weight decay that joins the gradient."""
+        return 0.0 if self.decoupled_weight_decay else self.weight_decay
+
+    @property
     def decoupled_decay(self) -> float:
-        """``weight_decay`` where it is decoupled from the gradient, else 0."""
+        """The weight decay that joins the direction."""
         return self.weight_decay if self.decoupled_weight_decay else 0.0
 
     @property
@@ -226,20 +253,25 @@ class Hyperparameters:
             return int(step - start) % frequency
         return 0 if step == start or step % frequency == 0 else None
 
-    def correction1(self, step: int) -> float:
-        """``c1`` of 2.3; 1 without a gradient EMA, which has nothing to correct."""
-        return 1.0 - self.beta1**step if self.bias_correction else 1.0
+    @property
+    def has_exp_avg(self) -> bool:
+        """Whether the gradient is averaged: a beta1 on the device may become anything."""
+        return isinstance(self.beta1, torch.Tensor) or self.beta1 > 0.0
 
-    def correction2(self, step: int) -> float:
+    def correction1(self, step: Number) -> Number:
+        """``c1`` of 2.3; 1 without a gradient EMA, which has nothing to correct."""
+        return correction_of(self.beta1, step) if self.bias_correction else 1.0
+
+    def correction2(self, step: Number) -> Number:
         """``c2`` of 2.3; 1 for plain sums."""
-        return 1.0 - self.beta2**step if self.bias_correction and self.beta2 < 1.0 else 1.0
+        return correction_of(self.beta2, step) if self.bias_correction else 1.0
 
     @property
-    def factor_weight(self) -> float:
+    def factor_weight(self) -> Number:
         """What a new gradient weighs in a factor: ``1 - beta2``, or 1 in a plain sum."""
-        return 1.0 if self.beta2 == 1.0 else 1.0 - self.beta2
+        return weight_of(self.beta2)
 
-    def grafting_moment(self, step: int) -> SecondMoment:
+    def grafting_moment(self, step: Number) -> SecondMoment:
         """How the grafted method's accumulator moves at ``step`` (2.1)."""
         kind = GRAFTING[self.geometry.grafting]
         return second_moment(
@@ -250,7 +282,7 @@ class Hyperparameters:
             normalized=kind.normalized,
         )
 
-    def diagonal_moment(self, step: int) -> SecondMoment:
+    def diagonal_moment(self, step: Number) -> SecondMoment:
         """The same for tensors that use the "adagrad" row of 3.3: beta2, its correction, eps."""
         return second_moment(self.beta2, step, self.eps, corrected=self.bias_correction)
 
@@ -263,6 +295,7 @@ def _check_flags(group: dict[str, Any]) -> None:
         "precondition",
         "bias_correction",
         "maximize",
+        "stochastic_rounding",
         "capturable",
         "differentiable",
     ):
@@ -276,10 +309,54 @@ def _check_flags(group: dict[str, Any]) -> None:
             " Pass differentiable=False."
         )
     if group["capturable"]:
-        raise RuntimeError(
-            "Shampoo does not support capturable=True yet: the step decides on the host whether"
-            " gradients are finite. Pass capturable=False."
+        _check_capturable(group)
+
+
+def _check_capturable(group: dict[str, Any]) -> None:
+    """Refuses what would make a captured step wait for the device."""
+    why = "when capturable=True: "
+    nonfinite = group["nonfinite"]
+    _require(
+        nonfinite == "skip", "nonfinite", nonfinite, f'"skip" {why}the host cannot see a gradient'
+    )
+    method = group["root_method"]
+    _require(
+        method != "eigh",
+        "root_method",
+        method,
+        f'"auto", "minimax" or "coupled_newton" {why}eigh waits for the device',
+    )
+    multiplier = group["exponent_multiplier"]
+    _require(
+        multiplier == 1.0,
+        "exponent_multiplier",
+        multiplier,
+        f'1.0 {why}other exponents need root_method="eigh", which waits for the device',
+    )
+    if method == "auto":
+        dtype = group["preconditioner_dtype"]
+        _require(
+            dtype == "float32",
+            "preconditioner_dtype",
+            dtype,
+            f'"float32" {why}for float64, root_method="auto" is "eigh", which waits for the'
+            ' device; "minimax" roots are as accurate as in float32',
         )
+        relative_eps = _number(group, "relative_eps")
+        smallest = max(map(smallest_relative_eps, tabulated_powers()))
+        _require(
+            relative_eps >= smallest,
+            "relative_eps",
+            relative_eps,
+            f'>= {smallest} {why}below it, root_method="auto" is "eigh", which waits for the'
+            ' device; "minimax" roots would saturate',
+        )
+
+
+def _root_method(group: dict[str, Any]) -> str:
+    """What ``"auto"`` may stand for depends on the device alone, unless the step is captured."""
+    method: str = group["root_method"]
+    return "minimax" if group["capturable"] and method == "auto" else method
 
 
 def _check_choices(group: dict[str, Any]) -> None:

@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from shampoo import backends
+
 LIBRARY = "shampoo_csrc.so"
 FAILURE = "failure.txt"
 
@@ -56,12 +58,33 @@ def source_dir() -> Path:
 def sources() -> list[Path]:
     """The translation units; headers count in the key but are not compiled on their own.
 
-    ``*.cu`` and ``*_cuda.cpp`` are compiled for a torch with CUDA, where they were asked for.
+    ``*.cu`` and ``*_cuda.cpp`` are compiled for a torch with CUDA, where they are wanted.
     """
     units = sorted(path for path in source_dir().iterdir() if path.suffix in {".cpp", ".cu"})
-    if torch.version.cuda and os.environ.get("SHAMPOO_BACKEND") == "compiled":
+    if needs_cuda():
         return units
     return [path for path in units if path.suffix == ".cpp" and not path.stem.endswith("_cuda")]
+
+
+def needs_cuda() -> bool:
+    """Whether the backend wants the kernels in CUDA C++; ``auto`` only where they can be built."""
+    if not torch.version.cuda:
+        return False
+    backend = backends.chosen()
+    if "cuda" not in backends.wanted(backend, backends.card(), backends.table()):
+        return False
+    return backend == "cuda" or _has_toolkit(_toolkit())
+
+
+def _toolkit() -> str:
+    """Where torch looks for nvcc and the CUDA headers; empty if it knows no place."""
+    from torch.utils import cpp_extension
+
+    return cpp_extension.CUDA_HOME or ""
+
+
+def _has_toolkit(folder: str) -> bool:
+    return bool(folder) and Path(folder, "include", "cuda_runtime.h").is_file()
 
 
 def has_cuda_sources() -> bool:
@@ -107,9 +130,7 @@ def compiler_version() -> str:
 
 def nvcc_version() -> str:
     """What the CUDA compiler that torch would run says of itself; empty if there is none."""
-    from torch.utils import cpp_extension
-
-    toolkit = cpp_extension.CUDA_HOME
+    toolkit = _toolkit()
     command = os.environ.get("PYTORCH_NVCC") or (f"{toolkit}/bin/nvcc" if toolkit else "")
     return _version((command,)) if shutil.which(command) else ""
 
@@ -204,10 +225,8 @@ def _require_compiler() -> None:
     if not shutil.which(command):
         raise BuildError(f"no C++ compiler: {command!r} is not on PATH. Install g++ or set CXX.")
     if has_cuda_sources():
-        from torch.utils import cpp_extension
-
-        toolkit = cpp_extension.CUDA_HOME
-        if not toolkit or not Path(toolkit, "include", "cuda_runtime.h").is_file():
+        toolkit = _toolkit()
+        if not _has_toolkit(toolkit):
             where = toolkit or "PATH"
             raise BuildError(f"no CUDA toolkit in {where!r}. Install it or set CUDA_HOME.")
 

@@ -1,7 +1,8 @@
 """LARS and LAMB: directions rescaled to the norm of the whole parameter (algorithm.md 1.4).
 
 In two halves, since the blocks of a parameter may have several owners: each measures its own, and
-what they measured is added up in between.
+what they measured is added up in between. Every block has a place of its own, so that the sums do
+not depend on who owns what.
 """
 
 from collections.abc import Sequence
@@ -14,64 +15,38 @@ from shampoo.segments import Segment
 from shampoo.stacks import Arena
 
 
-class Norms:
-    """``|W|^2`` and ``|P|^2`` of every block of an arena's parameters, whoever owns it.
+def measure(
+    squares: Tensor, segments: Sequence[Segment], exchange: Exchange, weight_decay: float
+) -> None:
+    """``P <- P + weight_decay W``, then the squared norms of both. Overwrites the gradients.
 
     Args:
-        arena: the arena; its members are all parameters, its blocks those of this rank.
-        first: for every member, the place of its first block among all blocks.
-        blocks: how many blocks there are.
+        squares: [2, blocks] float64, of |W| and |P|: written at the places of the segments' blocks.
+        segments: all segments of an arena, each with a workspace of its own.
+        exchange: what knows the weights.
+        weight_decay: decoupled; 0 if it is coupled, and so already in P.
     """
-
-    def __init__(self, arena: Arena, counts: Sequence[int]) -> None:
-        device = arena.device
-        self._first = dict(zip(arena.members, _starts(counts), strict=True))
-        self._owner = torch.repeat_interleave(
-            torch.arange(len(counts), device=device), torch.tensor(counts, device=device)
-        )
-        self._places: list[Tensor] = []
-        # Every block has a place of its own, so that sums do not depend on who owns what.
-        self.squares = torch.zeros(2, sum(counts), dtype=torch.float64, device=device)
-
-    def measure(self, segments: Sequence[Segment], exchange: Exchange, weight_decay: float) -> None:
-        """``P <- P + weight_decay W``; squares of both. Overwrites the segments' gradients.
-
-        Args:
-            segments: all segments of the arena, each with a workspace of its own.
-            exchange: what knows the weights.
-            weight_decay: decoupled; 0 if it is coupled, and so already in P.
-        """
-        for segment in segments:
-            weights = segment.grad
-            exchange.weights(segment, weights, 1.0, False)
-            for part in segment.parts:
-                part.direction.mul_(part.scale.view(-1, *[1] * (part.direction.dim() - 1)))
-            segment.direction.add_(weights, alpha=weight_decay)
-            places = [
-                self._first[placed.member] + block
-                for placed in segment.placements
-                for block in placed.tile.block_indices()
-            ]
-            self._places.append(torch.tensor(places, device=self.squares.device))
-            for side, flat in enumerate((weights, segment.direction)):
-                self.squares[side, self._places[-1]] = _block_squares(flat, segment)
-
-    def rescale(self, segments: Sequence[Segment]) -> None:
-        """``P <- P |W| / |P|`` over all blocks of a parameter, 1 where either norm is 0."""
-        members = len(self._first)
-        sums = torch.zeros(2, members, dtype=torch.float64, device=self.squares.device)
-        weight_norm, norm = sums.index_add_(1, self._owner, self.squares).sqrt()
-        ratio = torch.where((weight_norm > 0) & (norm > 0), weight_norm / norm, 1.0)
-        for segment, places in zip(segments, self._places, strict=True):
-            segment.scale.copy_(ratio[self._owner[places]])
+    for segment in segments:
+        weights = segment.grad
+        exchange.weights(segment, weights, 1.0, False)
+        for part in segment.parts:
+            part.direction.mul_(part.scale.view(-1, *[1] * (part.direction.dim() - 1)))
+        segment.direction.add_(weights, alpha=weight_decay)
+        for side, flat in enumerate((weights, segment.direction)):
+            squares[side].index_copy_(0, segment.places, _block_squares(flat, segment))
 
 
-def _starts(counts: Sequence[int]) -> list[int]:
-    starts, total = [], 0
-    for count in counts:
-        starts.append(total)
-        total += count
-    return starts
+def rescale(squares: Tensor, arena: Arena, segments: Sequence[Segment]) -> None:
+    """``P <- P |W| / |P|`` over all blocks of a parameter, 1 where either norm is 0.
+
+    Args:
+        squares: [2, blocks], complete.
+    """
+    sums = squares.new_zeros(2, len(arena.first)).index_add_(1, arena.block_members, squares)
+    weight_norm, norm = sums.sqrt()
+    ratio = torch.where((weight_norm > 0) & (norm > 0), weight_norm / norm, 1.0)
+    for segment in segments:
+        segment.scale.copy_(ratio[segment.owners])
 
 
 def _block_squares(flat: Tensor, segment: Segment) -> Tensor:

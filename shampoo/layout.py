@@ -10,6 +10,7 @@ from shampoo.hyperparameters import Geometry
 FACTORED = "factored"  # Kronecker factors and their roots
 GRAFTED = "grafted"  # the grafted method alone
 ADAGRAD = "adagrad"  # the diagonal method of large_dim_method="adagrad"
+RULES = (FACTORED, GRAFTED, ADAGRAD)
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,27 @@
 """Every op, declared once: its schema and its meaning on any device.
 
 PyTorch's dispatcher is the only switch between kernels. An op starts out as its reference
-everywhere, and :func:`load_kernels` registers a faster kernel over it for one device. Ops write
-into tensors they are given and return nothing, so one fake that does nothing lets torch.compile
-trace them all.
+everywhere, and :func:`load_kernels` registers faster kernels over it for one device, as
+:mod:`shampoo.backends` chooses. Ops write into tensors they are given and return nothing, so one
+fake that does nothing lets torch.compile trace them all.
 """
 
 import functools
-import os
+import importlib
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from shampoo import jit
+from shampoo import backends, jit
 from shampoo.kernels import health, minimax, reference
 
 _library = torch.library.Library("shampoo", "DEF")  # type: ignore[no-untyped-call]
 _meanings: dict[str, Callable[..., None]] = {}
+_names: dict[str, list[str]] = {}  # of an op and of its overload for numbers on the device
 
 
 def _no_output(*_: object) -> None:
@@ -26,32 +29,62 @@ def _no_output(*_: object) -> None:
 
 
 def _define(schema: str, meaning: Callable[..., None]) -> Callable[..., Any]:
-    name = schema.partition("(")[0]
+    name, _, overload = schema.partition("(")[0].partition(".")
     _meanings[name] = meaning
     _library.define(schema)  # type: ignore[no-untyped-call]
-    _library.impl(name, meaning, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    torch.library.register_fake(f"shampoo::{name}", _no_output, lib=_library)
-    return getattr(torch.ops.shampoo, name).default  # type: ignore[no-any-return]
+    full_name = f"{name}.{overload}" if overload else name
+    if "cuda" in backends.KERNELS.get(name, ()):
+        # The kernel in CUDA C++ has a name of its own, so that it can be chosen by size.
+        _library.define(f"cuda_{schema}")  # type: ignore[no-untyped-call]
+    _names.setdefault(name, []).append(full_name)
+    _library.impl(full_name, meaning, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"shampoo::{full_name}", _no_output, lib=_library)
+    return getattr(getattr(torch.ops.shampoo, name), overload or "default")  # type: ignore[no-any-return]
 
 
-gather_blocks_ = _define(
+def _define_twice(schema: str, numbers: str, meaning: Callable[..., None]) -> Callable[..., Any]:
+    """Defines an op and its overload ``Tensor``, which reads ``numbers`` on the device.
+
+    A step that a graph replays cannot take its moving numbers from the host: there they are 0-d
+    float64 tensors beside the others. The choice is made here, since the dispatcher's own would
+    turn such a tensor into a float, and wait for the device.
+    """
+    names = numbers.split()
+    plain = _define(schema, meaning)
+    replayed = re.sub(rf"float ({'|'.join(names)})\b", r"Tensor \1", schema)
+    replayed = re.sub(r"Tensor (\w+)=[\d.]+", r"Tensor? \1=None", replayed)
+    on_device = _define(replayed.replace("(", ".Tensor(", 1), meaning)
+    arguments = [part.split()[-1] for part in schema[schema.index("(") :].split(",")]
+    first = arguments.index(names[0])
+
+    def choose(*given: Any, **named: Any) -> None:
+        number = given[first] if first < len(given) else named[names[0]]
+        (on_device if isinstance(number, Tensor) else plain)(*given, **named)
+
+    return choose
+
+
+gather_blocks_ = _define_twice(
     "gather_blocks_(Tensor(a!) out, Tensor[] sources, Tensor tiles, float alpha, bool accumulate)"
     " -> ()",
+    "alpha",
     reference.gather_blocks_,
 )
 magnitudes_ = _define(
     "magnitudes_(Tensor(a!) out, Tensor[] tensors) -> ()",
     reference.magnitudes_,
 )
-graft_moments_ = _define(
+graft_moments_ = _define_twice(
     "graft_moments_(Tensor(a!)? exp_avg, Tensor(b!)? exp_avg_sq, Tensor(c!)? direction,"
     " Tensor(d!) norm, Tensor grad, Tensor runs, float beta1, float correction1, float beta2,"
     " float weight2, float correction2, float eps, bool normalized) -> ()",
+    "beta1 correction1 beta2 weight2 correction2",
     reference.graft_moments_,
 )
 # Not "mode" as in the reference: torch.compile would pass it by keyword to functions that have one.
-gram_ema_ = _define(
+gram_ema_ = _define_twice(
     "gram_ema_(Tensor(a!) factor, Tensor grad, int k, float beta, float weight) -> ()",
+    "beta weight",
     reference.gram_ema_,
 )
 precondition_ = _define(
@@ -77,50 +110,63 @@ judge_roots_ = _define(
     "judge_roots_(Tensor(a!) ok, Tensor root, Tensor factor, Tensor ridge, float p) -> ()",
     health.judge_roots_,
 )
-update_blocks_ = _define(
+update_blocks_ = _define_twice(
     "update_blocks_(Tensor(a!)[] params, Tensor(b!)? momentum, Tensor direction, Tensor scale,"
-    " Tensor tiles, float lr, float weight_decay, float mu, bool nesterov) -> ()",
+    " Tensor tiles, float lr, float weight_decay, float mu, bool nesterov, int? seed=None,"
+    " float step=0.0) -> ()",
+    "lr weight_decay mu step",
     reference.update_blocks_,
 )
 
 
-BACKENDS = ("auto", "compiled", "triton", "reference")
+_routes: dict[str, Callable[..., None]] = {}  # what runs on CUDA devices, where not the reference
 
 
 def load_kernels(required: bool = False) -> None:
-    """Registers the kernels, or says once why the slower references stay.
+    """Registers the kernels that :mod:`shampoo.backends` chooses, or says why references stay.
 
-    ``SHAMPOO_BACKEND`` chooses: ``auto`` (default) takes the C++ kernels for the CPU, and warns
-    once for each process if they are not there; ``compiled`` insists on the kernels in C++ and
-    CUDA, ``triton`` on those in Triton, without the others; ``reference`` does not even try. The
-    kernels for a GPU have been compiled and emulated but never run on one, so ``auto`` leaves the
-    references there.
+    ``SHAMPOO_BACKEND`` decides: ``auto`` (default) takes the C++ kernels for the CPU and on a GPU
+    what its table says is fastest, and warns once for each process if they are not there; ``cuda``
+    insists on the kernels in C++ and, where torch has CUDA, on those in CUDA C++; ``triton`` on
+    those in Triton, without the others; ``reference`` does not even try. It is read at every call,
+    for the whole process: on a GPU the last choice holds, kernels for the CPU stay once loaded.
 
     Args:
         required: turns the reason why the chosen kernels are not there into an error, for a caller
             that was asked for them.
 
     Raises:
-        ValueError: if ``SHAMPOO_BACKEND`` is none of the four.
+        ValueError: if ``SHAMPOO_BACKEND`` is none of the four, or the table is not one.
         shampoo.jit.BuildError: if the kernels must be there and are not.
     """
-    backend = os.environ.get("SHAMPOO_BACKEND", "auto")
-    if backend not in BACKENDS:
-        raise ValueError(f"Invalid SHAMPOO_BACKEND={backend!r}. Must be one of {BACKENDS}.")
-    if backend == "reference":
-        if required:
-            raise jit.BuildError("SHAMPOO_BACKEND=reference forbids the kernels. Unset it.")
-        return
-    if backend != "triton" and (reason := _load_once()):
-        if required or backend == "compiled":
-            raise jit.BuildError(reason)
-        _warn_once(reason)
-    if backend == "triton" and (reason := _load_triton_once()):
-        raise jit.BuildError(reason)
+    backend, table = backends.chosen(), backends.table()
+    if backend == backends.REFERENCE and required:
+        raise jit.BuildError("SHAMPOO_BACKEND=reference forbids the kernels. Unset it.")
+    kinds = set(backends.wanted(backend, backends.card(), table))
+    if not torch.version.cuda:
+        kinds.discard("cuda")  # no tensor could reach them
+    for kind in sorted(kinds):
+        if reason := _reason(kind):
+            if required or backend != "auto":
+                raise jit.BuildError(reason)
+            _warn_once(reason)
+            kinds.remove(kind)
+    _routes.clear()
+    for name in backends.KERNELS:
+        _route(name, backend, table, kinds)
+
+
+def _reason(kind: str) -> str:
+    """Tries to load the kernels of one kind: the reason why not, or nothing."""
+    if kind == "triton":
+        return _load_triton_once()
+    if kind == "cuda" and not jit.needs_cuda():
+        return "no CUDA toolkit for the kernels in CUDA C++. Install it or set CUDA_HOME."
+    return _load_once(jit.needs_cuda())
 
 
 @functools.cache
-def _load_once() -> str:
+def _load_once(cuda: bool) -> str:
     """Tries to load the compiled kernels: the reason why not, or nothing."""
     try:
         jit.load()
@@ -131,29 +177,71 @@ def _load_once() -> str:
 
 @functools.cache
 def _load_triton_once() -> str:
-    """Tries to register the Triton kernels: the reason why not, or nothing."""
+    """Tries to import the Triton kernels: the reason why not, or nothing."""
     if not torch.cuda.is_available():
         return "no CUDA device for the Triton kernels. Unset SHAMPOO_BACKEND."
     try:
-        # Not at import: a torch for the CPU brings no Triton.
-        from shampoo.kernels import gram, minimax_triton, precondition, probe
+        importlib.import_module("triton")  # not at import: a torch for the CPU brings none
     except ImportError as error:
         return f"Triton cannot be imported ({error}). Install triton."
-    _register("gram_ema_", gram.gram_ema_, gram.supports)
-    _register("precondition_", precondition.precondition_, precondition.supports)
-    _register("minimax_root_", minimax_triton.minimax_root_, minimax_triton.supports)
-    _register("judge_roots_", probe.judge_roots_, probe.supports)
     return ""
 
 
-def _register(name: str, kernel: Callable[..., None], supports: Callable[..., bool]) -> None:
-    """Puts a kernel over the reference on CUDA devices, for the arguments that it supports."""
-    meaning = _meanings[name]
+def _route(name: str, backend: str, table: backends.Table, kinds: Iterable[str]) -> None:
+    """Puts the chosen kernels over the reference on CUDA devices, for arguments they support."""
+    meaning, choose = _meanings[name], backends.router(name, backend, table)
+    for full_name in _names[name]:
+        kernels = {
+            kind: kernel(full_name, kind)
+            for kind in backends.KERNELS[name]
+            # Those in Triton take their numbers from the host.
+            if kind in kinds and (kind == "cuda" or full_name == name)
+        }
+        if kernels:
+            _routes[full_name] = _switch(kernels, meaning, choose)
+            _register(full_name, meaning)
 
-    def choose(*arguments: Any) -> None:
-        (kernel if supports(*arguments) else meaning)(*arguments)
 
-    _library.impl(name, choose, "CUDA")  # type: ignore[no-untyped-call]
+def _switch(
+    kernels: Mapping[str, tuple[Callable[..., None], Callable[..., bool] | None]],
+    meaning: Callable[..., None],
+    choose: Callable[[Sequence[Any]], str],
+) -> Callable[..., None]:
+    def run(*arguments: Any) -> None:
+        implementation, supports = kernels.get(choose(arguments), (meaning, None))
+        if supports is not None and not supports(*arguments):
+            implementation = meaning
+        implementation(*arguments)
+
+    return run
+
+
+@functools.cache
+def _register(full_name: str, meaning: Callable[..., None]) -> None:
+    """Sends an op on CUDA devices through its route, which may change."""
+
+    def run(*arguments: Any) -> None:
+        _routes.get(full_name, meaning)(*arguments)
+
+    _library.impl(full_name, run, "CUDA")  # type: ignore[no-untyped-call]
+
+
+def kernel(name: str, kind: str) -> tuple[Callable[..., None], Callable[..., bool] | None]:
+    """A loaded kernel of an op and what says whether it takes arguments; None: it takes all."""
+    if kind == "cuda":
+        if name in ("minimax_root_", "small_root_"):
+            return torch.ops.shampoo.cuda_small_root_.default, backends.supports_small_root
+        base, _, overload = name.partition(".")
+        return getattr(getattr(torch.ops.shampoo, f"cuda_{base}"), overload or "default"), None
+    from shampoo.kernels import gram, minimax_triton, precondition, probe
+
+    home: Any = {
+        "gram_ema_": gram,
+        "precondition_": precondition,
+        "minimax_root_": minimax_triton,
+        "judge_roots_": probe,
+    }[name]
+    return getattr(home, name), home.supports
 
 
 @functools.cache
@@ -167,7 +255,9 @@ def _warn_once(reason: str) -> None:
 
 def kernels(device: str = "CPU") -> dict[str, bool]:
     """For every op, whether a kernel of its own is registered for a dispatch key."""
-    return {
-        name: torch._C._dispatch_has_kernel_for_dispatch_key(f"shampoo::{name}", device)
-        for name in _meanings
-    }
+    return {name: has_kernel(name, device) for name in _meanings}
+
+
+def has_kernel(name: str, device: str) -> bool:
+    """Whether a name of an op has a kernel for a dispatch key."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"shampoo::{name}", device)

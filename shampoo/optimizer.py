@@ -2,27 +2,26 @@
 
 import inspect
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.optim.optimizer import Optimizer
 
-from shampoo import checkpoint, ops
-from shampoo.agreement import FAILED, OK, SKIPPED
-from shampoo.direction import direct
-from shampoo.exchange import Exchange, Round
-from shampoo.exchanges import exchanges_of
+from shampoo import capture, ops
+from shampoo.advance import advance, rescale
+from shampoo.agreement import FAILED, OK, SKIPPED, Agreement, Attempt, Verdict
+from shampoo.errors import ShampooDistributedError
+from shampoo.exchange import Round
+from shampoo.exchanges import Exchanges, Purpose, join_groups
 from shampoo.hyperparameters import Hyperparameters, dtype_name, warn_about
-from shampoo.layerwise import Norms
 from shampoo.layout import FACTORED, Layout
-from shampoo.precision import full_precision
-from shampoo.proposal import Attempt, Proposal, local_gradients, propose
-from shampoo.refresh import refresh_roots_
-from shampoo.segments import FactorRange, Segment, Selection
+from shampoo.persistence import Persistent
+from shampoo.proposal import Proposal, local_gradients, propose
+from shampoo.replicas import Copies, copies_of
+from shampoo.scalars import Scalars
+from shampoo.segments import Selection
 from shampoo.solver import check_method
 from shampoo.stacks import Arena
 from shampoo.step_plan import Plan, check_parameter, parameter_name
@@ -35,7 +34,7 @@ logger = logging.getLogger(__name__)
 _EXTRA = {"skipped_steps": 0, "refresh_period": 0}
 
 
-class Shampoo(Optimizer):
+class Shampoo(Persistent):
     r"""Distributed Shampoo (arXiv 2309.06497): block-diagonal Kronecker-factored preconditioning.
 
     Every parameter is merged to a matrix, cut into blocks of at most ``max_preconditioner_dim`` a
@@ -98,16 +97,44 @@ class Shampoo(Optimizer):
             is close to the mean. A block then follows the grafted method until its first root, at
             most a period after ``start_preconditioning_step``.
         maximize: ascend instead of descend.
+        stochastic_rounding: round bfloat16 parameters up or down at random, so that steps too small
+            for them are right on average. What is drawn depends on the step and on the place of a
+            weight among the others, so a resumed run draws the same. Not for parameters whose
+            blocks are divided among ranks.
         foreach: accepted for compatibility; work is always batched over blocks.
         fused: True raises if the compiled kernels, so far those for a CPU, cannot be built; None
             and False take what there is.
-        capturable: not supported yet, must be False.
+        capturable: let CUDA graphs replay the step, with a refresh or without, as
+            :class:`shampoo.Replay` does. Nothing waits for the device: steps are counted and
+            skipped on it, ``lr`` and ``betas`` may be tensors there, unchecked, and a root that
+            fails its test is not retried. Needs ``nonfinite="skip"``, a ``root_method`` other than
+            ``"eigh"`` (``"auto"`` is ``"minimax"``), and all blocks on this rank.
         differentiable: not supported, must be False.
+        process_group: the ranks that hold replicas of plain parameters, None for the default
+            group. Parameters that are DTensors bring the ranks of their mesh. Belongs to the run,
+            as the next three do: no checkpoint holds it.
+        num_trainers_per_group: how many consecutive ranks divide the blocks of replicated
+            parameters among them; each such group does all of the work once. -1 means the ranks of
+            one node (``LOCAL_WORLD_SIZE``), fewer where there are not 4 blocks for each; 0 or 1
+            turns it off. The result does not depend on it. Sharded parameters are always divided
+            among the ranks of their mesh.
+        communication_dtype: in which search directions travel: ``torch.float32``,
+            ``torch.bfloat16`` or ``torch.float16``; None for the dtype they are computed in, which
+            rounds nothing.
+        overlap: send the directions of replicated parameters in parts, the first while later ones
+            are computed. LARS, LAMB and a mix with sharded parameters send them in one.
+        check_replicas_every: steps between comparisons of what several ranks hold of the
+            parameters, bit for bit, 0 for never. A difference raises on all of them.
 
     Raises:
         ValueError: for a value out of range, naming it, its bound and the remedy.
-        RuntimeError: for complex or sharded parameters, ``differentiable=True`` and
-            ``capturable=True``.
+        RuntimeError: for complex parameters, those with Partial placements, flat ones (FSDP1,
+            ZeRO) and ``differentiable=True``.
+
+    With an initialised process group every block has one owner, which holds its state and computes
+    its direction; all ranks apply what was sent. All ranks must call ``step()`` together, with
+    gradients for the same parameters; a rank that cannot go on takes the others with it, with the
+    same error, instead of leaving them to wait.
 
     ``step()`` counts from 1 for every parameter since it joined the optimizer or was first
     unfrozen, with or without a gradient; a call in which no parameter has one changes nothing. A
@@ -120,10 +147,7 @@ class Shampoo(Optimizer):
     ``block{k}.exp_avg``, ``block{k}.exp_avg_sq`` (the grafted method's), ``block{k}.momentum``.
     """
 
-    # On the class, so that an unpickled or copied optimizer, which has neither, starts without.
-    _plan: Plan | None = None
-    _incoming: dict[Tensor, dict[str, Any]] | None = None
-    _exchange_cache: tuple[Plan, dict[Team, Exchange]] | None = None
+    _exchanges: Exchanges | None = None
 
     def __init__(
         self,
@@ -155,6 +179,7 @@ class Shampoo(Optimizer):
         nonfinite: str = "skip",
         refresh_schedule: str = "together",
         maximize: bool = False,
+        stochastic_rounding: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
@@ -163,9 +188,10 @@ class Shampoo(Optimizer):
         num_trainers_per_group: int = -1,
         communication_dtype: torch.dtype | None = None,
         overlap: bool = False,
+        check_replicas_every: int = 0,
     ) -> None:
         given = locals()
-        self._workers = Workers(process_group, num_trainers_per_group, communication_dtype, overlap)
+        self._workers = Workers(**{name: given[name] for name in _SHARING})
         defaults = {name: given[name] for name in _DEFAULTS}
         defaults["preconditioner_dtype"] = dtype_name(preconditioner_dtype)
         Hyperparameters.read(defaults)
@@ -182,6 +208,7 @@ class Shampoo(Optimizer):
         super().add_param_group(param_group)
         try:
             self._check_group(len(self.param_groups) - 1)
+            capture.is_capturable(self.param_groups)
         except Exception:
             self.param_groups.pop()
             raise
@@ -201,7 +228,8 @@ class Shampoo(Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """Steps skipped because a gradient was not finite."""
+        """Steps skipped because a gradient was not finite. Waits for a device that counts them."""
+        self._settle_skipped()
         return max(int(group["extra"]["skipped_steps"]) for group in self.param_groups)
 
     @torch.no_grad()
@@ -216,12 +244,21 @@ class Shampoo(Optimizer):
 
         Raises:
             NonFiniteGradientError: with ``nonfinite="raise"``; nothing has changed.
+            PlanMismatchError: if ranks differ in parameters, gradients that are there, or
+                hyper-parameters; nothing has changed.
+            ReplicaMismatchError: if ``check_replicas_every`` finds a difference; nothing has
+                changed.
+            ShampooDistributedError: if a rank has failed. No parameter has changed, but statistics
+                may have moved.
             RuntimeError: for sparse gradients; nothing has changed.
+            Where ranks share the work, all of them raise in the same step.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        capture.check_health(self)
+        self._consolidated = None
         proposal = self._agree()
         if proposal is not None:
             self._take(proposal)
@@ -231,51 +268,92 @@ class Shampoo(Optimizer):
         """What to do in this step, if all ranks that must step alike can do it."""
         params = [param for group in self.param_groups for param in group["params"]]
         holders = self._workers.holders(params)
-        proposal, error = None, None
-        try:
-            proposal = self._propose()
-            status, is_nonzero, error = proposal.status, proposal.is_nonzero, proposal.error
-        except Exception as raised:
-            if holders.is_alone:
-                raise
-            status, is_nonzero, error = FAILED, False, raised
+        attempt = Attempt(is_shared=not holders.is_alone)
+        proposal = attempt.run(self._propose, holders)
+        verdict = Verdict(FAILED, False, False) if proposal is None else proposal.verdict
+        error = attempt.error if proposal is None else proposal.error
         if not holders.is_alone:
             agreement = self._workers.agreement(holders, params[0].device)
-            topics = () if proposal is None else proposal.topics()
-            status, is_nonzero = agreement.settle(status, is_nonzero, topics, error)
+            topics = () if proposal is None else proposal.topics
+            verdict = agreement.settle(verdict, topics, error)
+            if proposal is not None and proposal.copies:
+                self._compare(proposal.copies, agreement)
         elif error is not None:
             raise error
         assert proposal is not None
-        if status == SKIPPED:
+        if verdict.status == SKIPPED:
             self._count_skipped(proposal.complaint)
         # The step that torch.distributed.checkpoint makes to fill an empty state is inert.
-        is_step = is_nonzero or not proposal.plan.is_fresh
-        return proposal if status == OK and is_step and any(proposal.round.present) else None
+        is_step = verdict.is_nonzero or proposal.plan.step > 0
+        is_step = is_step and verdict.status == OK and any(proposal.round.present)
+        if is_step and not verdict.is_prepared:
+            self._prepare(proposal)
+        return proposal if is_step else None
 
-    def _propose(self) -> Proposal:
+    def _propose(self, holders: Team) -> Proposal:
         """Looks at this rank's part of the parameters and gradients. Changes nothing."""
+        if self._damage:
+            raise ShampooDistributedError(f"{self._damage} Load the last checkpoint.")
         values = [Hyperparameters.read(group) for group in self.param_groups]
         plan = self._current_plan()
         plan.check_methods(values)
-        grads = local_gradients(plan.members, plan.planned(self.param_groups))
-        return propose(plan, Round(plan.params(self.param_groups), grads, values))
+        params = plan.planned(self.param_groups)
+        grads = local_gradients(plan.members, params)
+        purpose = Purpose.of(plan, values, self._workers)
+        is_prepared = self._exchanges is not None and self._exchanges.purpose == purpose
+        step = Round(plan.params(self.param_groups), grads, values)
+        proposal = propose(plan, step, purpose, is_prepared, self._on_device)
+        if not holders.is_alone:
+            proposal.add_topics(self._workers.terms())
+            period = self._workers.check_replicas_every
+            if period and plan.step % period == 0:
+                names = [member.name for member in plan.members]
+                proposal.copies = copies_of(names, params, self._workers.replicas())
+        return proposal
+
+    def _compare(self, copies: Sequence[Copies], agreement: Agreement) -> None:
+        """Raises on all ranks if two of one team hold different bits."""
+        errors = [held.compare(self._workers.group(held.team)) for held in copies]
+        error = next((error for error in errors if error is not None), None)
+        # Not raised here: the teams that found nothing must hear of it.
+        if agreement.confirm(OK if error is None else FAILED) != OK:
+            agreement.fail(error)
+
+    def _prepare(self, proposal: Proposal) -> None:
+        """Makes process groups and buffers; all ranks do in the step in which one needs them."""
+        plan = proposal.plan
+        join_groups(plan, self._workers)
+        attempt = Attempt(is_shared=not plan.holders.is_alone)
+        params = plan.planned(self.param_groups)
+        self._exchanges = None  # its buffers are free before new ones are asked for
+        self._exchanges = attempt.run(Exchanges, proposal.purpose, params, self._workers)
+        if not plan.holders.is_alone:
+            self._workers.agreement(plan.holders, plan.arenas[0].device).check(attempt)
 
     def _take(self, proposal: Proposal) -> None:
         """Steps 1 to 10 of algorithm.md 1.3 for all blocks of this rank, then for the weights."""
+        assert self._exchanges is not None
         plan, step = proposal.plan, proposal.round
-        exchanges = self._exchanges(plan)
+        exchanges = self._exchanges.by_team
         attempt = Attempt(is_shared=not plan.holders.is_alone)
+        if not capture.is_capturing():
+            for arena in plan.arenas:
+                arena.count_step()  # now: a rank that fails must not fall a step behind the others
         for exchange in exchanges.values():
             attempt.run(exchange.open, step)
         for exchange in exchanges.values():
             exchange.fetch()
         selections = attempt.run(self._select, plan, step) or [None] * len(plan.arenas)
-        for arena, selection in zip(plan.arenas, selections, strict=True):
-            exchange = exchanges[arena.team]
-            attempt.run(self._direct, selection, step, exchange)
-            if arena.is_layerwise:
-                self._rescale(arena, plan, selection, step, exchange, attempt)
-        word = OK if attempt.error is None else FAILED
+        for arena, selection, squares in zip(
+            plan.arenas, selections, self._exchanges.squares, strict=True
+        ):
+            exchange, hyper = exchanges[arena.team], step.hyper[arena.group]
+            scalars = attempt.run(self._scalars, arena, hyper, proposal.accepted)
+            attempt.run(advance, selection, hyper, scalars, exchange)
+            if squares is not None:
+                segments = [] if selection is None else selection.segments
+                rescale(arena, segments, squares, hyper, scalars, exchange, attempt)
+        word = attempt.word
         for exchange in exchanges.values():
             word = max(word, exchange.send(word))
         if not plan.holders.is_alone:
@@ -284,110 +362,47 @@ class Shampoo(Optimizer):
             if any(team.size < plan.holders.size for team in exchanges):
                 word = agreement.confirm(word)
             if word != OK:
+                if plan.is_redundant:
+                    self._damage = "A failed step has moved the statistics of some groups only."
                 agreement.fail(attempt.error)
+        applied = Attempt(is_shared=not plan.holders.is_alone)
         for exchange in exchanges.values():
-            exchange.apply()
-
-    def _exchanges(self, plan: Plan) -> dict[Team, Exchange]:
-        if self._exchange_cache is None or self._exchange_cache[0] is not plan:
-            params = plan.planned(self.param_groups)
-            self._exchange_cache = plan, exchanges_of(plan, params, self._workers)
-        return self._exchange_cache[1]
+            applied.run(exchange.apply)
+        if applied.error is not None:
+            # The others have gone on to the next step, and hear of it there.
+            self._damage = f"It has moved its parameters only in part: {applied.error}."
+            logger.error("shampoo: %s", self._damage)
 
     def _select(self, plan: Plan, step: Round) -> Sequence[Selection | None]:
         """The blocks that move, by arena."""
         plan.add_missing_moments(self.param_groups, step.hyper, self.state)
         plan.assign_slots(self.param_groups, step.hyper)
-        return plan.select(step.present)
+        selections = plan.select(step.present)
+        if self._on_device is not None:
+            self._on_device.keep(selections)
+        return selections
 
-    def _direct(self, selection: Selection, step: Round, exchange: Exchange) -> None:
-        """Factors, roots and search directions of one arena (steps 0 to 6)."""
-        arena, hyper = selection.arena, step.hyper[selection.arena.group]
-        arena.count_step()
-        with full_precision(arena.device):
-            slot = hyper.due_slot(arena.step)
-            due = [] if slot is None else selection.factors.get(slot, [])
-            if due:
-                # Roots see the factors of all blocks, so these move first. Segments share a
-                # workspace: their gradients are packed again, unless there is only one.
-                for segment in selection.segments:
-                    self._gather(segment, hyper, exchange)
-                    self._accumulate(segment, hyper)
-                for factors in due:
-                    self._refresh(factors, hyper, arena.step)
-            for segment in selection.segments:
-                if not due:
-                    self._gather(segment, hyper, exchange)
-                    self._accumulate(segment, hyper)
-                elif len(selection.segments) > 1:
-                    self._gather(segment, hyper, exchange)
-                direct(segment, arena.rule, hyper, arena.step)
-                if not arena.is_layerwise:
-                    exchange.deliver(arena, segment, hyper)
+    def _scalars(self, arena: Arena, hyper: Hyperparameters, accepted: Tensor | None) -> Scalars:
+        """The numbers that move an arena in the step that has just been counted."""
+        if accepted is None or self._on_device is None:
+            return Scalars.of(hyper, arena.rule, arena.step)
+        return self._on_device.scalars(hyper, arena, accepted)
 
-    @staticmethod
-    def _rescale(
-        arena: Arena,
-        plan: Plan,
-        selection: Selection | None,
-        step: Round,
-        exchange: Exchange,
-        attempt: Attempt,
-    ) -> None:
-        """LARS and LAMB: P <- P |W| / |P| over whole parameters, whose blocks others may own.
+    def coming_refresh(self) -> tuple[int | None, ...]:
+        """Names the roots that the next step refreshes: what a graph of it can be used for again.
 
-        Without a selection, because this rank has failed, it still adds its zeros to the sum.
+        All None for an ordinary step. The schedule follows the steps that were asked for; the host
+        does not know which of them ``capturable=True`` has skipped.
         """
-        hyper = step.hyper[arena.group]
-        segments = [] if selection is None else selection.segments
-        with full_precision(arena.device):
-            norms = Norms(arena, [plan.members[member].layout.blocks for member in arena.members])
-            attempt.run(norms.measure, segments, exchange, hyper.decoupled_decay)
-            exchange.sum_(norms.squares)
-            attempt.run(norms.rescale, segments)
-            for segment in segments:
-                attempt.run(exchange.deliver, arena, segment, hyper)
+        values = [Hyperparameters.read(group) for group in self.param_groups]
+        plan = self._current_plan()
+        plan.assign_slots(self.param_groups, values)
+        return capture.coming_refresh(plan, values)
 
-    @staticmethod
-    def _gather(segment: Segment, hyper: Hyperparameters, exchange: Exchange) -> None:
-        """Packs a private copy of the gradients; G <- G + weight_decay W if it is coupled."""
-        exchange.gradients(segment, segment.grad, -1.0 if hyper.maximize else 1.0)
-        if hyper.weight_decay != 0.0 and not hyper.decoupled_weight_decay:
-            exchange.weights(segment, segment.grad, hyper.weight_decay, True)
-
-    @staticmethod
-    def _accumulate(segment: Segment, hyper: Hyperparameters) -> None:
-        """A_k <- beta2 A_k + (1 - beta2) mat_k(G) mat_k(G)^T, from the raw gradient."""
-        for part in segment.parts:
-            for mode, factor in enumerate(part.factors):
-                ops.gram_ema_(factor, part.grad, mode, hyper.beta2, hyper.factor_weight)
-
-    @staticmethod
-    def _refresh(factors: FactorRange, hyper: Hyperparameters, step: int) -> None:
-        """X_k <- (A_k / c2 + ridge I)^(-1/p)."""
-        stack, rows = factors.stack, slice(factors.start, factors.stop)
-        refresh_roots_(
-            stack.root[rows],
-            stack.factor[rows],
-            stack.failures[rows],
-            stack.rooted[rows],
-            p=hyper.root_power(stack.order),
-            correction=hyper.correction2(step),
-            eps=hyper.eps,
-            relative_eps=hyper.relative_eps,
-            method=hyper.root_method,
-            pending=factors.pending,
-        )
-
-    def _current_plan(self) -> Plan:
-        """The plan, rebuilt if parameters were added, swapped, unfrozen or moved since."""
-        if self._plan is None or not self._plan.is_current(self.param_groups, self._workers):
-            live = {param for group in self.param_groups for param in group["params"]}
-            for param in [param for param in self.state if param not in live]:
-                logger.warning("shampoo: a parameter was replaced; its state is dropped")
-                del self.state[param]
-            self._plan = Plan(self.param_groups, self.state, self._workers, before=self._plan)
-        return self._plan
+    def replayed(self) -> None:
+        """Says that a graph with one step was replayed, for which ``step()`` was not called."""
+        for arena in self._current_plan().arenas:
+            arena.count_step()
 
     def _count_skipped(self, complaint: str) -> None:
         for group in self.param_groups:
@@ -396,53 +411,7 @@ class Shampoo(Optimizer):
         if count & (count - 1) == 0:  # 1, 2, 4, 8 ...: a run that skips for ever stays readable
             logger.warning("shampoo: step skipped, %s; %d skipped so far", complaint, count)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Called by torch when it copies and pickles.
-
-        Published state are views, each of which would be pickled with all of its arena.
-        """
-        state = super().__getstate__()
-        state["_workers"] = self._workers
-        state["state"] = {
-            param: {key: view.clone() for key, view in entries.items()}
-            for param, entries in self.state.items()
-        }
-        return state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what ``state_dict()`` returned; training continues bit for bit.
-
-        Statistics keep the dtype of ``preconditioner_dtype`` whatever the parameters are. Values of
-        hyper-parameters come from the checkpoint, as for every ``torch.optim`` optimizer.
-
-        Args:
-            state_dict: loaded, for example, by ``torch.load(path, weights_only=True)``.
-
-        Raises:
-            IncompleteCheckpointError: if blocks are missing.
-            BlockGridMismatchError: if blocks have other shapes.
-            ValueError: for other numbers of groups or parameters, or a value out of range.
-                In every case the optimizer is as it was.
-        """
-
-        def keep_state(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
-            self._incoming = checkpoint.match(
-                self.param_groups, self.defaults, incoming, self._workers
-            )
-            return {**incoming, "state": {}}
-
-        # Registered now, so that it sees what the user's own hooks make of the state.
-        hook = self.register_load_state_dict_pre_hook(keep_state)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            hook.remove()
-            self._incoming = None
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Called by torch when it loads, copies and unpickles; the plan is made anew."""
-        super().__setstate__(state)
-        ops.load_kernels()
+    def _fill_groups(self) -> None:
         # A pickle of an older version has none of the arguments that came after it, not even in
         # its defaults.
         self.defaults = {**_DEFAULTS, **self.defaults}
@@ -450,18 +419,13 @@ class Shampoo(Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
             group["preconditioner_dtype"] = dtype_name(group["preconditioner_dtype"])
-            group["extra"] = {**_EXTRA, **group.get("extra", {})}
-        if "_workers" not in self.__dict__:
-            self._workers = Workers()  # a pickle of a version before there were any
-        self._plan = None
-        if self._incoming is not None:
-            self.state = defaultdict(dict, self._incoming)
-            if self._incoming:
-                self._current_plan()
+            extra = group.get("extra", {})
+            group["extra"] = {name: extra.get(name, value) for name, value in _EXTRA.items()}
+        ops.load_kernels()
 
 
 # Who shares the work belongs to a run, not to what is trained: it is in no group or checkpoint.
-_SHARING = inspect.signature(Workers.__init__).parameters
+_SHARING = tuple(inspect.signature(Workers).parameters)
 
 _DEFAULTS: dict[str, Any] = {
     name: parameter.default

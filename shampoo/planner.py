@@ -7,7 +7,7 @@ same shapes, the same cuts and the same owners, evaluated with a :class:`~shampo
 import fnmatch
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,10 +17,10 @@ from torch import nn
 from shampoo.cost import CostModel
 from shampoo.forecast import Groups, Setting, Tensor, forecast
 from shampoo.hyperparameters import Hyperparameters, dtype_name
-from shampoo.layout import FACTORED, Layout
+from shampoo.layout import Layout
 from shampoo.optimizer import Shampoo
-from shampoo.ownership import group_size
 from shampoo.report import PlanReport
+from shampoo.workers import Workers, trainers_per_group
 
 LAYOUTS = ("ddp", "fsdp2", "hsdp")
 BLOCK_CANDIDATES = (512, 1024, 2048, 4096)
@@ -58,17 +58,19 @@ def plan(
         world_size: ranks, >= 1.
         layout: ``"ddp"``: parameters are replicated; ``"fsdp2"``: their rows are sharded over all
             ranks; ``"hsdp"``: sharded, in ``replicas`` copies.
-        num_trainers_per_group: under DDP, consecutive ranks that share the blocks; -1 chooses,
-            see :func:`~shampoo.ownership.group_size`. Sharded layouts share over all ranks.
+        num_trainers_per_group: under DDP, consecutive ranks that share the blocks; -1: those of a
+            node, or fewer if there are few blocks. Sharded layouts share over all ranks.
         replicas: of HSDP; divides ``world_size``.
         grafted_only: patterns (``fnmatch``) of names whose tensors have ``precondition=False``,
             for embeddings, say.
         parameter_dtype: of parameters and gradients, where shapes are given.
-        communication_dtype: of directions on the wire; None for the parameters'.
+        communication_dtype: of directions on the wire, float32, bfloat16 or float16; None for
+            that in which they are computed.
         devices_per_node: ranks joined by fast links.
         island_bandwidth: bytes a second that a rank receives inside a node.
         network_bandwidth: the same across nodes.
-        cost_model: of the machine; None for the nominal one.
+        cost_model: of the machine, for seconds; None for the nominal one. Owners are those of the
+            nominal one in any case.
         block_candidates: of ``recommended_block``: the largest that leaves compute balanced
             (within 1.1), has four blocks an owner, and whose mean step is predicted to cost no more
             than the one asked for; failing that, the one with the shortest mean step. Empty
@@ -89,13 +91,11 @@ def plan(
     _check_layout(layout, world_size, replicas)
     _check_bandwidth("island_bandwidth", island_bandwidth)
     _check_bandwidth("network_bandwidth", network_bandwidth)
-    _check_dtype("parameter_dtype", parameter_dtype)
-    _check_dtype("communication_dtype", communication_dtype or parameter_dtype)
+    _check_dtype(parameter_dtype)
+    Workers(None, num_trainers_per_group, communication_dtype)  # checks them
     groups = _groups(_tensors(model_or_shapes, parameter_dtype), values, grafted_only)
-    factored = _factored(groups)
-    owners = world_size
-    if layout == "ddp":
-        owners = group_size(world_size, factored, devices_per_node, num_trainers_per_group)
+    trainers = _trainers(groups, world_size, devices_per_node)
+    owners = world_size if layout != "ddp" else trainers(num_trainers_per_group)
     setting = Setting(
         layout=layout,
         world_size=world_size,
@@ -111,7 +111,7 @@ def plan(
     return replace(
         report,
         recommended_block=_recommend_block(groups, setting, report, block_candidates),
-        recommended_group=group_size(world_size, factored, devices_per_node),
+        recommended_group=trainers(-1),
         notes=tuple(_notes(report, num_trainers_per_group, devices_per_node)),
     )
 
@@ -125,7 +125,7 @@ def _notes(report: PlanReport, asked_group: int, devices_per_node: int) -> Itera
         elif asked_group == -1 and owners < min(devices_per_node, world_size):
             yield (
                 f"groups are smaller than a node: they must divide {world_size} ranks and have"
-                f" four of the {report.factored_blocks} blocks with factors an owner"
+                f" four of the {report.blocks} blocks an owner"
             )
         return
     # Two exchanges a step, each with a message for every owner.
@@ -218,19 +218,21 @@ def _check_bandwidth(name: str, bandwidth: float) -> None:
         raise ValueError(f"Invalid {name}={bandwidth}. Must be > 0 and finite, in bytes a second.")
 
 
-def _check_dtype(name: str, dtype: torch.dtype) -> None:
+def _check_dtype(dtype: torch.dtype) -> None:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"Invalid {name}={dtype!r}. Must be a floating-point torch.dtype.")
+        raise ValueError(
+            f"Invalid parameter_dtype={dtype!r}. Must be a floating-point torch.dtype."
+        )
 
 
-def _factored(groups: Groups) -> int:
-    """Blocks with factors."""
-    layouts = (
-        Layout.of(tensor.shape, values.geometry) for values, tensors in groups for tensor in tensors
+def _trainers(groups: Groups, world_size: int, node: int) -> Callable[[int], int]:
+    """What ``num_trainers_per_group`` comes to, as the optimizer decides it."""
+    blocks = sum(
+        Layout.of(tensor.shape, values.geometry).blocks
+        for values, tensors in groups
+        for tensor in tensors
     )
-    return sum(
-        tile.blocks for layout in layouts if layout.rule == FACTORED for tile in layout.tiles
-    )
+    return lambda asked: trainers_per_group(asked, world_size, min(node, world_size), blocks)
 
 
 def _recommend_block(

@@ -1,20 +1,20 @@
 """What a rank would do in a step: its gradients, looked at before anything changes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from shampoo.agreement import OK, REFUSED, SKIPPED, Topic, digest
+from shampoo.agreement import OK, REFUSED, SKIPPED, Topic, Verdict, digest
+from shampoo.capture import DeviceState
 from shampoo.errors import NonFiniteGradientError
 from shampoo.exchange import Round
-from shampoo.gradients import can_square, check_dense, largest_magnitudes
+from shampoo.exchanges import Purpose
+from shampoo.gradients import check_dense, largest_magnitudes, square_limit
 from shampoo.regions import local_tensor
+from shampoo.replicas import Copies
 from shampoo.step_plan import Member, Plan
-
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -22,62 +22,69 @@ class Proposal:
     """A step that has not been taken.
 
     Attributes:
-        status: OK, SKIPPED or REFUSED.
-        is_nonzero: whether any gradient here is not all zero.
+        purpose: the buffers that it needs.
+        verdict: this rank's.
         complaint: why the step is to be skipped.
         error: why it is refused.
+        topics: what must be alike on all ranks.
+        copies: checksums to be compared in this step.
+        accepted: whether it is to change anything, 0-d bool, where only the device may know.
     """
 
     plan: Plan
     round: Round
-    status: int
-    is_nonzero: bool
+    purpose: Purpose
+    verdict: Verdict
     complaint: str = "the gradients of another rank are not finite, or too large to square"
     error: Exception | None = None
+    topics: Sequence[Topic] = ()
+    copies: Sequence[Copies] = ()
+    accepted: Tensor | None = None
 
-    def topics(self) -> tuple[Topic, Topic, Topic]:
-        """What must be alike on all ranks: the plan, which gradients are there, all values."""
+    def add_topics(self, terms: Mapping[str, str]) -> None:
+        """Adds what must be alike, causes before what they lead to.
+
+        Args:
+            terms: arguments of the optimizer that belong to no group.
+        """
+        plan, hyper, present = self.plan, self.round.hyper, self.round.present
+        # A rank that alone has loaded a checkpoint, or planned anew, is some steps off, or has its
+        # blocks in other arenas: others would read its part of a buffer at the wrong places.
+        steps = [(arena.group, arena.step) for arena in plan.arenas]
+
+        def values() -> list[dict[str, str]]:
+            found = []
+            for index, group in enumerate(hyper):
+                fields = asdict(group)
+                fields.update(fields.pop("geometry"))
+                words = {name: repr(value) for name, value in fields.items()}
+                found.append({"name": f"group {index}", **terms, **words})
+            return found
+
+        # Bias corrections count them; ranks that loaded files of different steps would part here.
+        steps = self.plan.steps()
 
         def gradients() -> list[dict[str, str]]:
             return [
                 {"name": member.name, "gradient": "a tensor" if is_there else "None"}
-                for member, is_there in zip(self.plan.members, self.round.present, strict=True)
+                for member, is_there in zip(plan.members, present, strict=True)
             ]
 
-        def values() -> list[dict[str, str]]:
+        def counts() -> list[dict[str, str]]:
             return [
                 {
                     "name": f"group {index}",
-                    **{name: repr(value) for name, value in asdict(hyper).items()},
+                    "steps": str([n for group, n in steps if group == index]),
                 }
-                for index, hyper in enumerate(self.round.hyper)
+                for index in range(len(hyper))
             ]
 
-        return (
-            Topic(self.plan.digest, self.plan.entries),
-            Topic(digest(repr(self.round.present)), gradients),
-            Topic(digest(repr(self.round.hyper)), values),
+        self.topics = (
+            Topic("parameter groups", digest(repr((terms, hyper))), values),
+            Topic("parameters to train", plan.digest, plan.entries),
+            Topic("parameters to train", digest(repr(present)), gradients),
+            Topic("parameter groups", digest(repr(steps)), counts),
         )
-
-
-class Attempt:
-    """Runs this rank's part of a step; while others wait for it, an exception must wait too."""
-
-    def __init__(self, is_shared: bool) -> None:
-        self._is_shared = is_shared
-        self.error: Exception | None = None
-
-    def run(self, work: Callable[..., Result], *arguments: Any) -> Result | None:
-        """What ``work`` returns, nothing once something has failed."""
-        if self.error is not None:
-            return None
-        try:
-            return work(*arguments)
-        except Exception as error:
-            if not self._is_shared:
-                raise
-            self.error = error
-            return None
 
 
 def local_gradients(members: Sequence[Member], params: Sequence[Tensor]) -> list[Tensor | None]:
@@ -100,29 +107,53 @@ def local_gradients(members: Sequence[Member], params: Sequence[Tensor]) -> list
     return [None if grad is None else local_tensor(grad) for grad in grads]
 
 
-def propose(plan: Plan, step: Round) -> Proposal:
-    """Whether these gradients make a step: all finite, and small enough to square."""
+def propose(
+    plan: Plan, step: Round, purpose: Purpose, is_prepared: bool, on_device: DeviceState | None
+) -> Proposal:
+    """Whether these gradients make a step: all finite, and small enough to square.
+
+    Args:
+        is_prepared: whether the buffers for ``purpose`` are there.
+        on_device: what decides it without the host, where it must not wait.
+
+    Raises:
+        ValueError: for ``stochastic_rounding`` where blocks are divided among ranks.
+    """
+    if not plan.holders.is_alone and any(hyper.stochastic_rounding for hyper in step.hyper):
+        raise ValueError(
+            f"Invalid stochastic_rounding=True with blocks divided among {plan.holders.size} ranks."
+            " Must be False: ranks would draw other numbers for the same weight. Or pass"
+            " num_trainers_per_group=1, so that every rank works alone."
+        )
     present = [
         (member, grad)
         for member, grad in zip(plan.members, step.grads, strict=True)
         if grad is not None and grad.numel() > 0  # an empty shard has nothing to say
     ]
-    magnitudes = largest_magnitudes([grad for _, grad in present]) if present else []
+    if not present:
+        return Proposal(plan, step, purpose, Verdict(OK, False, is_prepared))
+    if on_device is not None:
+        accepted = on_device.accept(plan, step.grads)
+        verdict = Verdict(OK, True, is_prepared)
+        return Proposal(plan, step, purpose, verdict, accepted=accepted)
+    magnitudes: list[float] = largest_magnitudes([grad for _, grad in present]).tolist()
     bad = [
         member
         for (member, _), magnitude in zip(present, magnitudes, strict=True)
-        if not can_square(magnitude, member.layout.numel, plan.geometry(member).dtype)
+        if not magnitude < square_limit(member.layout.numel, plan.geometry(member).dtype)
     ]
     if not bad:
-        return Proposal(plan, step, OK, any(magnitudes))
+        return Proposal(plan, step, purpose, Verdict(OK, any(magnitudes), is_prepared))
     complaint = (
         f"the gradient of {bad[0].name} is not finite, or too large to square"
         f" ({len(bad)} of {len(present)} gradients are)"
     )
-    if not any(step.hyper[member.group].nonfinite == "raise" for member in bad):
-        return Proposal(plan, step, SKIPPED, True, complaint)
+    is_refused = any(step.hyper[member.group].nonfinite == "raise" for member in bad)
+    verdict = Verdict(REFUSED if is_refused else SKIPPED, True, is_prepared)
+    if not is_refused:
+        return Proposal(plan, step, purpose, verdict, complaint)
     error = NonFiniteGradientError(
         f"{complaint[0].upper()}{complaint[1:]}. Nothing was changed. Lower lr or clip gradients,"
         ' or pass nonfinite="skip" to leave such steps out.'
     )
-    return Proposal(plan, step, REFUSED, True, complaint, error)
+    return Proposal(plan, step, purpose, verdict, complaint, error)

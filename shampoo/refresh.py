@@ -3,7 +3,7 @@
 A factor whose root does not pass keeps its previous root, is retried with ten times the ridge, then
 with a float64 eigendecomposition. On the CPU all of this happens within one refresh. On a GPU the
 host must not wait for the probe: flags travel to it while training goes on, and the next refresh
-repairs what they name.
+repairs what they name. A refresh that a graph replays has no host: there the previous root stays.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import logging
 import torch
 from torch import Tensor
 
+from shampoo.averages import Number
 from shampoo.precision import full_precision
 from shampoo.probe import healthy
 from shampoo.solver import chunks, solve_
@@ -102,10 +103,11 @@ def refresh_roots_(
     """
     if factor.numel() == 0:
         return
-    count = len(factor)
+    count, on_cpu = len(factor), factor.device.type == "cpu"
     outcome = torch.empty(count, dtype=torch.uint8, device=factor.device)
     for rows in chunks(factor):
-        ok = _attempt(root[rows], factor[rows], p, correction, eps, relative_eps, method)
+        how = p, correction, eps, relative_eps, method
+        ok = _attempt(root[rows], factor[rows], *how, reads=on_cpu)
         outcome[rows] = torch.where(ok, _PASSED, _FAILED).to(torch.uint8)
 
     def retry(which: Tensor, rung: int) -> None:
@@ -116,12 +118,13 @@ def refresh_roots_(
         for part in torch.split(which, step):
             candidate = root[part]
             ridges = eps * growth, relative_eps * growth
-            ok = _attempt(candidate, factor[part], p, correction, *ridges, solver)
+            how = p, correction, *ridges, solver
+            ok = _attempt(candidate, factor[part], *how, reads=on_cpu)
             ok &= outcome[part] == _FAILED
             root[part] = torch.where(ok[:, None, None], candidate, root[part])
             outcome[part] = torch.where(ok, _REPAIRED, outcome[part])
 
-    if factor.device.type == "cpu":
+    if on_cpu:
         for rung in range(1, _EIGH + 1):
             failed = (outcome == _FAILED).nonzero()[:, 0]
             if len(failed) == 0:
@@ -141,24 +144,56 @@ def refresh_roots_(
     rooted.copy_(is_root(root))
 
 
+@torch.no_grad()
+def refresh_roots_on_device_(
+    root: Tensor,
+    factor: Tensor,
+    failures: Tensor,
+    rooted: Tensor,
+    accepted: Tensor,
+    *,
+    p: float,
+    correction: Number,
+    eps: float,
+    relative_eps: float,
+    method: str,
+) -> None:
+    """:func:`refresh_roots_` that reads nothing on the host, and so can be replayed from a graph.
+
+    Args:
+        accepted: 0-d bool: if False, nothing changes.
+
+    The others are those of :func:`refresh_roots_`. ``method`` is none that waits for the device.
+    """
+    for rows in chunks(factor):
+        candidate = root[rows].clone()
+        how = p, correction, eps, relative_eps, method
+        ok = _attempt(candidate, factor[rows], *how, reads=False)
+        root[rows] = torch.where(accepted, candidate, root[rows])
+        failed = torch.where(ok, 0, failures[rows] + 1)
+        failures[rows] = torch.where(accepted, failed, failures[rows])
+    rooted.copy_(is_root(root))
+
+
 def _attempt(
     root: Tensor,
     factor: Tensor,
     p: float,
-    correction: float,
+    correction: Number,
     eps: float,
     relative_eps: float,
     method: str,
+    reads: bool,
 ) -> Tensor:
     """Solves a chunk and writes the roots that pass the probe; which, [B] bool."""
-    if correction != 1.0:
+    if isinstance(correction, Tensor) or correction != 1.0:
         factor = factor / correction
     candidate = torch.empty_like(root)
     ridge = torch.empty(len(factor), dtype=torch.float64, device=factor.device)
-    solve_(candidate, ridge, factor, p, eps, relative_eps, method)
+    solve_(candidate, ridge, factor, p, eps, relative_eps, method, reads)
     with full_precision(factor.device):
         ok = healthy(candidate, factor, ridge, p)
-    if ok.device.type == "cpu" and ok.all():  # a plain copy is several times as fast
+    if reads and ok.all():  # a plain copy is several times as fast
         root.copy_(candidate)
     else:
         root.copy_(torch.where(ok[:, None, None], candidate, root))

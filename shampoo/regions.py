@@ -12,9 +12,6 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
-# Private, but the only place where torch computes it, _StridedShard of TP + FSDP2 included.
-from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
-
 Coordinates = tuple[int, ...]
 
 
@@ -47,17 +44,32 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def check_placements(param: Tensor, name: str) -> None:
-    """Refuses a DTensor whose local tensors are not parts of it.
+    """Refuses a DTensor whose local tensors are not boxes of it.
 
     Raises:
-        RuntimeError: for a ``Partial`` placement, naming the parameter and the remedy.
+        RuntimeError: for a ``Partial`` placement, one that is strided without tensor parallelism,
+            or a shard of another size than placements give, naming the parameter and the remedy.
     """
-    if isinstance(param, DTensor) and any(
-        isinstance(placement, Partial) for placement in param.placements
-    ):
+    if not isinstance(param, DTensor):
+        return
+    is_partial = any(isinstance(placement, Partial) for placement in param.placements)
+    orders = _shard_orders(param)
+    if is_partial or None in orders:
+        kind = "Partial" if is_partial else "such strided"
         raise RuntimeError(
-            f"Shampoo does not support Partial placements ({name} has {param.placements})."
+            f"Shampoo does not support {kind} placements ({name} has {param.placements})."
             " Redistribute it to Shard or Replicate before the optimizer is built."
+        )
+    coordinate = param.device_mesh.get_coordinate()
+    if coordinate is None:
+        return
+    expected = tuple(stop - start for start, stop in _cuts(param, orders, coordinate))
+    found = tuple(param.to_local().shape)
+    if found != expected:
+        raise RuntimeError(
+            f"The shard of {name} on this rank has shape {found}, but {param.placements} of"
+            f" {tuple(param.shape)} give {expected}. Distribute it by fully_shard or"
+            " distribute_tensor."
         )
 
 
@@ -74,13 +86,54 @@ def regions_of(param: DTensor, merged: Sequence[Sequence[int]]) -> list[Region]:
             (:func:`shampoo.blocking.merge_groups`).
     """
     mesh = param.device_mesh.mesh
+    orders = _shard_orders(param)
     regions = {}
-    for coordinate in itertools.product(*map(range, mesh.shape)):
-        shape, offset = _compute_local_shape_and_global_offset(
-            param.shape, mesh.shape, list(coordinate), param.placements
-        )
-        regions[int(mesh[coordinate])] = region_of(param.shape, shape, offset, merged)
+    coordinates = itertools.product(*map(range, mesh.shape))
+    for coordinate, rank in zip(coordinates, mesh.flatten().tolist(), strict=True):
+        cuts = _cuts(param, orders, coordinate)
+        lengths, offset = [stop - start for start, stop in cuts], [start for start, _ in cuts]
+        regions[rank] = region_of(param.shape, lengths, offset, merged)
     return [regions[rank] for rank in sorted(regions)]
+
+
+def _shard_orders(param: DTensor) -> list[list[int] | None]:
+    """The axes of the mesh that cut each dimension, in the order in which they do.
+
+    An axis cuts after those on its left, unless its placement is strided by the sizes of axes on
+    its right: FSDP2 cuts what tensor parallelism has cut, and is left of it in the mesh. torch
+    computes such shards from the stride alone, which is not where they are if cuts are uneven.
+    None where axes do not explain the stride.
+    """
+    orders: list[list[int] | None] = [[] for _ in param.shape]
+    for axis in reversed(range(param.device_mesh.ndim)):
+        placement = param.placements[axis]
+        dim = getattr(placement, "dim", None)
+        if dim is None or (order := orders[dim]) is None:
+            continue
+        stride, place, product = getattr(placement, "split_factor", 1), 0, 1
+        while product < stride and place < len(order):
+            product *= param.device_mesh.shape[order[place]]
+            place += 1
+        if product == stride:
+            order.insert(place, axis)
+        else:
+            orders[dim] = None
+    return orders
+
+
+def _cuts(
+    param: DTensor, orders: Sequence[Sequence[int] | None], coordinate: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Start and stop of every dimension at a coordinate of the mesh, cut as torch.chunk does."""
+    cuts = []
+    for size, order in zip(param.shape, orders, strict=True):
+        start, stop = 0, size
+        for axis in order or ():
+            length = -(-(stop - start) // param.device_mesh.shape[axis])
+            first = start + coordinate[axis] * length
+            start, stop = min(first, stop), min(first + length, stop)
+        cuts.append((start, stop))
+    return cuts
 
 
 def region_of(

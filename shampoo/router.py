@@ -16,15 +16,16 @@ from torch import Tensor
 
 from shampoo import ops
 from shampoo.agreement import FAILED
+from shampoo.averages import Number
 from shampoo.exchange import (
     Exchange,
     Round,
     applied_decay,
-    needs_weights,
     search_direction,
 )
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.routes import Piece, Routed, Routes, routes_of, spans
+from shampoo.scalars import Scalars
 from shampoo.segments import Segment
 from shampoo.stacks import Arena
 
@@ -93,6 +94,7 @@ class Router(Exchange):
         gradient_dtype: wide enough for every gradient and weight.
         dtype: in which directions travel.
         longest: elements of the longest segment.
+        weighted: indices of arenas whose directions depend on weights.
     """
 
     def __init__(
@@ -103,13 +105,13 @@ class Router(Exchange):
         gradient_dtype: torch.dtype,
         dtype: torch.dtype,
         longest: int,
+        weighted: frozenset[int],
     ) -> None:
         super().__init__()
         self._arenas = arenas
         self._team = arenas[0].team
         self._group = group
         self._device = arenas[0].device
-        self._gradient_dtype = gradient_dtype
         self._routes = routes_of(routed, self._team.me, self._team.size)
         outgoing, incoming = self._routes.directions_out, self._routes.directions_in
         self._directions = _Wire.of(outgoing, incoming, dtype, self._device)
@@ -120,50 +122,39 @@ class Router(Exchange):
         widest = functools.reduce(torch.promote_types, (arena.update_dtype for arena in arenas))
         self._weights = torch.empty(longest, dtype=widest, device=self._device)
         self._space = torch.empty(longest, dtype=dtype, device=self._device)
-        self._incoming: _Incoming | None = None  # laid out anew when other weights travel
+        members = {member for index in weighted for member in arenas[index].members}
+        self._incoming = _Incoming(self._routes, members, gradient_dtype, self._device)
         self._departures: WeakKeyDictionary[Segment, _Copies] = WeakKeyDictionary()
         self._applied: dict[tuple[bool, ...], list[tuple[Arena, list[int], Tensor, Tensor]]] = {}
 
     def open(self, step: Round) -> None:
         """Packs the pieces of this rank's gradients, and of weights where owners need them."""
         super().open(step)
-        weighted = frozenset(
-            index
-            for index, arena in enumerate(self._arenas)
-            if needs_weights(arena, step.hyper[arena.group])
-        )
-        if self._incoming is None or weighted != self._incoming.weighted:
-            self._incoming = self._lay_out(weighted)
+        self._table()  # here, where others still hear of it if this fails
         self._incoming.pack(step)
-
-    def _lay_out(self, weighted: frozenset[int]) -> "_Incoming":
-        members = {member for index in weighted for member in self._arenas[index].members}
-        dtype = self._gradient_dtype
-        return _Incoming(self._routes, weighted, members, dtype, self._device)
 
     def fetch(self) -> None:
         """The first all-to-all."""
-        assert self._incoming is not None
         # No word: ranks have agreed before, and what goes wrong from here on is said in send().
         self._incoming.wire.exchange(self._group, 0)
 
-    def gradients(self, segment: Segment, out: Tensor, sign: float) -> None:
+    def gradients(self, segment: Segment, out: Tensor, sign: Number) -> None:
         """``out <- sign G``, from the pieces that came; ``out`` is the segment's."""
-        assert self._incoming is not None
         self._incoming.copies(segment, segment.grad, is_weight=False).run()
         if sign != 1.0:
             out.mul_(sign)
 
-    def weights(self, segment: Segment, out: Tensor, factor: float, accumulate: bool) -> None:
+    def weights(self, segment: Segment, out: Tensor, factor: Number, accumulate: bool) -> None:
         """``out <- factor W (+ out)``, with the roundings of weights that are here."""
-        assert self._incoming is not None
         space = self._weights[: segment.grad.numel()]
         self._incoming.copies(segment, space, is_weight=True).run()
         whole = [[0, 0, len(space), 0, 1, len(space)]]
         table = torch.tensor(whole, dtype=torch.int64, device="cpu")
         ops.gather_blocks_(out, [space], table, factor, accumulate)
 
-    def deliver(self, arena: Arena, segment: Segment, hyper: Hyperparameters) -> None:
+    def deliver(
+        self, arena: Arena, segment: Segment, hyper: Hyperparameters, scalars: Scalars
+    ) -> None:
         """Puts the pieces of D on the wire."""
 
         def weights(out: Tensor) -> None:
@@ -233,19 +224,16 @@ class _Incoming:
     """The way to the owners: for each peer its gradients, then the weights that go with them.
 
     Args:
-        weighted: arenas whose directions depend on weights.
-        members: the parameters of these arenas.
+        members: the parameters whose weights travel too.
     """
 
     def __init__(
         self,
         routes: Routes,
-        weighted: frozenset[int],
         members: Collection[int],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.weighted = weighted
         outgoing, incoming = (
             [[*peer, *(piece for piece in peer if piece.member in members)] for peer in side]
             for side in (routes.gradients_out, routes.gradients_in)

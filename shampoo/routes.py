@@ -96,7 +96,7 @@ def routes_of(routed: Sequence[Routed], me: int, size: int) -> Routes:
                 sharers = holders[meeting]
                 piece = _piece(param, block, tile, position, box, start, shape)
                 # The owner needs no wire; else senders take turns, so that none carries all.
-                sender = owner if owner in sharers else sharers[entry % len(sharers)]
+                sender = owner if owner in sharers else sharers[_turn(entry, len(sharers))]
                 if position == sender and position == me:
                     routes.gradients_out[owner].append(piece)
                 if position == sender and owner == me:
@@ -107,6 +107,11 @@ def routes_of(routed: Sequence[Routed], me: int, size: int) -> Routes:
                     routes.directions_in[owner].append(piece)
             entry += 1
     return routes
+
+
+def _turn(entry: int, count: int) -> int:
+    """Scatters the entries: owners of equal blocks go round too, and turns must not follow them."""
+    return (entry * 0x9E3779B1 & 0xFFFFFFFF) * count >> 32
 
 
 def _meet(tile: Tile, box: Box) -> tuple[Coordinates, Coordinates]:

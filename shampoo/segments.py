@@ -49,7 +49,8 @@ class Segment:
     members: list[int]  # parameters, in the order in which ``tiles`` numbers them
     tiles: Tensor
     runs: Tensor
-    owners: Tensor  # [B], for every block the position of its parameter in ``members``
+    owners: Tensor  # [B], for every block its parameter, by its place in the arena
+    places: Tensor  # [B], for every block its place among those of all of the arena's parameters
     grad: Tensor
     direction: Tensor
     norm: Tensor  # [B]
@@ -119,14 +120,17 @@ def _segment(
     blocks = sum(placed.tile.blocks for _, placed in run)
     norm = torch.zeros(blocks, dtype=arena.dtype, device=arena.device)
     scale = torch.ones_like(norm)
-    rows, runs, owners, parts = [], [], [], []
+    ranks = {member: rank for rank, member in enumerate(arena.members)}
+    rows, runs, owners, places, parts = [], [], [], [], []
     block = 0
     for stack, tiles in _by_stack(run):
         count = sum(placed.tile.blocks for placed in tiles)
         for placed in tiles:
             source = members.index(placed.member)
             rows.append(placed.tile.row(source, placed.element - start, order))
-            owners += [source] * placed.tile.blocks
+            owners += [ranks[placed.member]] * placed.tile.blocks
+            base = arena.first[placed.member]
+            places += [base + index for index in placed.tile.block_indices()]
         runs.append((count, tiles[0].tile.block_numel))
         elements = slice(tiles[0].element - start, tiles[-1].element + tiles[-1].numel - start)
         shape, slots = (count, *stack.extent), slice(block, block + count)
@@ -155,6 +159,7 @@ def _segment(
         torch.tensor(rows, dtype=torch.int64, device="cpu"),
         torch.tensor(runs, dtype=torch.int64, device="cpu"),
         torch.tensor(owners, dtype=torch.int64, device=arena.device),
+        torch.tensor(places, dtype=torch.int64, device=arena.device),
         grad,
         direction,
         norm,

@@ -31,8 +31,12 @@ def solve_(
     eps: float,
     relative_eps: float,
     method: str,
+    reads: bool,
 ) -> None:
-    """Writes the roots of one chunk, [B, n, n], and the ridges they were taken with, [B]."""
+    """Writes the roots of one chunk, [B, n, n], and the ridges they were taken with, [B].
+
+    ``reads`` says whether the host may look at values, which on a GPU means to wait for it.
+    """
     if factor.numel() == 0:
         return
     method = choose_method(factor, p, eps, relative_eps, method)
@@ -44,7 +48,7 @@ def solve_(
             newton_root_(root, ridge, factor, int(p), eps, relative_eps)
         else:
             eigen_root_(root, ridge, factor, p, eps, relative_eps)
-        diagonal_root_(root, ridge, factor, p, eps, relative_eps)
+        diagonal_root_(root, ridge, factor, p, eps, relative_eps, reads)
 
 
 def choose_method(factor: Tensor, p: float, eps: float, relative_eps: float, method: str) -> str:

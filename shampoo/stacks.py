@@ -16,6 +16,7 @@ from torch import Tensor
 from shampoo.blocking import Tile
 from shampoo.layout import FACTORED
 from shampoo.refresh import is_root
+from shampoo.slots import aligned_slots
 from shampoo.workers import Team
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum")  # the elementwise state an arena may have
@@ -97,6 +98,7 @@ class Arena:
         step: steps these blocks have taken.
         is_staggered: whether the slots of the factors are state.
         is_layerwise: whether directions are rescaled over whole parameters: LARS and LAMB.
+        is_capturable: whether the device counts the steps, and the host only what it asked for.
         team: the ranks that divide the blocks of these parameters; those here are one rank's.
     """
 
@@ -110,6 +112,7 @@ class Arena:
         step: int,
         is_staggered: bool,
         is_layerwise: bool,
+        is_capturable: bool,
         team: Team,
     ) -> None:
         self.group = group
@@ -120,42 +123,58 @@ class Arena:
         self.step = step
         self.is_staggered = is_staggered
         self.is_layerwise = is_layerwise
+        self.is_capturable = is_capturable
         self.team = team
-        self.members: list[int] = []  # indices of all its parameters, whoever owns their blocks
+        # All parameters, whoever owns their blocks: their first blocks among those of all.
+        self.first: dict[int, int] = {}
+        self.blocks = 0
+        self.block_members = torch.empty(0)  # [blocks], to which parameter each belongs
         self.numel = 0
         self.cuts: frozenset[int] = frozenset()  # elements at which a segment must end
         self.period: int | None = None  # over which the slots of the factors are spread
         self.steps = torch.empty(0)  # [members], what state publishes of ``step``
+        self.taken = torch.empty(0)  # [members], if capturable: on the device, without skipped ones
         self.moments: dict[str, Tensor] = {}
         self.factor_stacks: list[FactorStack] = []
         self._stacks: dict[tuple[tuple[int, ...], tuple[bool, ...]], BlockStack] = {}
+
+    def enroll(self, member: int, blocks: int) -> None:
+        """Says that a parameter belongs here, and how many blocks it has on all ranks."""
+        self.first[member] = self.blocks
+        self.blocks += blocks
+
+    @property
+    def members(self) -> list[int]:
+        """Indices of all parameters, whoever owns their blocks."""
+        return list(self.first)
 
     def add(self, member: int, tile: Tile, diagonal: tuple[bool, ...]) -> None:
         """Gives blocks of a parameter a place."""
         key = (tile.extent, diagonal)
         self._stacks.setdefault(key, BlockStack(*key)).tiles.append((member, tile))
 
-    def assign_slots(self, period: int) -> None:
-        """Spreads the refreshes of a period evenly over its steps, by cost, d^3 for a root.
+    def assign_slots(self, period: int, crew: Sequence["Arena"]) -> None:
+        """Spreads the refreshes of a period evenly over its steps, alike on the ranks of a team.
 
-        Neighbours share a slot, so that a step still refreshes them in one batch. No step costs
-        more than the mean and the dearest factor.
+        Args:
+            period: in steps.
+            crew: the arenas of all positions of the team, this one among them.
         """
         self.period = period
-        stacks = [stack for stack in self.factor_stacks if not stack.diagonal]
-        if not stacks:
-            return
-        costs = torch.cat(
-            [
-                torch.full((stack.count,), stack.size**3, dtype=torch.float64, device="cpu")
-                for stack in stacks
-            ]
-        )
-        middles = costs.cumsum(0) - costs / 2
-        slots = (middles / costs.sum() * period).int()
-        for stack in stacks:
+        costs = [arena.root_costs() for arena in crew]
+        slots = torch.tensor(aligned_slots(costs, period), dtype=torch.int32, device="cpu")
+        for stack in self._rooted_stacks():
             stack.slot.copy_(slots[: stack.count])
             slots = slots[stack.count :]
+
+    def root_costs(self) -> list[int]:
+        """Of every root, d^3, the dearest first."""
+        return [stack.size**3 for stack in self._rooted_stacks() for _ in range(stack.count)]
+
+    def _rooted_stacks(self) -> list[FactorStack]:
+        """The stacks that have roots, largest first."""
+        stacks = [stack for stack in self.factor_stacks if not stack.diagonal]
+        return sorted(stacks, key=lambda stack: -stack.size)
 
     def place(self) -> None:
         """Lays out all blocks, once they are added."""
@@ -182,6 +201,11 @@ class Arena:
         # On the host, since they decide the schedule, and one for each parameter: loaders write in
         # place into what is published, and the parameters of a checkpoint may differ in it.
         self.steps = torch.full((len(self.members),), self.step, dtype=torch.int64, device="cpu")
+        counts = torch.tensor([*self.first.values(), self.blocks], device="cpu").diff()
+        self.block_members = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
+        self.block_members = self.block_members.to(self.device)
+        if self.is_capturable:
+            self.taken = torch.zeros_like(self.steps, device=self.device)
         for factors in self.factor_stacks:
             factors.allocate(self.dtype, self.device)
         for name in moments:
@@ -212,7 +236,9 @@ class Arena:
     def views(self, moments: Sequence[str]) -> Iterator[tuple[int, str, Tensor]]:
         """Every state tensor as ``member, key, view``, the moments as named."""
         for index, member in enumerate(self.members):
-            yield member, "step", self.steps[index]
+            if self.is_capturable:
+                yield member, "step", self.taken[index]
+            yield member, "calls" if self.is_capturable else "step", self.steps[index]
         for stack in self.stacks:
             for placed in stack.placements:
                 size = placed.tile.block_numel

@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from shampoo.agreement import digest
 from shampoo.blocking import Tile
-from shampoo.division import Share, divide
-from shampoo.errors import BlockGridMismatchError
+from shampoo.division import Owners, Share, divide
+from shampoo.errors import BlockGridMismatchError, IncompleteCheckpointError
 from shampoo.grafting import GRAFTING
 from shampoo.hyperparameters import Geometry, Hyperparameters
 from shampoo.layout import ADAGRAD, Layout
@@ -44,7 +44,8 @@ Published = list[tuple[Tensor, str, Tensor]]
 class Member:
     """One planned parameter.
 
-    ``owners`` are those of its blocks: positions in its team, row-major in its grid of blocks.
+    ``owners`` are those of its blocks: positions in its team, row-major in its grid of blocks;
+    ``step`` is what it had taken when the plan was built.
     """
 
     group: int
@@ -53,6 +54,7 @@ class Member:
     layout: Layout
     team: Team
     owners: tuple[int, ...]
+    step: int
 
     def blocks(self) -> Iterator[tuple[int, Tile]]:
         """The index of every block in the grid of the parameter, and its tile, alone in it."""
@@ -120,12 +122,14 @@ class Plan:
         state: ``optimizer.state``. What it holds for a planned parameter is copied into the arenas,
             and replaced by views of them.
         workers: who shares the work.
-        before: the plan that this one replaces; blocks keep the owners they had in it.
+        kept: owners of blocks in the plan that this one replaces (:meth:`owners`).
         device: where to put state instead of beside the parameters; ``"meta"`` makes a plan whose
             views have shapes and dtypes only.
+        is_partial: whether blocks may be missing from the state of a parameter.
 
     Raises:
         BlockGridMismatchError: if a tensor of ``state`` does not fit its block.
+        IncompleteCheckpointError: if the state of a parameter lacks a block that this rank owns.
     """
 
     def __init__(
@@ -134,7 +138,8 @@ class Plan:
         state: State,
         workers: Workers,
         device: str | None = None,
-        before: "Plan | None" = None,
+        kept: Mapping[Tensor, Owners] | None = None,
+        is_partial: bool = False,
     ) -> None:
         self.members: list[Member] = []
         self._geometries = [Geometry.of(group) for group in groups]
@@ -142,9 +147,14 @@ class Plan:
         self._replicas = workers.replicas()
         self._workspaces: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._selections: dict[tuple[bool, ...], list[Selection]] = {}
-        self._enlist(groups, state, workers, before)
+        self._enlist(groups, state, workers, kept)
         params = self.planned(groups)
         self.holders = workers.holders([param for group in groups for param in group["params"]])
+        # Whether groups of ranks work out the same, each for itself.
+        self.is_redundant = any(
+            not isinstance(param, DTensor) and member.team.size < self._replicas.size
+            for member, param in zip(self.members, params, strict=True)
+        )
         self.crews = self._place(groups, params, state, device)
         self.arenas = [crew[crew[0].team.me] for crew in self.crews]
         published: Published = []
@@ -157,6 +167,8 @@ class Plan:
             for factors in arena.factor_stacks:
                 factors.mark_rooted()
             published += views
+        if not is_partial:
+            self._check_whole(published, state)
         # Only now, when all of it is known to fit: a plan that cannot be built leaves no trace.
         for param in params:
             state[param] = {}
@@ -168,7 +180,7 @@ class Plan:
         groups: Sequence[dict[str, Any]],
         state: State,
         workers: Workers,
-        before: "Plan | None",
+        kept: Mapping[Tensor, Owners] | None,
     ) -> None:
         """Finds the parameters to move, and the owners of their blocks."""
         found: list[tuple[int, int, str, Tensor, Layout]] = []
@@ -196,16 +208,21 @@ class Plan:
             )
             for index, _, _, param, layout in found
         ]
-        kept = None if before is None else before.owners()
         for (index, position, name, _, layout), share, owners in zip(
             found, shares, divide(shares, kept), strict=True
         ):
-            self.members.append(Member(index, position, name, layout, share.team, tuple(owners)))
+            step = int(state.get(share.param, {}).get("step", 0))
+            self.members.append(
+                Member(index, position, name, layout, share.team, tuple(owners), step)
+            )
 
-    def owners(self) -> dict[Tensor, tuple[int, ...]]:
+    def owners(self) -> dict[Tensor, Owners]:
         """Who owns the blocks of every planned parameter."""
         planned = [seen.param for group in self._seen for seen in group if seen.planned]
-        return {param: member.owners for param, member in zip(planned, self.members, strict=True)}
+        return {
+            param: (member.team, member.owners)
+            for param, member in zip(planned, self.members, strict=True)
+        }
 
     def _place(
         self,
@@ -218,14 +235,16 @@ class Plan:
 
         Only this rank's own will have state.
         """
-        crews: dict[tuple[int, str, torch.dtype, torch.device, int, Team], list[Arena]] = {}
+        crews: dict[tuple[int, str, torch.dtype, torch.device, int, int, Team], list[Arena]] = {}
         for index, (member, param) in enumerate(zip(self.members, params, strict=True)):
             geometry, team = self._geometries[member.group], member.team
             place = torch.device(device) if device else param.device
-            step = int(state[param]["step"]) if "step" in state.get(param, {}) else 0
+            known = state.get(param, {})
+            # Where the device counts the steps taken, the schedule follows the calls.
+            step = int(known.get("calls", member.step)) if geometry.capturable else member.step
             wide = torch.promote_types(param.dtype, geometry.dtype)
             rule, diagonal = member.layout.rule, member.layout.diagonal
-            key = (member.group, rule, wide, place, step, team)
+            key = (member.group, rule, wide, place, step, member.step, team)
             if key not in crews:
                 crews[key] = [
                     Arena(
@@ -237,12 +256,13 @@ class Plan:
                         step,
                         is_staggered=geometry.refresh_schedule == "staggered",
                         is_layerwise=GRAFTING[geometry.grafting].layerwise and rule != ADAGRAD,
+                        is_capturable=geometry.capturable,
                         team=team,
                     )
                     for _ in team.ranks
                 ]
             for arena in crews[key]:
-                arena.members.append(index)
+                arena.enroll(index, member.layout.blocks)
             if team.is_alone:
                 for tile in member.layout.tiles:
                     most = max(1, _segment_limit(place) // tile.block_numel)
@@ -273,9 +293,13 @@ class Plan:
         return True
 
     @property
-    def is_fresh(self) -> bool:
-        """Whether no block has taken a step yet."""
-        return all(arena.step == 0 for arena in self.arenas)
+    def step(self) -> int:
+        """How many steps the oldest blocks have taken; 0 means that no block has taken one."""
+        return max((arena.step for arena in self.arenas), default=0)
+
+    def steps(self) -> list[tuple[int, int]]:
+        """Groups of which there are blocks, and the steps these have taken."""
+        return [(arena.group, arena.step) for arena in self.arenas]
 
     @functools.cached_property
     def digest(self) -> int:
@@ -294,6 +318,7 @@ class Plan:
                     field.name: str(getattr(self.geometry(member), field.name))
                     for field in fields(Geometry)
                 },
+                "placements": str(getattr(seen.param, "placements", "none, it is no DTensor")),
                 "ranks that divide its blocks": str(member.team.size),
                 "owners of its blocks": str(member.owners),
             }
@@ -313,7 +338,10 @@ class Plan:
         """Makes the buffers that a change of betas or momentum has called for since the build."""
         for arena in self.arenas:
             values = hyperparameters[arena.group]
-            for name, needed in (("exp_avg", values.beta1 > 0), ("momentum", values.momentum > 0)):
+            for name, needed in (
+                ("exp_avg", values.has_exp_avg),
+                ("momentum", values.momentum > 0),
+            ):
                 if needed and name not in arena.moments:
                     arena.add_moment(name)
                     params = self.planned(groups)
@@ -332,10 +360,10 @@ class Plan:
         self, groups: Sequence[dict[str, Any]], hyperparameters: Sequence[Hyperparameters]
     ) -> None:
         """Spreads the refreshes of staggered groups anew if their period is not the one it was."""
-        for arena in self.arenas:
+        for arena, crew in zip(self.arenas, self.crews, strict=True):
             period = hyperparameters[arena.group].precondition_frequency
             if arena.is_staggered and arena.period != period:
-                arena.assign_slots(period)
+                arena.assign_slots(period, crew)
                 groups[arena.group]["extra"]["refresh_period"] = period
                 self._selections.clear()
 
@@ -400,6 +428,23 @@ class Plan:
             published.append((param, key, view))
         return published
 
+    def _check_whole(self, published: Published, state: State) -> None:
+        """Refuses to go on without blocks that others owned when the state was made."""
+        names = {
+            param: member.name
+            for param, member in zip(self.owners(), self.members, strict=True)
+            if state.get(param)
+        }
+        for param, key, _ in published:
+            # What else is missing may be new, called for by a change of betas or momentum.
+            is_lasting = key.split(".")[-1].startswith(("exp_avg_sq", "factor", "root"))
+            if param in names and key not in state[param] and is_lasting:
+                raise IncompleteCheckpointError(
+                    f"{key} of {names[param]} is missing: the ranks that divide the blocks are not"
+                    " those that divided them when this optimizer was copied or last stepped. Save"
+                    " with shampoo.checkpoint before the ranks change, and load that."
+                )
+
 
 def _segment_limit(device: torch.device) -> int:
     return CPU_SEGMENT if device.type in ("cpu", "meta") else GPU_SEGMENT
@@ -410,7 +455,7 @@ def _moments_of(
 ) -> list[str]:
     """The buffers an arena needs: by its group's values, or because a checkpoint brings them."""
     is_needed = {
-        "exp_avg": float(group["betas"][0]) > 0,
+        "exp_avg": Hyperparameters.read(group).has_exp_avg,
         "exp_avg_sq": arena.rule == ADAGRAD or GRAFTING[group["grafting"]].second_moment,
         "momentum": float(group["momentum"]) > 0,
     }

@@ -1,8 +1,8 @@
-"""Bytes the optimizer adds to a step's communication, from geometry alone (distributed.md 3, 4).
+"""Where the rows of sharded parameters lie, so that what must travel can be counted.
 
-Replicated parameters (DDP) take one AllGather of directions in equal slices. Sharded ones (FSDP2,
-HSDP) take two uneven all-to-alls: pieces of gradients from the rows' holders to the block's owner,
-and directions back. Headers of the all-to-all, 16 bytes for each peer, are not counted.
+The router (:mod:`shampoo.routes`) lists every piece of one rank. Counting needs no pieces: a rank
+receives its blocks but for what it holds of them, and the directions of its rows but for those of
+its own blocks. That takes constant time a block, for all ranks at once.
 """
 
 import math
@@ -10,14 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shampoo.layout import Layout
-
-SLICE_HEADER = 64  # bytes, before the blocks of a rank's slice of the AllGather
-_ALIGNMENT = 64  # bytes, of where a block's direction starts in it
-
-
-def slice_bytes(numel: int, itemsize: int) -> int:
-    """Bytes that a block of ``numel`` elements takes in a rank's slice."""
-    return -(-numel * itemsize // _ALIGNMENT) * _ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -37,8 +29,7 @@ class Rows:
     @classmethod
     def of(cls, shape: Sequence[int], layout: Layout, shards: int) -> "Rows":
         """The rows of a tensor with at least one element."""
-        dims = layout.tiles[0].dims
-        numel = math.prod(dims)
+        dims, numel = layout.dims, layout.numel
         rows = shape[0] if shape else 1
         # Merging multiplies whole dimensions into the first one or drops it at size 1, so a chunk
         # of rows is a whole number of merged rows.
@@ -92,8 +83,9 @@ class Span:
     @property
     def largest_piece(self) -> int:
         """Elements on the shard that holds the most of the block."""
+        # The first may hold a part of a chunk; of three and more, the second holds a whole one.
         first = self.start // self.chunk
-        return max(self.on(shard) for shard in range(first, first + min(3, self.holders)))
+        return max(self.on(shard) for shard in range(first, first + min(2, self.holders)))
 
     def on(self, shard: int) -> int:
         """Elements of the block on one shard."""

@@ -55,6 +55,8 @@ class Workers:
             parameters; -1 means the ranks of one node, 0 or 1 that none are divided.
         communication_dtype: in which directions travel, None for the one they are computed in.
         overlap: send directions in parts, the first while later ones are computed.
+        check_replicas_every: steps between comparisons of what must be equal bits on several ranks,
+            0 for never.
 
     Raises:
         ValueError: for a value out of range.
@@ -66,6 +68,7 @@ class Workers:
         num_trainers_per_group: int = -1,
         communication_dtype: torch.dtype | None = None,
         overlap: bool = False,
+        check_replicas_every: int = 0,
     ) -> None:
         is_count = isinstance(num_trainers_per_group, int) and num_trainers_per_group >= -1
         if not is_count or isinstance(num_trainers_per_group, bool):
@@ -80,19 +83,41 @@ class Workers:
             )
         if not isinstance(overlap, bool):
             raise ValueError(f"Invalid overlap={overlap!r}. Must be True or False.")
+        is_period = isinstance(check_replicas_every, int) and check_replicas_every >= 0
+        if not is_period or isinstance(check_replicas_every, bool):
+            raise ValueError(
+                f"Invalid check_replicas_every={check_replicas_every!r}. Must be an integer >= 0"
+                " (0: never)."
+            )
         self.process_group = process_group
         self.num_trainers_per_group = num_trainers_per_group
         self.communication_dtype = communication_dtype
         self.overlap = overlap
-        self._trainers: int | None = None
+        self.check_replicas_every = check_replicas_every
+        self._world = self.world()
+        # A process group does not outlive the default one, nor a copy or pickle: its ranks do.
+        is_part = process_group is not None and process_group is not self._world
+        self._ranks = dist.get_process_group_ranks(process_group) if is_part else None
+        self._trainers: dict[int, int] = {}  # by how many ranks hold the parameters
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._agreements: dict[tuple[int, ...], Agreement] = {}
 
+    @staticmethod
+    def world() -> dist.ProcessGroup | None:
+        """The default process group: another object once it has been destroyed and made anew."""
+        is_there = dist.is_available() and dist.is_initialized()
+        return dist.group.WORLD if is_there else None
+
+    def terms(self) -> dict[str, str]:
+        """What decides which collectives are called, and with how many bytes."""
+        names = ("communication_dtype", "overlap", "check_replicas_every")
+        return {name: str(getattr(self, name)) for name in names}
+
     def replicas(self) -> Team:
         """All ranks that hold the same plain parameters; this one alone without a process group."""
-        if not (dist.is_available() and dist.is_initialized()):
+        if self.world() is None:
             return Team((0,), 0)
-        ranks = tuple(dist.get_process_group_ranks(self.process_group or dist.group.WORLD))
+        ranks = tuple(self._ranks or dist.get_process_group_ranks(self.world()))
         rank = dist.get_rank()
         if rank not in ranks:
             raise ValueError(
@@ -103,11 +128,12 @@ class Workers:
 
     def settle_trainers(self, blocks: int) -> None:
         """Decides, once, how many ranks divide the blocks of replicated parameters."""
-        if self._trainers is None:
-            self._trainers = trainers_per_group(
+        replicas = self.replicas().size
+        if replicas not in self._trainers:
+            self._trainers[replicas] = trainers_per_group(
                 self.num_trainers_per_group,
-                self.replicas().size,
-                int(os.environ.get("LOCAL_WORLD_SIZE", self.replicas().size)),
+                replicas,
+                int(os.environ.get("LOCAL_WORLD_SIZE", replicas)),
                 blocks,
             )
 
@@ -117,7 +143,7 @@ class Workers:
             team = _team_of_mesh(param)
             return team if not team.is_alone else Team(team.ranks, 0)
         everyone = self.replicas()
-        size = self._trainers or 1
+        size = self._trainers.get(everyone.size, 1)
         first = everyone.me // size * size
         return Team(everyone.ranks[first : first + size], everyone.me - first)
 
@@ -127,17 +153,17 @@ class Workers:
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         for mesh in {param.device_mesh for param in params if isinstance(param, DTensor)}:
             ranks.update(mesh.mesh.flatten().tolist())
-        if self.num_trainers_per_group not in (0, 1) and not all(
-            isinstance(param, DTensor) for param in params
-        ):
+        is_shared = self.num_trainers_per_group not in (0, 1) or self.check_replicas_every > 0
+        if is_shared and not all(isinstance(param, DTensor) for param in params):
             ranks.update(self.replicas().ranks)
         ordered = tuple(sorted(ranks | {rank}))
         return Team(ordered, ordered.index(rank))
 
     def group(self, team: Team) -> dist.ProcessGroup:
         """The process group of a team, made at first use: all of the team must ask for it."""
+        self._forget_dead_groups()
         if team.ranks not in self._groups:
-            parent = self.process_group or dist.group.WORLD
+            parent = self.process_group or self._world
             assert parent is not None
             if tuple(dist.get_process_group_ranks(parent)) == team.ranks:
                 self._groups[team.ranks] = parent
@@ -151,13 +177,27 @@ class Workers:
 
     def agreement(self, holders: Team, device: torch.device) -> Agreement:
         """How the ranks that must step alike agree to."""
+        self._forget_dead_groups()
         if holders.ranks not in self._agreements:
             self._agreements[holders.ranks] = Agreement(self.group(holders), device)
         return self._agreements[holders.ranks]
 
+    def _forget_dead_groups(self) -> None:
+        world = self.world()
+        if world is not self._world:
+            self._world, self.process_group = world, None
+            self._groups.clear()
+            self._agreements.clear()
+
     def __getstate__(self) -> dict[str, Any]:
-        """Process groups cannot be copied: a copy makes its own, in the default group."""
-        return {**self.__dict__, "process_group": None, "_groups": {}, "_agreements": {}}
+        """Process groups cannot be copied: a copy makes its own, of the same ranks."""
+        dead: dict[str, Any] = {
+            "process_group": None,
+            "_world": None,
+            "_groups": {},
+            "_agreements": {},
+        }
+        return {**self.__dict__, **dead}
 
 
 def _team_of_mesh(param: DTensor) -> Team:
@@ -182,7 +222,8 @@ def trainers_per_group(requested: int, replicas: int, local: int, blocks: int) -
     if requested in (0, 1):
         return 1
     if requested == -1:
-        size = max(size for size in divisors if size <= max(1, local))
+        size = max(1, min(local, replicas))
+        # What divides a node too, so that no group has ranks of two.
         fitting = max(
             other
             for other in divisors
@@ -190,10 +231,13 @@ def trainers_per_group(requested: int, replicas: int, local: int, blocks: int) -
         )
         if fitting < size:
             logger.info(
-                "shampoo: %d blocks are too few for %d ranks to divide: groups of %d do",
-                blocks,
-                size,
+                "shampoo: groups of %d ranks divide the blocks, not the %d of a node: a group must"
+                " divide the %d ranks and have %d of the %d blocks a rank",
                 fitting,
+                size,
+                replicas,
+                _BLOCKS_PER_TRAINER,
+                blocks,
             )
         return fitting
     if requested > replicas:

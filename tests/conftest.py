@@ -68,3 +68,12 @@ def said(recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture) -> 
         [str(w.message) for w in recwarn.list]
         + [record.getMessage() for record in caplog.records if record.levelno >= logged]
     )
+
+
+@pytest.fixture(scope="session")
+def alone(ranks: Ranks) -> dict[str, str]:
+    """What every case of :mod:`layouts` ends in on one process."""
+    from layouts import CASES, digests  # imports much of torch.distributed
+
+    [found] = ranks.returns(digests, 1, {"alone": ("replicated", {})}, CASES)
+    return {case: value for (_, case), value in found.items()}

@@ -67,6 +67,14 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _given(scalars):
+    """Numbers as floats, tensors as addresses, which are integers; flags as they are."""
+    return [
+        s if isinstance(s, bool) else _address(s) if isinstance(s, Tensor) else float(s)
+        for s in scalars
+    ]
+
+
 def _memory(tensors: list[Tensor]) -> list[tuple[int, str, list[int], list[int]]]:
     return [
         (t.data_ptr(), str(t.dtype).removeprefix("torch."), list(t.shape), list(t.stride()))
@@ -84,7 +92,8 @@ class HostOps:
     def gather_blocks_(self, out, sources, tiles, alpha, accumulate, nonfinite=None):
         double = out.dtype == torch.float64
         self.module.gather_blocks_(
-            *(_address(out), double, _memory(sources), tiles.tolist(), alpha, accumulate),
+            *(_address(out), double, _memory(sources), tiles.tolist(), *_given([alpha])),
+            accumulate,
             _address(nonfinite),
         )
 
@@ -93,19 +102,32 @@ class HostOps:
             *map(_address, (exp_avg, exp_avg_sq, direction, norm, grad)),
             *(tensor.dtype == torch.float64 for tensor in (grad, norm)),
             [tuple(run) for run in runs.tolist()],
-            *scalars,
+            *_given(scalars),
         )
 
-    def update_blocks_(self, params, momentum, direction, scale, tiles, *scalars, stochastic=None):
-        """``stochastic``: seed and offset, for stochastic rounding."""
+    def update_blocks_(
+        self,
+        params,
+        momentum,
+        direction,
+        scale,
+        tiles,
+        lr,
+        decay,
+        mu,
+        nesterov,
+        seed=None,
+        step=0.0,
+    ):
         self.module.update_blocks_(
             _memory(params),
             *map(_address, (momentum, direction, scale)),
             direction.dtype == torch.float64,
             tiles.tolist(),
-            *scalars,
-            stochastic is not None,
-            *(stochastic or (0, 0)),
+            *_given((lr, decay, mu, nesterov)),
+            seed is not None,
+            seed or 0,
+            *_given([step]),
         )
 
     def small_root(self, A, p, relative_eps, eps=0.0, residual=None):

@@ -45,6 +45,8 @@ def good_arguments() -> SimpleNamespace:
         "weight_decay": 0.1,
         "mu": 0.9,
         "nesterov": True,
+        "seed": 5,
+        "step": 3.0,
     }
     gram = {
         "factor": torch.eye(4).repeat(2, 1, 1),

@@ -17,6 +17,7 @@ KERNELS = {
     "gather_kernel": (256, 4),
     "update_kernel": (256, 4),
     "moments_kernel": (256, 3),
+    "weights_kernel": (32, 1),
     "lengths_kernel": (256, 4),
     "small_root_kernel<32>": (64, 8),
     "small_root_kernel<64>": (128, 3),

@@ -3,11 +3,17 @@
 import pytest
 import torch
 from root_cases import Exact, fixture, spd, stack
+from test_op_numbers import (  # noqa: F401 - the same
+    op,
+    test_nothing_times_nan_is_nothing,
+    test_numbers_may_lie_on_the_device,
+)
 from test_ops import (  # noqa: F401 - collected here too, with the fixture below
     test_gather_blocks,
     test_graft_moments,
     test_graft_moments_keeps_a_nan_in_its_block,
     test_graft_moments_may_write_the_direction_over_the_gradient,
+    test_graft_moments_without_a_memory_is_exact,
     test_update_blocks,
     test_update_blocks_leaves_the_gaps_of_a_strided_parameter_alone,
 )
@@ -52,18 +58,18 @@ class DeviceOps:
         return call
 
 
-def load() -> None:
+@pytest.fixture(autouse=True)
+def _kernels(monkeypatch):
+    monkeypatch.setenv("SHAMPOO_BACKEND", "cuda")
     ops.load_kernels(required=True)
 
 
 @pytest.fixture
 def impl():
-    load()
     return DeviceOps("cuda")
 
 
 def small_root(A, p, relative_eps):
-    load()
     A = A.cuda()
     X, ridge = torch.full_like(A, torch.nan), torch.empty(len(A), dtype=torch.float64).cuda()
     schedule = [c for step in minimax_schedule(p, relative_eps) for c in step]
@@ -92,6 +98,10 @@ def test_small_roots_do_not_depend_on_their_neighbours(n):
     A = stack(1, n, 5.0).expand(300, n, n).clone()  # more blocks than multiprocessors
     A[::2] = spd(torch.logspace(0, -4, n), seed=7)
     X, _ = small_root(A, 4, 1e-6)
+    routed, ridge = torch.full_like(A, torch.nan).cuda(), torch.empty(300).double().cuda()
+    schedule = [c for step in minimax_schedule(4, 1e-6) for c in step]
+    ops.minimax_root_(routed, ridge, A.cuda(), 4, 0.0, 1e-6, schedule)
+    assert torch.equal(routed.cpu(), X)  # one kernel behind both names
     again, _ = small_root(A, 4, 1e-6)
     assert torch.equal(X, again)
     for i in (0, 1):
@@ -103,7 +113,6 @@ def test_small_roots_do_not_depend_on_their_neighbours(n):
 
 
 def test_kernels_replay_from_a_graph():
-    load()
     grad = torch.randn(96, 96, device="cuda")
     weight = torch.zeros_like(grad)
     tiles = torch.tensor([[0, 0, 96, 96, 0, 0, 3, 3, 32, 32]])

@@ -6,6 +6,11 @@ import itertools
 import pytest
 import torch
 from host_build import HostOps
+from test_op_numbers import (  # noqa: F401 - the same
+    NUMBERS,
+    test_nothing_times_nan_is_nothing,
+    test_numbers_may_lie_on_the_device,
+)
 from test_ops import (  # noqa: F401 - collected here too, with the fixture below
     LAYOUTS,
     PARAM,
@@ -14,6 +19,7 @@ from test_ops import (  # noqa: F401 - collected here too, with the fixture belo
     test_graft_moments,
     test_graft_moments_keeps_a_nan_in_its_block,
     test_graft_moments_may_write_the_direction_over_the_gradient,
+    test_graft_moments_without_a_memory_is_exact,
     test_update_blocks,
     test_update_blocks_leaves_the_gaps_of_a_strided_parameter_alone,
 )
@@ -24,6 +30,11 @@ from shampoo.kernels import reference
 @pytest.fixture
 def impl():
     return HostOps()
+
+
+@pytest.fixture(params=[name for name in NUMBERS if hasattr(HostOps, name)])
+def op(request):
+    return request.param
 
 
 ORDERS = [(3000,), (40, 64), (64, 130), (20, 17, 12), (3, 5, 4, 8), (5,)]
@@ -80,6 +91,45 @@ def test_memory_that_starts_anywhere(impl, dtype, shifts):
         )
         ops.update_blocks_([weight], None, out, scale, tiles, 0.1, 0.5, 0.0, False)
     torch.testing.assert_close([flat, moments, param], expected)
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_one_moment_that_starts_elsewhere(impl, which):
+    start = [torch.randn(512), torch.rand(512), torch.full((512,), torch.nan), torch.randn(512)]
+    runs, scalars = torch.tensor([[2, 256]]), (0.9, 0.1, 0.99, 0.01, 0.01, 1e-8, False)
+    results = []
+    for ops in (impl, reference):
+        average, square, direction, grad = (
+            shifted(tensor, int(i == which)) for i, tensor in enumerate(start)
+        )
+        norm = torch.full((2,), torch.nan)
+        ops.graft_moments_(average, square, direction, norm, grad, runs, *scalars)
+        results.append((average, square, direction, norm))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("which", range(2))
+def test_momentum_or_direction_that_starts_elsewhere(impl, which):
+    tiles, boxes, numel = table([(40, 64)], 16)
+    start, param = torch.randn(2, numel), torch.randn(40, 64)
+    scale, results = torch.rand(len(boxes)), []
+    for ops in (impl, reference):
+        momentum, direction = (shifted(start[i], int(i == which)) for i in range(2))
+        weight = param.clone()
+        ops.update_blocks_([weight], momentum, direction, scale, tiles, 0.1, 0.5, 0.9, True)
+        results.append((weight, momentum))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("runs", [[], [[0, 5]], [[0, 5]] * 257], ids=len)
+def test_nothing_to_do_starts_nothing(impl, runs):
+    """A GPU refuses a launch of no blocks, and so does the emulation."""
+    nothing, none = torch.empty(0), torch.empty(0, 10, dtype=torch.int64)
+    table = torch.tensor(runs, dtype=torch.int64).reshape(-1, 2)
+    scalars = (0.9, 1.0, 0.99, 0.01, 1.0, 1e-8, True)
+    impl.graft_moments_(None, nothing, None, nothing.clone(), nothing, table, *scalars)
+    impl.gather_blocks_(nothing, [], none, 1.0, False)
+    impl.update_blocks_([], None, nothing, nothing, none, 0.1, 0.0, 0.0, False)
 
 
 @pytest.mark.parametrize("count", [96, 97, 200])
@@ -181,68 +231,3 @@ def test_a_tensor_of_too_many_separate_dimensions_is_refused(impl):
     tiles, _, numel = table([(source.numel(),)], 4096)
     with pytest.raises(ValueError, match=r"dimensions that do not join.*make it contiguous"):
         impl.gather_blocks_(torch.empty(numel), [source], tiles, 1.0, False)
-
-
-@pytest.mark.parametrize(
-    ("seed", "high", "low", "words"),
-    [
-        (0, 0, 0, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
-        (2**64 - 1, 2**64 - 1, 2**64 - 1, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
-        (
-            *(0x299F31D0A4093822, 0x0370734413198A2E, 0x85A308D3243F6A88),
-            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
-        ),
-    ],
-)
-def test_philox_gives_the_published_words(impl, seed, high, low, words):
-    """Known answers that Random123 ships with the generator."""
-    assert impl.module.random_words(seed, high, low) == words
-
-
-def stochastic_step(impl, weight, distance, rounding, skip=0):
-    """``weight - distance`` by an update of one block."""
-    tiles, _, numel = table([tuple(weight.shape)], 4096, skip=skip)
-    one = torch.ones(1)
-    direction = torch.full((numel,), distance)
-    move = (1.0, 0.0, 0.0, False)
-    impl.update_blocks_([weight], None, direction, one, tiles, *move, stochastic=rounding)
-    return weight
-
-
-@pytest.mark.parametrize("share", [0.0, 0.125, 0.5, 0.9])
-def test_stochastic_rounding_is_right_on_average(impl, share):
-    """``share`` of the distance between 1 and its neighbour below, 2^-8 away."""
-    weight = torch.ones(128, 512, dtype=torch.bfloat16)
-    stochastic_step(impl, weight, share * 2.0**-8, (7, 3))
-    assert set(weight.flatten().tolist()) <= {1.0, 1.0 - 2.0**-8}
-    moved = (weight < 1.0).double().mean().item()
-    assert moved == pytest.approx(share, abs=4 * (share * (1 - share) / weight.numel()) ** 0.5)
-    assert ((weight[:, 1:] < 1) == (weight[:, :-1] < 1)).double().mean() == pytest.approx(
-        share**2 + (1 - share) ** 2, abs=0.01
-    )
-
-
-def test_stochastic_rounding_depends_on_seed_offset_and_place_alone(impl):
-    start = torch.rand(40, 52).to(torch.bfloat16)
-    first, again, seed, offset = (
-        stochastic_step(impl, start.clone(), 1e-3, rounding)
-        for rounding in ((1, 2), (1, 2), (2, 2), (1, 3))
-    )
-    assert torch.equal(first, again)
-    assert not torch.equal(first, seed)
-    assert not torch.equal(first, offset)
-    strided = torch.zeros(52, 40, dtype=torch.bfloat16).T.copy_(start)
-    assert torch.equal(stochastic_step(impl, strided, 1e-3, (1, 2)), first)  # one at a time
-    assert not torch.equal(stochastic_step(impl, start.clone(), 1e-3, (1, 2), skip=4), first)
-
-
-def test_stochastic_rounding_leaves_other_dtypes_and_special_values_alone(impl):
-    for dtype in (torch.float16, torch.float32, torch.float64):
-        plain, rounded = torch.rand(2, 8, 8).to(dtype)
-        rounded = plain.clone()
-        stochastic_step(impl, plain, 1e-3, None)
-        stochastic_step(impl, rounded, 1e-3, (1, 2))
-        assert torch.equal(plain, rounded)
-    special = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0], dtype=torch.bfloat16)
-    moved = stochastic_step(impl, special.clone(), 0.0, (1, 2))
-    torch.testing.assert_close(moved, special, equal_nan=True, rtol=0, atol=0)

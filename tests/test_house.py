@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     # the mathematics on stacks, which knows torch alone
     "kernels": "",
-    "kernels.reference": "",
+    "kernels.philox": "",
+    "kernels.reference": "kernels.philox",
     "kernels.norms": "",
     "kernels.newton": "kernels.norms",
     "kernels.minimax": "kernels.norms",
@@ -30,8 +31,9 @@ LAYERS = {
     "kernels.symmetric_gemm": "kernels.chip",
     "kernels.minimax_triton": "kernels.chain kernels.minimax kernels.planes kernels.symmetric_gemm",
     # the op table
-    "jit": "",
-    "ops": "jit kernels.gram kernels.health kernels.minimax kernels.minimax_triton"
+    "backends": "",
+    "jit": "backends",
+    "ops": "backends jit kernels.gram kernels.health kernels.minimax kernels.minimax_triton"
     " kernels.precondition kernels.probe kernels.reference",
     # inverse roots
     "precision": "",
@@ -41,7 +43,7 @@ LAYERS = {
     "eigen": "kernels.norms ops",
     "diagonal": "eigen kernels.norms",
     "solver": "diagonal eigen kernels.newton ops precision schedule",
-    "refresh": "precision probe solver",
+    "refresh": "averages precision probe solver",
     "roots": "solver",
     # who works with whom
     "errors": "",
@@ -50,39 +52,51 @@ LAYERS = {
     "workers": "agreement regions",
     # what is where
     "blocking": "",
-    "grafting": "",
-    "hyperparameters": "blocking grafting solver",
+    "averages": "",
+    "grafting": "averages",
+    "hyperparameters": "averages blocking grafting schedule solver",
     "layout": "blocking hyperparameters",
     "cost": "layout",
     "ownership": "",
+    "slots": "",
     "division": "cost layout ownership workers",
-    "stacks": "blocking layout refresh workers",
+    "stacks": "blocking layout refresh slots workers",
     "segments": "refresh stacks",
+    "replicas": "errors regions workers",
     "step_plan": "agreement blocking division errors grafting hyperparameters layout regions"
     " segments solver stacks workers",
-    "checkpoint": "errors hyperparameters layout step_plan workers",
+    "state_dict": "division errors hyperparameters layout stacks step_plan workers",
+    "consolidation": "step_plan",
     # what travels
-    "exchange": "hyperparameters ops segments stacks",
-    "allgather": "agreement exchange hyperparameters ops segments stacks",
+    "exchange": "averages hyperparameters layout ops scalars segments stacks",
+    "allgather": "agreement exchange hyperparameters ops scalars segments stacks",
     "routes": "blocking regions",
-    "router": "agreement exchange hyperparameters ops routes segments stacks",
+    "router": "agreement averages exchange hyperparameters ops routes scalars segments stacks",
     "exchanges": "allgather blocking exchange hyperparameters regions router routes stacks"
     " step_plan workers",
     # the step
     "gradients": "ops",
-    "proposal": "agreement errors exchange gradients regions step_plan",
-    "direction": "hyperparameters kernels.norms layout ops segments",
+    "scalars": "averages grafting hyperparameters layout",
+    "capture": "gradients hyperparameters scalars segments stacks step_plan",
+    "proposal": "agreement capture errors exchange exchanges gradients regions replicas step_plan",
+    "direction": "averages hyperparameters kernels.norms ops scalars segments",
     "layerwise": "exchange segments stacks",
-    "optimizer": "agreement checkpoint direction exchange exchanges hyperparameters layerwise"
-    " layout ops precision proposal refresh segments solver stacks step_plan workers",
+    "advance": "agreement capture direction exchange hyperparameters layerwise ops precision"
+    " refresh scalars segments stacks",
+    "persistence": "agreement capture consolidation division state_dict step_plan workers",
+    "optimizer": "advance agreement capture errors exchange exchanges hyperparameters"
+    " layout ops persistence proposal replicas scalars segments solver stacks step_plan workers",
+    "replay": "optimizer",
+    "checkpoint": "",
     # before the step
     "architectures": "",
     "traffic": "layout",
     "report": "",
-    "forecast": "cost grafting hyperparameters layout ownership report traffic",
-    "planner": "cost forecast hyperparameters layout optimizer ownership report",
-    "__init__": "errors optimizer planner roots",
-    "__main__": "architectures cost grafting hyperparameters jit ops planner",
+    "forecast": "allgather cost division grafting hyperparameters layout report slots traffic"
+    " workers",
+    "planner": "cost forecast hyperparameters layout optimizer report workers",
+    "__init__": "errors optimizer planner replay roots",
+    "__main__": "architectures backends cost grafting hyperparameters jit ops planner workers",
 }
 
 FOLDERS = {"shampoo": ROOT / "shampoo", "shampoo.kernels": ROOT / "kernels"}

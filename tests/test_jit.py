@@ -147,7 +147,7 @@ def test_a_later_process_loads_from_the_cache(cold):
 @pytest.mark.slow
 def test_a_machine_without_a_compiler_uses_what_another_has_built(cold):
     folder, _, _ = cold
-    result = step(folder / "cache", folder, CXX="/nowhere/c++", SHAMPOO_BACKEND="compiled")
+    result = step(folder / "cache", folder, CXX="/nowhere/c++", SHAMPOO_BACKEND="cuda")
     assert result.said["compiled"], result.err
 
 
@@ -159,7 +159,7 @@ def test_the_report_names_library_and_kernels(cold):
     facts = json.loads(process.communicate(timeout=300)[0])
     assert process.returncode == 0
     assert facts["torch"] == torch.__version__
-    compiled = {name for name, kind in facts["cpu_kernels"].items() if kind == "compiled"}
+    compiled = {name for name, kind in facts["cpu_kernels"].items() if kind == "cpp"}
     assert compiled >= {"gather_blocks_", "gram_ema_", "precondition_", "update_blocks_"}
     assert Path(facts["library"]).is_file()
     assert Path(facts["library"]).is_relative_to(folder / "cache")
@@ -185,7 +185,7 @@ def test_without_a_compiler_the_references_stay_after_one_warning(tmp_path):
 
 
 def test_without_a_compiler_a_named_backend_raises(tmp_path):
-    changes = {"CXX": "/nowhere/c++", "SHAMPOO_BACKEND": "compiled"}
+    changes = {"CXX": "/nowhere/c++", "SHAMPOO_BACKEND": "cuda"}
     result = step(tmp_path / "cache", tmp_path, **changes)
     assert result.code == 1
     assert "BuildError: no C++ compiler: '/nowhere/c++'" in result.err
@@ -218,8 +218,8 @@ def test_the_reference_backend_does_not_try(tmp_path):
 
 
 def test_a_misspelt_backend_lists_the_choices(monkeypatch):
-    monkeypatch.setenv("SHAMPOO_BACKEND", "complied")
-    with pytest.raises(ValueError, match=r"'complied'.*'auto', 'compiled.*triton.*reference'"):
+    monkeypatch.setenv("SHAMPOO_BACKEND", "compiled")
+    with pytest.raises(ValueError, match=r"'compiled'.*'auto', 'cuda', 'triton', 'reference'"):
         ops.load_kernels()
 
 
@@ -236,7 +236,7 @@ def test_a_compile_error_is_found_once_and_remembered(tmp_path, package):
     cache, broken = tmp_path / "cache", package / "shampoo" / "csrc" / "broken.cpp"
     broken.write_text("#error broken on purpose\n")
     (broken.parent / "tiny.cpp").unlink()
-    env = environment(cache, package, SHAMPOO_BACKEND="compiled")
+    env = environment(cache, package, SHAMPOO_BACKEND="cuda")
     results = [Result(p) for p in [start(["-c", STEP], env, tmp_path) for _ in range(3)]]
     assert [result.code for result in results] == [1] * 3
     assert all("broken on purpose" in result.err for result in results)
@@ -327,7 +327,7 @@ def toolkits(sources, monkeypatch, tmp_path):
         nvcc.chmod(0o755)
         folders.append(tmp_path / version)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setenv("SHAMPOO_BACKEND", "compiled")
+    monkeypatch.setenv("SHAMPOO_BACKEND", "cuda")
     monkeypatch.setenv("SHAMPOO_CUDA_ARCH", "9.0")
     monkeypatch.delenv("PYTORCH_NVCC", raising=False)
     return folders
@@ -398,13 +398,13 @@ def test_no_cuda_toolkit_is_asked_for_without_cuda_sources(sources, monkeypatch)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     for source in sources.glob("*.cu"):
         source.unlink()
-    monkeypatch.setenv("SHAMPOO_BACKEND", "compiled")
+    monkeypatch.setenv("SHAMPOO_BACKEND", "cuda")
     assert jit.cuda_flags() == []
     assert all(source.suffix == ".cpp" for source in jit.sources())
     (sources / "kernel.cu").write_text("")
     monkeypatch.setenv("SHAMPOO_BACKEND", "auto")
     assert jit.cuda_flags() == [], "CUDA kernels are built only where they are asked for"
-    monkeypatch.setenv("SHAMPOO_BACKEND", "compiled")
+    monkeypatch.setenv("SHAMPOO_BACKEND", "cuda")
     monkeypatch.setenv("SHAMPOO_CUDA_ARCH", "8.0;9.0a")
     assert jit.cuda_flags() == [
         "-gencode=arch=compute_80,code=sm_80",

@@ -208,6 +208,16 @@ def test_graft_moments_may_write_the_direction_over_the_gradient(impl):
     torch.testing.assert_close((over, norms[1]), (apart, norms[0]), rtol=0, atol=0)
 
 
+def test_graft_moments_without_a_memory_is_exact(impl):
+    """As lerp with a weight of 1: no rounding of what was there before."""
+    grad, average, direction = torch.randn(NUMEL), torch.randn(NUMEL) * 1e4, torch.empty(NUMEL)
+    scalars = (0.0, 1.0, 0.99, 0.01, 1.0, 1e-8, False)
+    runs = torch.tensor(RUNS)
+    impl.graft_moments_(average, None, direction, torch.empty(15), grad, runs, *scalars)
+    assert torch.equal(average, grad)
+    assert torch.equal(direction, grad)
+
+
 def test_graft_moments_keeps_a_nan_in_its_block(impl):
     grad, norm = torch.randn(NUMEL), torch.empty(15)
     grad[0] = torch.nan
@@ -318,10 +328,21 @@ def test_gram_ema_and_precondition(impl, flat, shape):
         torch.testing.assert_close(norm.double(), truth.flatten(1).norm(dim=1), rtol=0, atol=near)
 
 
+def is_number(argument, value):
+    return str(argument.type) in ("Tensor", "Optional[Tensor]") and isinstance(value, float)
+
+
 @pytest.mark.parametrize("op", vars(good_arguments()))
 def test_opcheck(compiled, op):
-    arguments = tuple(vars(good_arguments())[op].values())
-    torch.library.opcheck(getattr(compiled, op), arguments)
+    arguments = vars(good_arguments())[op]
+    packet = getattr(torch.ops.shampoo, op)
+    for overload in packet.overloads():
+        schema = getattr(packet, overload)._schema
+        given = (
+            torch.tensor(value, dtype=torch.float64) if is_number(argument, value) else value
+            for argument, value in zip(schema.arguments, arguments.values(), strict=True)
+        )
+        torch.library.opcheck(getattr(packet, overload), tuple(given))
 
 
 def test_every_op_traces_without_reading_its_tables():

@@ -25,6 +25,7 @@ def geometry(limit, **changes):
         "preconditioner_dtype": "float32",
         "grafting": "adam",
         "refresh_schedule": "together",
+        "capturable": False,
     }
     return Geometry(**(values | changes))
 

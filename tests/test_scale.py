@@ -2,9 +2,14 @@
 
 import json
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 pytest.importorskip("matplotlib", reason="the plots need the extra: pip install 'shampoo[bench]'")
 
@@ -12,9 +17,10 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # after the installed package, which the checkout must not shadow
 
 from benchmarks import calibrate, scale  # noqa: E402
-from shampoo import plan  # noqa: E402
+from shampoo import Shampoo, plan  # noqa: E402
 from shampoo.architectures import ARCHITECTURES  # noqa: E402
 from shampoo.cost import CostModel  # noqa: E402
+from shampoo.step_plan import Plan  # noqa: E402
 
 
 def rows(document):
@@ -29,6 +35,26 @@ def test_the_document_is_what_the_command_writes_today(tmp_path):
     assert sum(line.startswith(("| DDP", "| FSDP2", "| HSDP")) for line in written) == 2 * 4
     assert set(written) <= set(rows(ROOT / "docs/scaling.md"))
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+@pytest.mark.parametrize(("name", "world"), [("resnet50", 512), ("vit-l16", 8), ("llama-7b", 4096)])
+def test_the_optimizer_plans_the_same_on_ranks_that_do_not_exist(name, world):
+    shapes = ARCHITECTURES[name]().shapes
+    report = plan(shapes, world, num_trainers_per_group=world, block_candidates=())
+    params = [nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes.values()]
+    digests = set()
+    for rank in {0, 5, world - 1}:
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+        try:
+            optimizer = Shampoo(params, num_trainers_per_group=world)
+            state = defaultdict(dict)
+            real = Plan(optimizer.param_groups, state, optimizer._workers, device="meta")
+        finally:
+            dist.destroy_process_group()
+        digests.add(real.digest)
+        held = sum(view.nbytes for views in state.values() for view in views.values())
+        assert report.state_bytes[rank] == held
+    assert len(digests) == 1
 
 
 def test_calibration_writes_a_model_the_planner_reads(tmp_path, capsys):

@@ -3,10 +3,12 @@
 import copy
 import io
 from collections import Counter
+from itertools import zip_longest
 from typing import Any
 
 import pytest
 import torch
+from ranks import Ranks
 from torch import Tensor
 
 from shampoo import Shampoo, inverse_root
@@ -151,6 +153,32 @@ def test_a_late_group_gets_slots_of_its_own_and_the_old_ones_stay():
     assert len({int(v) for k, v in opt.state[late].items() if ".slot" in k}) == 5
 
 
+def slots_of_rank(rank: int, world: int) -> list[tuple[int, int]]:
+    """Side and slot of every root of this rank, dearest first."""
+    params, opt = make(num_trainers_per_group=world)
+    step(params, opt, 1)
+    found = [
+        (len(state[key.replace("slot", "factor")]), int(slot))
+        for state in opt.state.values()
+        for key, slot in state.items()
+        if ".slot" in key
+    ]
+    return sorted(found, key=lambda root: (-root[0], root[1]))
+
+
+def test_ranks_refresh_their_dearest_roots_in_the_same_steps(ranks: Ranks) -> None:
+    found = ranks.returns(slots_of_rank, 3, 3)
+    assert sum(map(len, found)) == len(slots_of_rank(0, 1))
+    for alike in zip(*found, strict=False):
+        assert len({slot for _, slot in alike}) == 1
+    slowest = Counter[int]()
+    for alike in zip_longest(*found, fillvalue=(0, 0)):
+        side, slot = max(alike)
+        slowest[slot] += side**3
+    assert set(slowest) == set(range(5))
+    assert max(slowest.values()) <= sum(slowest.values()) / 5 + 8**3
+
+
 def test_together_keeps_no_slots():
     params, opt = make(refresh_schedule="together")
     step(params, opt, 1)
@@ -160,3 +188,25 @@ def test_together_keeps_no_slots():
 def test_an_unknown_schedule_is_refused():
     with pytest.raises(ValueError, match=r"refresh_schedule='sometimes'.*together, staggered"):
         make(refresh_schedule="sometimes")
+
+
+def slots_of_a_rank(rank: int) -> list[int]:
+    """Six equal blocks with one factor each on four ranks: two ranks own two, two own one."""
+    param = torch.nn.Parameter(torch.ones(48))
+    opt = Shampoo(
+        [param],
+        **{**HYPER, "precondition_frequency": 10},
+        precondition_1d=True,
+        merge_dims="full",
+        num_trainers_per_group=4,
+    )
+    param.grad = torch.ones(48)
+    opt.step()
+    return sorted(int(value) for key, value in opt.state[param].items() if ".slot" in key)
+
+
+def test_ranks_refresh_in_the_same_steps(ranks: Ranks):
+    """Every rank waits for the slowest: one root on each of four ranks should cost one root."""
+    slots = ranks.returns(slots_of_a_rank, 4)
+    assert sorted(map(len, slots)) == [1, 1, 2, 2]
+    assert {slot for own in slots for slot in own} == {0, 5}

@@ -5,6 +5,7 @@
 #include <string>
 #include <tuple>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "emulation.h"
@@ -60,6 +61,15 @@ std::vector<Tile> tiles_of(const std::vector<std::vector<int64_t>>& rows) {
   return tiles;
 }
 
+// A number, or the address of one, which stands for the memory of a device.
+using Given = std::variant<double, uintptr_t>;
+
+Number number_of(const Given& given) {
+  if (const auto* address = std::get_if<uintptr_t>(&given))
+    return Number(at<const double>(*address));
+  return std::get<double>(given);
+}
+
 // Calls `use(Flat())`.
 template <class Use>
 void with_flat(bool is_double, const Use& use) {
@@ -70,23 +80,24 @@ void with_flat(bool is_double, const Use& use) {
 }
 
 void gather_blocks_(uintptr_t out, bool is_double, const std::vector<Memory>& sources,
-                    const std::vector<std::vector<int64_t>>& tiles, double alpha, bool accumulate,
+                    const std::vector<std::vector<int64_t>>& tiles, Given alpha, bool accumulate,
                     uintptr_t nonfinite) {
   with_flat(is_double, [&](auto flat) {
-    gather_blocks(at<decltype(flat)>(out), sources_of(sources), tiles_of(tiles), alpha, accumulate,
-                  at<uint8_t>(nonfinite), nullptr);
+    gather_blocks(at<decltype(flat)>(out), sources_of(sources), tiles_of(tiles), number_of(alpha),
+                  accumulate, at<uint8_t>(nonfinite), nullptr);
   });
 }
 
 void graft_moments_(uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t direction, uintptr_t norm,
                     uintptr_t grad, bool is_double, bool norm_is_double,
-                    const std::vector<std::pair<int64_t, int64_t>>& rows, double beta1,
-                    double correction1, double beta2, double weight2, double correction2,
-                    double eps, bool normalized) {
+                    const std::vector<std::pair<int64_t, int64_t>>& rows, Given beta1,
+                    Given correction1, Given beta2, Given weight2, Given correction2, double eps,
+                    bool normalized) {
   std::vector<Run> runs;
   for (const auto& [count, size] : rows) runs.push_back({count, size});
   std::vector<double> scratch(moments_scratch(runs), NAN);
-  const Moments moments{beta1, correction1, beta2, weight2, correction2, eps, normalized};
+  const Moments moments{number_of(beta1),   number_of(correction1), number_of(beta2),
+                        number_of(weight2), number_of(correction2), eps, normalized};
   with_flat(is_double, [&](auto flat) {
     with_flat(norm_is_double, [&](auto length) {
       using Flat = decltype(flat);
@@ -99,13 +110,14 @@ void graft_moments_(uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t direction
 
 void update_blocks_(const std::vector<Memory>& params, uintptr_t momentum, uintptr_t direction,
                     uintptr_t scale, bool is_double,
-                    const std::vector<std::vector<int64_t>>& tiles, double lr, double weight_decay,
-                    double mu, bool nesterov, bool stochastic, uint64_t seed, uint64_t offset) {
+                    const std::vector<std::vector<int64_t>>& tiles, Given lr, Given weight_decay,
+                    Given mu, bool nesterov, bool stochastic, uint64_t seed, Given step) {
   with_flat(is_double, [&](auto flat) {
     using Flat = decltype(flat);
     update_blocks(sources_of(params), at<Flat>(momentum), at<const Flat>(direction),
-                  at<const Flat>(scale), tiles_of(tiles), Move{lr, weight_decay, mu, nesterov},
-                  Rounding{stochastic, seed, offset}, nullptr);
+                  at<const Flat>(scale), tiles_of(tiles),
+                  Move{number_of(lr), number_of(weight_decay), number_of(mu), nesterov},
+                  Rounding{stochastic, seed, number_of(step)}, nullptr);
   });
 }
 

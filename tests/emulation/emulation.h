@@ -190,6 +190,7 @@ inline Block* current = nullptr;
 
 inline void launch(unsigned blocks, unsigned threads, size_t shared_bytes,
                    const std::function<void()>& body) {
+  if (blocks == 0) throw std::invalid_argument("a launch of no blocks, which CUDA refuses");
   Block memory(threads, shared_bytes);
   current = &memory;
   grid_size.x = blocks;

@@ -1,0 +1,184 @@
+"""What an optimizer with ``capturable=True`` keeps on the device, so that graphs can replay a step.
+
+A graph repeats kernels; nothing that the host knows moves with it. So learning rates and betas may
+be tensors, steps are counted on the device, and it is decided there whether gradients are fit for a
+step. One that is not is still computed: with a gradient of zeros, betas of 1 and weights of 0 it
+changes nothing. What is left to the host is the schedule of refreshes, by the count of steps that
+it has asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from shampoo.gradients import largest_magnitudes, square_limit
+from shampoo.hyperparameters import Hyperparameters
+from shampoo.scalars import Scalars
+from shampoo.segments import Selection
+from shampoo.stacks import Arena
+from shampoo.step_plan import Plan
+
+# What the numbers become in a step that is skipped.
+_NEUTRAL = {
+    "sign": 0.0,
+    "coupled_decay": 0.0,
+    "decay": 0.0,
+    "lr": 0.0,
+    "momentum": 1.0,
+    "beta1": 1.0,
+    "correction1": 1.0,
+    "beta2": 1.0,
+    "factor_weight": 0.0,
+    "correction2": 1.0,
+}
+_NEUTRAL_MOMENT = {"beta": 1.0, "weight": 0.0, "correction": 1.0}
+
+
+def is_capturing() -> bool:
+    """Whether work is being recorded into a CUDA graph instead of being done."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def check_health(optimizer: Optimizer) -> None:
+    """torch's own: refuses to be captured without ``capturable=True``, warns if it never is."""
+    check = getattr(optimizer, "_accelerator_graph_capture_health_check", None)
+    if check is None:  # before torch 2.13
+        check = optimizer._cuda_graph_capture_health_check
+    check()
+
+
+def is_capturable(groups: Sequence[dict[str, Any]]) -> bool:
+    """Whether a step of these groups can be captured.
+
+    Raises:
+        ValueError: if only some of them are: a step is skipped for all of them or for none.
+    """
+    flags = {bool(group["capturable"]) for group in groups}
+    if len(flags) > 1:
+        raise ValueError(
+            "Invalid capturable=True in some parameter groups only. Must be the same in all of"
+            " them: pass it to the constructor."
+        )
+    return True in flags
+
+
+def check_warm(is_warm: bool) -> None:
+    """Raises RuntimeError if a step is captured that would first have to make memory or tables."""
+    if is_capturing() and not is_warm:
+        raise RuntimeError(
+            "Shampoo cannot capture a step of a kind that it has not taken yet: state and tables"
+            " are made in the first one. Before the capture, take a step on a side stream with the"
+            " same parameters having gradients."
+        )
+
+
+def coming_refresh(plan: Plan, values: Sequence[Hyperparameters]) -> tuple[int | None, ...]:
+    """For every arena the slot whose roots its next step refreshes, None without a refresh."""
+    slots = [values[arena.group].due_slot(arena.step + 1) for arena in plan.arenas]
+    has_roots = [
+        any(slot in stack.slot.tolist() for stack in arena.factor_stacks if not stack.diagonal)
+        for arena, slot in zip(plan.arenas, slots, strict=True)
+    ]
+    return tuple(slot if any_due else None for slot, any_due in zip(slots, has_roots, strict=True))
+
+
+class DeviceState:
+    """The decisions and counts of one plan that stay on the device.
+
+    Args:
+        plan: whose arenas are capturable.
+
+    Raises:
+        ValueError: if its parameters lie on several devices, or other ranks must step alike.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        if not plan.holders.is_alone:
+            raise ValueError(
+                f"Invalid capturable=True with blocks divided among {plan.holders.size} ranks. Must"
+                " be False: ranks agree on the host before each step. Or pass"
+                " num_trainers_per_group=1, so that every rank works alone."
+            )
+        devices = sorted({str(arena.device) for arena in plan.arenas})
+        if len(devices) > 1:
+            raise ValueError(
+                f"Invalid capturable=True for parameters on {', '.join(devices)}. Must be on one"
+                " device, as a graph is: make an optimizer for each."
+            )
+        self.device = plan.arenas[0].device
+        self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._has_stepped = torch.stack([arena.taken[0] > 0 for arena in plan.arenas]).any()
+        neutral = [*_NEUTRAL.values(), *_NEUTRAL_MOMENT.values()]
+        self._neutral = torch.tensor(neutral, dtype=torch.float64, device=self.device)
+        # Never dropped, since a graph may read them: by the pattern of present gradients, and what
+        # was captured, of which the plan keeps only the latest.
+        self._limits: dict[tuple[bool, ...], Tensor] = {}
+        self._captured: list[Sequence[Selection]] = []
+
+    def accept(self, plan: Plan, grads: Sequence[Tensor | None]) -> Tensor:
+        """Whether these gradients make a step, 0-d bool: all fit, and not an inert first one.
+
+        If one of them is not fit, the step is counted as skipped.
+
+        Raises:
+            RuntimeError: if a step is captured whose like has not been taken before.
+        """
+        pattern = tuple(grad is not None for grad in grads)
+        check_warm(pattern in self._limits)
+        if pattern not in self._limits:
+            limits = [
+                square_limit(member.layout.numel, plan.geometry(member).dtype)
+                for member, grad in zip(plan.members, grads, strict=True)
+                if grad is not None
+            ]
+            self._limits[pattern] = torch.tensor(limits, dtype=torch.float64, device=self.device)
+        magnitudes = largest_magnitudes([grad for grad in grads if grad is not None])
+        is_fit = (magnitudes < self._limits[pattern]).all()
+        accepted = is_fit & (self._has_stepped | (magnitudes > 0.0).any())
+        self.skipped += ~is_fit
+        self._has_stepped |= accepted
+        return accepted
+
+    def keep(self, selections: Sequence[Selection]) -> None:
+        """Keeps what a step that is being captured works on as long as this lives."""
+        if is_capturing():
+            self._captured.append(selections)
+
+    def scalars(self, hyper: Hyperparameters, arena: Arena, accepted: Tensor) -> Scalars:
+        """Counts a step of an arena; its numbers, 0-d float64 on the device.
+
+        Raises:
+            ValueError: if ``lr`` or a beta is a tensor elsewhere.
+        """
+        for name, number in (
+            ("lr", hyper.lr),
+            ("betas[0]", hyper.beta1),
+            ("betas[1]", hyper.beta2),
+        ):
+            if isinstance(number, Tensor) and number.device != self.device:
+                raise ValueError(
+                    f"Invalid {name} on {number.device}. Must be on {self.device}, as the"
+                    " parameters are: a graph cannot follow it elsewhere."
+                )
+        arena.taken += accepted
+        plain = Scalars.of(hyper, arena.rule, arena.taken[0].double())
+        numbers = [getattr(plain, name) for name in _NEUTRAL]
+        numbers += [getattr(plain.moment, name) for name in _NEUTRAL_MOMENT]
+        # A fill for every number of the host: a copy of it could not be captured.
+        tensors = [
+            number
+            if isinstance(number, Tensor)
+            else torch.full((), number, dtype=torch.float64, device=self.device)
+            for number in numbers
+        ]
+        gated = torch.where(accepted, torch.stack(tensors), self._neutral).unbind()
+        moved: dict[str, Any] = dict(zip(_NEUTRAL, gated, strict=False))
+        moment: dict[str, Any] = dict(zip(_NEUTRAL_MOMENT, gated[len(_NEUTRAL) :], strict=True))
+        moved["moment"] = replace(plain.moment, **moment)
+        return replace(plain, **moved, accepted=accepted)

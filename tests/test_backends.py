@@ -1,0 +1,225 @@
+"""Which kernel runs: the routing by synthetic tables, the shipped table, and what is loaded."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from op_arguments import good_arguments
+from root_cases import stack
+from test_ops import load_compiled
+
+from shampoo import backends, jit, ops
+from shampoo.kernels import minimax
+from shampoo.schedule import minimax_schedule
+
+NOTHING: backends.Table = {"cpu": {}, "cuda": {}}
+
+
+def table(card="9.0", dtype="float32", **ops_and_sizes):
+    """A table of one card: ``gram_ema_=[(64, "reference"), (256, "triton")]``."""
+    rows = {
+        op: {dtype: [{"size": size, "kernel": kernel} for size, kernel in sizes]}
+        for op, sizes in ops_and_sizes.items()
+    }
+    return {"cpu": {"gram_ema_": "cpp"}, "cuda": {card: {"ops": rows}}}
+
+
+MEASURED = table(
+    gram_ema_=[(256, "triton"), (64, "reference"), (1024, "reference")],  # in no order
+    minimax_root_=[(128, "cuda"), (2048, "triton")],
+)
+
+
+def choose(op, size, *, device="cuda", dtype="float32", backend="auto", card="9.0", rows=MEASURED):
+    return backends.choose(op, device, dtype, size, backend=backend, card=card, table=rows)
+
+
+@pytest.mark.parametrize(
+    ("op", "size", "kernel"),
+    [
+        ("gram_ema_", 1, "reference"),
+        ("gram_ema_", 64, "reference"),
+        ("gram_ema_", 65, "triton"),  # the measurement of the next size above
+        ("gram_ema_", 256, "triton"),
+        ("gram_ema_", 257, "reference"),
+        ("gram_ema_", 10**6, "reference"),  # beyond the last one, the last
+        ("minimax_root_", 128, "cuda"),
+        ("minimax_root_", 129, "triton"),
+        ("minimax_root_", 4096, "triton"),
+        ("precondition_", 256, "reference"),  # not measured
+    ],
+)
+def test_auto_takes_the_fastest_of_the_next_measured_size(op, size, kernel):
+    assert choose(op, size) == kernel
+
+
+def test_auto_keeps_the_reference_where_nothing_was_measured():
+    for op, size in itertools.product(backends.KERNELS, (1, 128, 4096)):
+        assert choose(op, size, card="8.0") == "reference"
+        assert choose(op, size, card="") == "reference"
+        assert choose(op, size, dtype="float64") == "reference"
+        assert choose(op, size, rows=NOTHING) == "reference"
+
+
+@pytest.mark.parametrize("op", backends.KERNELS)
+def test_a_named_backend_is_taken_whatever_the_table_says(op):
+    for kind, size in itertools.product(("cuda", "triton"), (1, 128, 4096)):
+        expected = kind if kind in backends.KERNELS[op] else "reference"
+        for rows in (MEASURED, NOTHING):
+            assert choose(op, size, backend=kind, rows=rows) == expected
+    assert choose(op, 256, backend="reference") == "reference"
+
+
+def test_kernels_for_the_cpu_are_those_in_cpp():
+    for backend, kernel in (("auto", "cpp"), ("cuda", "cpp")):
+        assert choose("gram_ema_", 64, device="cpu", backend=backend) == kernel
+        assert choose("judge_roots_", 64, device="cpu", backend=backend) == "reference"
+    for backend in ("triton", "reference"):
+        assert choose("gram_ema_", 64, device="cpu", backend=backend) == "reference"
+    assert choose("gram_ema_", 256, device="mps") == "reference"
+
+
+def test_only_what_may_run_is_loaded():
+    wanted = backends.wanted
+    assert wanted("auto", "9.0", MEASURED) == {"cpp", "cuda", "triton"}
+    assert wanted("auto", "8.0", MEASURED) == {"cpp"}
+    assert wanted("auto", "9.0", table(gram_ema_=[(64, "triton")])) == {"cpp", "triton"}
+    assert wanted("auto", "", NOTHING) == set()
+    assert wanted("cuda", "", NOTHING) == {"cpp", "cuda"}
+    assert wanted("triton", "9.0", MEASURED) == {"triton"}
+    assert wanted("reference", "9.0", MEASURED) == set()
+
+
+def test_size_and_dtype_are_those_of_what_the_op_works_on():
+    arguments = {name: list(values.values()) for name, values in vars(good_arguments()).items()}
+    sizes = {
+        "gather_blocks_": 12,
+        "graft_moments_": 12,
+        "update_blocks_": 12,
+        "gram_ema_": 4,
+        "precondition_": 4,
+        "minimax_root_": 4,
+        "small_root_": 4,
+        "judge_roots_": 4,
+    }
+    assert set(sizes) == set(backends.KERNELS)
+    for op, size in sizes.items():
+        kind = backends.KERNELS[op][0]
+        # Tensors of a CPU belong to a card without a name.
+        at = backends.router(op, "auto", table("", **{op: [(size, kind), (99, "reference")]}))
+        below = table("", **{op: [(size - 1, kind), (99, "reference")]})
+        assert at(arguments[op]) == kind
+        assert backends.router(op, "auto", below)(arguments[op]) == "reference"
+        other = table("", "float64", **{op: [(99, kind)]})
+        assert backends.router(op, "auto", other)(arguments[op]) == "reference"
+
+
+def root_call(n, p=4, dtype=torch.float32, count=2):
+    A = stack(count, n, 4.0).to(dtype)
+    schedule = [c for step in minimax_schedule(p, 1e-4) for c in step]
+    root, ridge = torch.full_like(A, torch.nan), torch.empty(count, dtype=torch.float64)
+    return root, ridge, A, p, 0.0, 1e-4, schedule
+
+
+@pytest.fixture
+def small_chain(monkeypatch):
+    """Stands in for the fused chain, which needs a GPU: it writes the number of rows it saw."""
+    monkeypatch.setattr(ops, "_routes", {})
+    monkeypatch.setattr(ops, "_register", lambda name, meaning: None)
+
+    def chain(root, ridge, factor, *_):
+        root.fill_(factor.shape[-1])
+
+    with torch.library._scoped_library("shampoo", "IMPL") as library:
+        library.impl("cuda_small_root_", chain, "CPU")
+        yield
+
+
+@pytest.mark.parametrize("backend", ["cuda", "auto"])
+def test_small_float32_roots_go_to_the_fused_chain(small_chain, backend):
+    rows = table("", minimax_root_=[(128, "cuda"), (1024, "reference")])
+    ops._route("minimax_root_", backend, rows, {"cpp", "cuda"})
+    run = ops._routes["minimax_root_"]
+
+    def is_fused(*arguments):
+        run(*arguments)
+        assert arguments[0].isfinite().all()
+        return bool((arguments[0] == arguments[2].shape[-1]).all())
+
+    for n in (1, 32, 128):
+        for p in (2, 4):
+            assert is_fused(*root_call(n, p))
+    assert not is_fused(*root_call(129))
+    assert not is_fused(*root_call(64, p=1))
+    assert not is_fused(*root_call(64, dtype=torch.float64))
+    _, *rest = root_call(64)
+    strided = torch.full((2, 64, 128), torch.nan)[:, :, ::2]
+    assert not is_fused(strided, *rest)
+
+
+def test_the_limits_of_the_fused_chain_are_those_of_its_source():
+    source = (jit.source_dir() / "launch.h").read_text()
+    assert f"kMaxRootSize = {backends.SMALL};" in source
+    assert f"kMaxSteps = {backends.SMALL_STEPS};" in source
+
+
+def test_auto_leaves_small_roots_where_the_table_does(small_chain):
+    ops._route("minimax_root_", "auto", table("", minimax_root_=[(128, "reference")]), {"cuda"})
+    root, *rest = root_call(64)
+    ops._routes["minimax_root_"](root, *rest)
+    expected = torch.empty_like(root)
+    minimax.minimax_root_(expected, *rest)
+    assert torch.equal(root, expected)
+
+
+def test_kernels_that_are_not_loaded_are_not_routed_to(small_chain):
+    ops._route("minimax_root_", "auto", MEASURED, {"cpp"})
+    ops._route("gram_ema_", "cuda", MEASURED, {"cpp", "cuda"})  # there is none in CUDA C++
+    assert ops._routes == {}
+
+
+def test_the_shipped_table_names_the_kernels_that_the_cpu_has(monkeypatch):
+    load_compiled()
+    monkeypatch.delenv("SHAMPOO_BACKEND_TABLE", raising=False)
+    shipped = backends.table()
+    compiled = {name for name, present in ops.kernels("CPU").items() if present}
+    assert {name for name, kind in shipped["cpu"].items() if kind == "cpp"} == compiled
+    for card in shipped["cuda"].values():
+        assert set(card) >= {"card", "commit", "torch", "ops"}
+        assert set(card["ops"]) <= set(backends.KERNELS)
+
+
+def test_a_table_may_lie_anywhere_and_is_checked(tmp_path, monkeypatch):
+    file = tmp_path / "table.json"
+    file.write_text(json.dumps(MEASURED))
+    monkeypatch.setenv("SHAMPOO_BACKEND_TABLE", str(file))
+    assert backends.table() == MEASURED
+    for name, text, message in (
+        ("gone", None, "FileNotFoundError"),
+        ("text", "no JSON", "JSONDecodeError"),
+        ("list", "[]", "TypeError"),
+        ("kernel", json.dumps(table(gram_ema_=[(64, "cuda")])), "kernel='cuda' for gram_ema_"),
+        ("size", json.dumps(table(gram_ema_=[(0, "triton")])), "size=0 for gram_ema_"),
+    ):
+        path = tmp_path / name
+        if text is not None:
+            path.write_text(text)
+        monkeypatch.setenv("SHAMPOO_BACKEND_TABLE", str(path))
+        with pytest.raises(ValueError, match=rf"Invalid SHAMPOO_BACKEND_TABLE=.*{name}.*{message}"):
+            backends.table()
+
+
+def test_the_report_says_what_runs_and_where_it_loses():
+    rows = {
+        "float32": [
+            {"size": 64, "kernel": "reference", "seconds": {"reference": 1e-5, "triton": 2e-5}},
+            {"size": 512, "kernel": "triton", "seconds": {"reference": 3e-5, "triton": 1e-5}},
+        ]
+    }
+    measured = {"cpu": {}, "cuda": {"9.0": {"ops": {"gram_ema_": rows}}}}
+    said = backends.describe("auto", "9.0", measured)
+    assert said["gram_ema_"] == "64: reference (triton 0.5x); 512: triton (triton 3x)"
+    assert said["precondition_"] == "reference (not yet measured on this card)"
+    assert backends.describe("cuda", "9.0", measured)["gather_blocks_"] == "cuda"
+    assert backends.describe("cuda", "9.0", measured)["gram_ema_"] == "reference"

@@ -1,0 +1,82 @@
+"""The overloads of the ops whose numbers lie on the device."""
+
+import pytest
+import torch
+from op_arguments import good_arguments
+from test_ops import FLAT, load_compiled, table
+from torch import Tensor
+
+from shampoo import ops
+from shampoo.kernels import reference
+
+
+@pytest.fixture(params=["reference", "compiled"])
+def impl(request):
+    if request.param == "reference":
+        return reference
+    load_compiled()
+    return ops
+
+
+NUMBERS = {
+    "gather_blocks_": ("alpha",),
+    "graft_moments_": ("beta1", "correction1", "beta2", "weight2", "correction2"),
+    "gram_ema_": ("beta", "weight"),
+    "update_blocks_": ("lr", "weight_decay", "mu", "step"),
+}
+
+
+@pytest.fixture(params=NUMBERS)
+def op(request):
+    return request.param
+
+
+def in_dtype(value, dtype):
+    if isinstance(value, list):
+        return [in_dtype(each, dtype) for each in value]
+    is_float = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(dtype, copy=True) if is_float else value
+
+
+@pytest.mark.parametrize("change", [{}, {"accumulate": True, "nesterov": False}])
+@pytest.mark.parametrize("flat", FLAT, ids=str)
+def test_numbers_may_lie_on_the_device(impl, flat, op, change):
+    """The compiled kernels compute the same bits, the references round elsewhere."""
+    given = vars(good_arguments())[op]
+    given |= {name: value for name, value in change.items() if name in given}
+    results = []
+    for as_tensor in (False, True):
+        arguments = {name: in_dtype(value, flat) for name, value in given.items()}
+        if as_tensor:
+            for name in NUMBERS[op]:
+                arguments[name] = torch.tensor(arguments[name], dtype=torch.float64)
+        getattr(impl, op)(*arguments.values())
+        results.append([v for v in arguments.values() if not isinstance(v, (int, float))])
+        results[-1] = [v for v in results[-1] if not (isinstance(v, Tensor) and v.dim() == 0)]
+    tolerance = 4 * torch.finfo(flat).eps if impl is reference else 0.0
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("flat", FLAT, ids=str)
+def test_nothing_times_nan_is_nothing(impl, flat, as_tensor, accumulate):
+    tiles, _, numel = table([(5, 7)], 4)
+    source = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30, 1.0]).repeat(7).view(5, 7)
+    out = torch.full((numel,), 3.0, dtype=flat)
+    alpha = torch.tensor(0.0, dtype=torch.float64) if as_tensor else 0.0
+    impl.gather_blocks_(out, [source], tiles, alpha, accumulate)
+    assert (out == (3.0 if accumulate else 0.0)).all()
+
+
+def test_a_number_on_the_device_is_one_float64(op):
+    load_compiled()
+    for wrong in (torch.tensor(0.5), torch.tensor([0.5, 0.5], dtype=torch.float64)):
+        for name in NUMBERS[op]:
+            arguments = vars(good_arguments())[op]
+            for each in NUMBERS[op]:
+                arguments[each] = torch.tensor(0.5, dtype=torch.float64)
+            getattr(ops, op)(**arguments)
+            arguments[name] = wrong
+            with pytest.raises(RuntimeError, match=rf"{name} is .*Must be one number, float64"):
+                getattr(ops, op)(**arguments)

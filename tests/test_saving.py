@@ -1,0 +1,239 @@
+"""A folder of checkpoints: complete or not there. Fault rows 14 and 15 of distributed.md."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import resharded_runs as runs
+import torch
+from torch import nn
+from torch.distributed.checkpoint import CheckpointException
+
+from shampoo import Shampoo, checkpoint
+
+
+@pytest.fixture
+def run() -> tuple[nn.Module, Shampoo]:
+    return runs.build("replicated")
+
+
+def loaded(folder: Path, **how: Any) -> tuple[int | None, nn.Module, Shampoo]:
+    model, optimizer = runs.build("replicated", seed=1)
+    return checkpoint.load(folder, model, optimizer, **how), model, optimizer
+
+
+def test_a_run_without_ranks_resumes_to_the_bit(run, tmp_path):
+    model, optimizer = run
+    runs.train(model, optimizer, range(runs.SAVED))
+    checkpoint.save(tmp_path, model, optimizer, step=runs.SAVED)
+    step, other, its_optimizer = loaded(tmp_path)
+    assert step == runs.SAVED
+    for pair in ((model, optimizer), (other, its_optimizer)):
+        runs.train(*pair, range(runs.SAVED, runs.STEPS))
+    assert runs.digest(other) == runs.digest(model)
+
+
+def test_nothing_is_loaded_where_there_is_nothing(run, tmp_path):
+    model, optimizer = run
+    before = runs.digest(model)
+    assert checkpoint.load(tmp_path / "nowhere", model, optimizer) is None
+    (tmp_path / "step-none").mkdir()
+    (tmp_path / "step-00000003").touch()
+    assert checkpoint.load(tmp_path, model, optimizer) is None
+    assert runs.digest(model) == before
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("died", ["while writing", "before the marker", "while renaming it"])
+def test_what_is_half_written_does_not_exist(run, tmp_path, died):
+    model, optimizer = run
+    digests = []
+    for step in (1, 2):
+        runs.train(model, optimizer, [step])
+        checkpoint.save(tmp_path, model, optimizer, step=step)
+        digests.append(runs.digest(model))
+    newest = tmp_path / "step-00000002"
+    if died == "while renaming it":
+        (newest / "complete").rename(newest / "complete.tmp")
+    else:
+        (newest / "complete").unlink()
+    if died == "while writing":
+        [data] = newest.glob("*.distcp")
+        os.truncate(data, data.stat().st_size // 2)
+        (newest / ".metadata").unlink()
+    step, other, its_optimizer = loaded(tmp_path)
+    assert step == 1
+    assert runs.digest(other) == digests[0]
+    # The restarted run comes by the same step again.
+    runs.train(other, its_optimizer, [2])
+    checkpoint.save(tmp_path, other, its_optimizer, step=2)
+    step, other, _ = loaded(tmp_path)
+    assert step == 2
+    assert runs.digest(other) == digests[1]
+
+
+def test_a_damaged_file_is_an_error(run, tmp_path):
+    checkpoint.save(tmp_path, *run, step=1)
+    [data] = tmp_path.rglob("*.distcp")
+    os.truncate(data, data.stat().st_size // 2)
+    with pytest.raises(CheckpointException, match="corrupted"):
+        loaded(tmp_path)
+
+
+def test_the_newest_are_kept(run, tmp_path):
+    for step in (9, 10, 11, 100):
+        checkpoint.save(tmp_path, *run, step=step, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000011", "step-00000100"]
+    assert loaded(tmp_path)[0] == 100
+    checkpoint.save(tmp_path, *run, step=101)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_checkpoint_is_there_until_the_one_of_the_same_step_replaces_it(
+    run, tmp_path, monkeypatch
+):
+    model, optimizer = run
+    checkpoint.save(tmp_path, model, optimizer, step=1)
+    before = runs.digest(model)
+    runs.train(model, optimizer, [1])
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", _out_of_space)
+        with pytest.raises(OSError, match="no space"):
+            checkpoint.save(tmp_path, model, optimizer, step=1)
+    step, other, _ = loaded(tmp_path)
+    assert step == 1
+    assert runs.digest(other) == before
+    checkpoint.save(tmp_path, model, optimizer, step=1)
+    assert runs.digest(loaded(tmp_path)[1]) == runs.digest(model)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def _out_of_space(*_: Any) -> None:
+    raise OSError("no space left on device")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [({"step": -1}, "Must be an integer >= 0"), ({"step": 1, "keep": 0}, "Must be >= 1")],
+)
+def test_bad_values_are_refused(run, tmp_path, wrong, words):
+    with pytest.raises(ValueError, match=words):
+        checkpoint.save(tmp_path, *run, **wrong)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_schedulers_are_saved_too(run, tmp_path):
+    model, optimizer = run
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    runs.train(model, optimizer, range(3))
+    scheduler.step()
+    checkpoint.save(tmp_path, model, optimizer, step=3, extra={"scheduler": scheduler})
+    other, its_optimizer = runs.build("replicated", seed=1)
+    its_scheduler = torch.optim.lr_scheduler.ExponentialLR(its_optimizer, 0.5)
+    checkpoint.load(tmp_path, other, its_optimizer, extra={"scheduler": its_scheduler})
+    assert its_scheduler.last_epoch == 1
+    assert its_optimizer.param_groups[0]["lr"] == 0.025
+    with pytest.raises(KeyError, match=r"no extra \['sampler'\]. It has \['scheduler'\]"):
+        checkpoint.load(tmp_path, other, its_optimizer, extra={"sampler": its_scheduler})
+
+
+@pytest.mark.parametrize("moment", ["before the first step", "after it"])
+def test_gradients_are_neither_in_the_way_nor_lost(run, tmp_path, moment):
+    """DCP fills an empty state by a step on zero gradients, unless it finds others."""
+    model, optimizer = run
+    if moment == "after it":
+        runs.train(model, optimizer, [0])
+    grads = [torch.randn_like(param) for param in model.parameters()]
+    for param, grad in zip(model.parameters(), grads, strict=True):
+        param.grad = grad
+    checkpoint.save(tmp_path, model, optimizer, step=1)
+    other, its_optimizer = runs.build("replicated", seed=1)
+    for param in other.parameters():
+        param.grad = torch.ones_like(param)
+    assert checkpoint.load(tmp_path, other, its_optimizer) == 1
+    for param, its, grad in zip(model.parameters(), other.parameters(), grads, strict=True):
+        assert param.grad is grad
+        its.grad = grad.clone()
+    optimizer.step()
+    its_optimizer.step()
+    assert runs.digest(other) == runs.digest(model)
+
+
+class Malicious:
+    """Leaves a mark where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"payload": self}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        raise AssertionError("must not come so far")
+
+
+def test_a_malicious_file_is_not_executed(run, tmp_path):
+    mark, folder = tmp_path / "executed", tmp_path / "checkpoints"
+    checkpoint.save(folder, *run, step=1)
+    torch.save({"scheduler": Malicious(mark).state_dict()}, folder / "step-00000001" / "extra.pt")
+    before = runs.digest(run[0])
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+        checkpoint.load(folder, *run)
+    assert not mark.exists()
+    assert runs.digest(run[0]) == before
+    torch.load(folder / "step-00000001" / "extra.pt", weights_only=False)
+    assert mark.exists()  # it would have
+
+
+def test_what_could_not_be_loaded_is_refused_when_it_is_saved(run, tmp_path):
+    folder = tmp_path / "checkpoints"
+    with pytest.raises(Exception, match=r"[Ww]eights.only"):
+        checkpoint.save(folder, *run, step=1, extra={"x": Malicious(tmp_path / "executed")})
+    assert loaded(folder)[0] is None
+
+
+def test_the_package_never_loads_more_than_weights():
+    for path in Path(checkpoint.__file__).parent.rglob("*.py"):
+        source = path.read_text()
+        assert source.count("torch.load(") == source.count("weights_only=True"), path.name
+        assert "pickle.load" not in source
+
+
+def _save(rank: int, folder: Path, layout: str) -> str:
+    model, optimizer = runs.build(layout)
+    for step in range(runs.SAVED):
+        runs.train(model, optimizer, [step])
+        checkpoint.save(folder, model, optimizer, step=step + 1, keep=2)
+        assert (folder / f"step-{step + 1:08d}" / "complete").exists()
+    runs.train(model, optimizer, range(runs.SAVED, runs.STEPS))
+    return runs.digest(model)
+
+
+def _resume(rank: int, folder: Path, layout: str) -> str:
+    model, optimizer = runs.build(layout, seed=1)
+    step = checkpoint.load(folder, model, optimizer)
+    assert step == runs.SAVED
+    runs.train(model, optimizer, range(step, runs.STEPS))
+    return runs.digest(model)
+
+
+def test_ranks_that_save_together_resume_as_others(ranks, tmp_path):
+    straight, same = ranks.returns(_save, 2, tmp_path, "replicated")
+    assert same == straight
+    assert len(list(tmp_path.iterdir())) == 2
+    for world, layout in ((2, "replicated"), (3, "fsdp"), (1, "replicated")):
+        assert ranks.returns(_resume, world, tmp_path, layout) == [straight] * world
+
+
+def _save_where_it_cannot(rank: int, folder: Path) -> None:
+    checkpoint.save(folder, *runs.build("replicated"), step=1)
+
+
+def test_all_ranks_hear_of_an_error_of_the_first(ranks, tmp_path):
+    (tmp_path / "file").touch()
+    for error in ranks.run(_save_where_it_cannot, 2, tmp_path / "file"):
+        assert isinstance(error, OSError)
