@@ -82,7 +82,8 @@ def _diagonal_root(
     largest = diagonal.amax(1, keepdim=True)
     unit = torch.where(largest > 0, largest, 1.0)  # keeps the fourth powers in range
     squares, fourth_powers = (diagonal / unit).square(), torch.zeros_like(unit)
-    ops.gram_ema_(fourth_powers, squares[:, None], 0, 0.0, 1.0)  # in one order, unlike torch's sum
+    # Not torch's sum, whose order depends on the batch and on the number of threads.
+    ops.gram_ema_(fourth_powers, squares[:, None], 0, 0.0, 1.0)
     norm = unit * fourth_powers.sqrt().sqrt()
     ridge = (hyper.relative_eps * norm).clamp_min(hyper.eps)
     damped = diagonal + ridge
