@@ -7,6 +7,7 @@ by the plan alone: it does not depend on which gradients are there.
 """
 
 import bisect
+import functools
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -18,13 +19,13 @@ from shampoo import ops
 from shampoo.agreement import FAILED
 from shampoo.exchange import Exchange, Round, applied_decay, search_direction
 from shampoo.hyperparameters import Hyperparameters
+from shampoo.patterns import Pattern, Patterns
 from shampoo.scalars import Scalars
 from shampoo.segments import Segment
 from shampoo.stacks import Arena
 
 _HEADER = 16  # elements in front of a slice: its rank's word, and what keeps slices aligned
 _PARTS = 4  # of a buffer that is sent while the rest is computed
-_PATTERNS = 16  # of present gradients, whose tables are kept
 
 
 def slice_length(numel: int) -> int:
@@ -55,7 +56,7 @@ class AllGather(Exchange):
         self._group = group
         self._team = crews[0][0].team
         self._index = {id(crew[self._team.me]): index for index, crew in enumerate(crews)}
-        self._tables: dict[tuple[bool, ...], list[list[tuple[int, list[int], Tensor, Tensor]]]] = {}
+        self._tables: Patterns[list[list[tuple[int, list[int], Tensor, Tensor]]]] = Patterns()
         # Where arenas begin among the elements of a rank, and where the parts of its slice do.
         self._bases = [
             [0, *accumulate(crew[position].numel for crew in crews)]
@@ -142,6 +143,11 @@ class AllGather(Exchange):
 
     def apply(self) -> None:
         """W <- W - lr D for all blocks, by the bits that travelled."""
+
+        @functools.cache  # once for all arenas: it may be as large as the model
+        def wide(part: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+            return self._buffers[part].view(-1).to(device, dtype)
+
         for index, entries in enumerate(self._table()):
             arena = self._crews[index][self._team.me]
             hyper = self.round.hyper[arena.group]
@@ -150,7 +156,7 @@ class AllGather(Exchange):
                 ops.update_blocks_(
                     [self.round.params[member] for member in members],
                     None,
-                    self._buffers[part].view(-1).to(arena.device, dtype),
+                    wide(part, arena.device, dtype),
                     ones.to(dtype),
                     tiles,
                     hyper.lr,
@@ -161,14 +167,11 @@ class AllGather(Exchange):
 
     def _table(self) -> list[list[tuple[int, list[int], Tensor, Tensor]]]:
         """For every arena, the parts in which present blocks lie: members, tiles, scales of 1."""
-        present = self.round.present
-        if present not in self._tables:
-            if len(self._tables) >= _PATTERNS:
-                self._tables.pop(next(iter(self._tables)))
-            self._tables[present] = [
-                self._entries(index, present) for index in range(len(self._crews))
-            ]
-        return self._tables[present]
+
+        def make(present: Pattern) -> list[list[tuple[int, list[int], Tensor, Tensor]]]:
+            return [self._entries(index, present) for index in range(len(self._crews))]
+
+        return self._tables.get(self.round.present, make)
 
     def _entries(
         self, index: int, present: tuple[bool, ...]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from shampoo.gradients import largest_magnitudes, square_limit
+from shampoo.gradients import largest_magnitudes
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.scalars import Scalars
 from shampoo.segments import Selection
@@ -101,9 +101,9 @@ class DeviceState:
     def __init__(self, plan: Plan) -> None:
         if not plan.holders.is_alone:
             raise ValueError(
-                f"Invalid capturable=True with blocks divided among {plan.holders.size} ranks. Must"
-                " be False: ranks agree on the host before each step. Or pass"
-                " num_trainers_per_group=1, so that every rank works alone."
+                f"Invalid capturable=True where {plan.holders.size} ranks step together. Must be"
+                " False: they agree on the host before each step. Or, for parameters that are not"
+                " DTensors, pass num_trainers_per_group=1 and check_replicas_every=0."
             )
         devices = sorted({str(arena.device) for arena in plan.arenas})
         if len(devices) > 1:
@@ -133,8 +133,8 @@ class DeviceState:
         check_warm(pattern in self._limits)
         if pattern not in self._limits:
             limits = [
-                square_limit(member.layout.numel, plan.geometry(member).dtype)
-                for member, grad in zip(plan.members, grads, strict=True)
+                limit
+                for limit, grad in zip(plan.square_limits, grads, strict=True)
                 if grad is not None
             ]
             self._limits[pattern] = torch.tensor(limits, dtype=torch.float64, device=self.device)

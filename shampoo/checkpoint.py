@@ -137,9 +137,14 @@ def load(
     if not found:
         return None
     [place] = found
-    saved = torch.load(place / _EXTRA, weights_only=True, map_location="cpu")
-    if unknown := sorted((extra or {}).keys() - saved.keys()):
-        raise KeyError(f"{place} has no extra {unknown}. It has {sorted(saved)}.")
+
+    def read() -> dict[str, Any]:
+        saved: dict[str, Any] = torch.load(place / _EXTRA, weights_only=True, map_location="cpu")
+        if unknown := sorted((extra or {}).keys() - saved.keys()):
+            raise KeyError(f"{place} has no extra {unknown}. It has {sorted(saved)}.")
+        return saved
+
+    saved = _on_first_rank(read)  # a rank that alone failed here would leave the others waiting
     states = _states(model, optimizer)
     _transfer(state_dict_loader.load, states, place)
     set_state_dict(

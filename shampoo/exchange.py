@@ -61,6 +61,10 @@ class Exchange(ABC):
         """Takes a step's parameters and gradients. No communication: this may fail."""
         self.round = step
 
+    def close(self) -> None:
+        """Lets go of the gradients, which would outlive ``zero_grad()``."""
+        self.round = Round((), (), ())
+
     def fetch(self) -> None:  # noqa: B027, to do nothing is right where gradients are whole
         """Brings gradients to the owners of their blocks, where they do not have them."""
 

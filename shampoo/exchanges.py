@@ -66,10 +66,16 @@ class Exchanges:
             for arena in plan.arenas
         ]
 
+    def close(self) -> None:
+        """Lets go of a step's gradients."""
+        for exchange in self.by_team.values():
+            exchange.close()
+
 
 def join_groups(plan: Plan, workers: Workers) -> None:
     """Makes the process groups of a plan, on all ranks in one order."""
-    for team in _teams(plan):
+    # Those of replicas first: all ranks make them together, in whatever order others are needed.
+    for team in sorted(_teams(plan), key=lambda team: team.is_sharded):
         if not team.is_alone:
             workers.group(team)
 

@@ -19,6 +19,7 @@ from shampoo.hyperparameters import Hyperparameters, dtype_name, warn_about
 from shampoo.layout import FACTORED, Layout
 from shampoo.persistence import Persistent
 from shampoo.proposal import Proposal, local_gradients, propose
+from shampoo.regions import local_tensor
 from shampoo.replicas import Copies, copies_of
 from shampoo.scalars import Scalars
 from shampoo.segments import Selection
@@ -116,8 +117,9 @@ class Shampoo(Persistent):
         num_trainers_per_group: how many consecutive ranks divide the blocks of replicated
             parameters among them; each such group does all of the work once. -1 means the ranks of
             one node (``LOCAL_WORLD_SIZE``), fewer where there are not 4 blocks for each; 0 or 1
-            turns it off. The result does not depend on it. Sharded parameters are always divided
-            among the ranks of their mesh.
+            turns it off. The result does not depend on it, but for the slots of
+            ``refresh_schedule="staggered"`` and the rounding of ``communication_dtype``. Sharded
+            parameters are always divided among the ranks of their mesh.
         communication_dtype: in which search directions travel: ``torch.float32``,
             ``torch.bfloat16`` or ``torch.float16``; None for the dtype they are computed in, which
             rounds nothing.
@@ -142,12 +144,11 @@ class Shampoo(Persistent):
     torch.distributed.checkpoint makes such a step.
 
     State, flat under each parameter, k the row-major index in its grid of blocks and m the
-    dimension: ``step``, ``block{k}.factor{m}``, ``block{k}.root{m}`` (zero before the first
-    refresh), ``block{k}.failures{m}``, ``block{k}.slot{m}`` (staggered only),
-    ``block{k}.exp_avg``, ``block{k}.exp_avg_sq`` (the grafted method's), ``block{k}.momentum``.
+    dimension: ``step``, ``calls`` (capturable only: steps asked for), ``block{k}.factor{m}``,
+    ``block{k}.root{m}`` (zero before the first refresh), ``block{k}.failures{m}``,
+    ``block{k}.slot{m}`` (staggered only), ``block{k}.exp_avg``, ``block{k}.exp_avg_sq`` (the
+    grafted method's), ``block{k}.momentum``.
     """
-
-    _exchanges: Exchanges | None = None
 
     def __init__(
         self,
@@ -202,8 +203,9 @@ class Shampoo(Persistent):
         """Adds a group; the blocks of its parameters start at step 0.
 
         Raises:
-            ValueError: for a hyper-parameter out of range; nothing is added.
-            RuntimeError: for complex parameters; nothing is added.
+            ValueError: for a hyper-parameter out of range, or another ``capturable`` than that of
+                the other groups; nothing is added.
+            RuntimeError: for parameters that cannot be cut into blocks; nothing is added.
         """
         super().add_param_group(param_group)
         try:
@@ -261,7 +263,11 @@ class Shampoo(Persistent):
         self._consolidated = None
         proposal = self._agree()
         if proposal is not None:
-            self._take(proposal)
+            try:
+                self._take(proposal)
+            finally:
+                if self._exchanges is not None:
+                    self._exchanges.close()
         return loss
 
     def _agree(self) -> Proposal | None:
@@ -301,7 +307,7 @@ class Shampoo(Persistent):
         grads = local_gradients(plan.members, params)
         purpose = Purpose.of(plan, values, self._workers)
         is_prepared = self._exchanges is not None and self._exchanges.purpose == purpose
-        step = Round(plan.params(self.param_groups), grads, values)
+        step = Round([local_tensor(param) for param in params], grads, values)
         proposal = propose(plan, step, purpose, is_prepared, self._on_device)
         if not holders.is_alone:
             proposal.add_topics(self._workers.terms())
@@ -377,6 +383,7 @@ class Shampoo(Persistent):
         """The blocks that move, by arena."""
         plan.add_missing_moments(self.param_groups, step.hyper, self.state)
         plan.assign_slots(self.param_groups, step.hyper)
+        capture.check_warm(plan.has_selected(step.present))
         selections = plan.select(step.present)
         if self._on_device is not None:
             self._on_device.keep(selections)

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from shampoo import capture
-from shampoo.agreement import FAILED, OK, Attempt
+from shampoo.agreement import Attempt
 from shampoo.consolidation import consolidate
 from shampoo.division import Owners
+from shampoo.exchanges import Exchanges
 from shampoo.state_dict import match, signed
 from shampoo.step_plan import Plan
 from shampoo.workers import Workers
@@ -29,6 +30,7 @@ class Persistent(Optimizer):
     # On the class, so that an unpickled or copied optimizer, which has none, starts without.
     _plan: Plan | None = None
     _kept: dict[Tensor, Owners] | None = None  # owners of blocks in a plan that is no more
+    _exchanges: Exchanges | None = None  # buffers of the plan
     _on_device: capture.DeviceState | None = None  # of the plan, if it is capturable
     _incoming: dict[Tensor, dict[str, Any]] | None = None
     _damage: str = ""  # why this rank cannot go on until it has loaded a checkpoint
@@ -51,10 +53,10 @@ class Persistent(Optimizer):
             for param in dead:
                 del self.state[param]
             self._settle_skipped()
-            self._plan = Plan(self.param_groups, self.state, self._workers, kept=self._owners())
-            self._on_device = None
-            if self._plan.arenas and capture.is_capturable(self.param_groups):
-                self._on_device = capture.DeviceState(self._plan)
+            plan = Plan(self.param_groups, self.state, self._workers, kept=self._owners())
+            is_capturable = bool(plan.arenas) and capture.is_capturable(self.param_groups)
+            self._on_device = capture.DeviceState(plan) if is_capturable else None
+            self._plan = plan  # only now: what could not be captured must not be taken for it
         return self._plan
 
     def _owners(self) -> dict[Tensor, Owners] | None:
@@ -118,15 +120,15 @@ class Persistent(Optimizer):
         """
         params = [param for group in self.param_groups for param in group["params"]]
         holders = self._workers.holders(params)
-        if holders.is_alone or not self.state:
+        if holders.is_alone:
             return  # the state is whole
         if to not in holders.ranks:
             raise ValueError(f"Invalid to={to!r}. Must be one of the ranks {holders.ranks}.")
         attempt = Attempt(is_shared=True)
         plan = attempt.run(self._current_plan)
         agreement = self._workers.agreement(holders, params[0].device)
-        if agreement.confirm(OK if plan is not None else FAILED) != OK or plan is None:
-            agreement.fail(attempt.error)
+        agreement.check(attempt)
+        assert plan is not None
         self._consolidated = consolidate(
             plan, plan.planned(self.param_groups), self.state, self._workers.group(holders), to
         )
@@ -173,7 +175,7 @@ class Persistent(Optimizer):
         if "_workers" not in self.__dict__:
             self._workers = Workers()  # a pickle of a version before there were any
         self._kept = self._owners()
-        self._plan = self._on_device = self._consolidated = None
+        self._plan = self._exchanges = self._on_device = self._consolidated = None
         self._damage = ""
         if self._incoming is not None:
             self.state = defaultdict(dict, self._incoming)

@@ -11,7 +11,7 @@ from shampoo.capture import DeviceState
 from shampoo.errors import NonFiniteGradientError
 from shampoo.exchange import Round
 from shampoo.exchanges import Purpose
-from shampoo.gradients import check_dense, largest_magnitudes, square_limit
+from shampoo.gradients import check_dense, largest_magnitudes
 from shampoo.regions import local_tensor
 from shampoo.replicas import Copies
 from shampoo.step_plan import Member, Plan
@@ -48,8 +48,9 @@ class Proposal:
             terms: arguments of the optimizer that belong to no group.
         """
         plan, hyper, present = self.plan, self.round.hyper, self.round.present
-        # A rank that alone has loaded a checkpoint, or planned anew, is some steps off, or has its
-        # blocks in other arenas: others would read its part of a buffer at the wrong places.
+        # A rank that alone has loaded a checkpoint, or planned anew, is some steps off, which bias
+        # corrections count, or has its blocks in other arenas: others would read its part of a
+        # buffer at the wrong places.
         steps = [(arena.group, arena.step) for arena in plan.arenas]
 
         def values() -> list[dict[str, str]]:
@@ -90,18 +91,21 @@ def local_gradients(members: Sequence[Member], params: Sequence[Tensor]) -> list
     Raises:
         RuntimeError: for a gradient that is sparse, or placed unlike its parameter.
     """
-    grads = [param.grad for param in params]
-    for member, param, grad in zip(members, params, grads, strict=True):
-        if grad is None:
-            continue
-        if isinstance(param, DTensor) and getattr(grad, "placements", None) != param.placements:
-            raise RuntimeError(
-                f"The gradient of {member.name} has placements"
-                f" {getattr(grad, 'placements', None)}, the parameter {param.placements}."
-                " Redistribute it before step()."
-            )
-        check_dense(local_tensor(grad), member.name)
-    return [None if grad is None else local_tensor(grad) for grad in grads]
+    grads: list[Tensor | None] = []
+    for member, param in zip(members, params, strict=True):
+        grad = param.grad
+        if grad is not None:
+            if isinstance(param, DTensor):
+                placements = getattr(grad, "placements", None)
+                if placements != param.placements:
+                    raise RuntimeError(
+                        f"The gradient of {member.name} has placements {placements}, the parameter"
+                        f" {param.placements}. Redistribute it before step()."
+                    )
+                grad = local_tensor(grad)
+            check_dense(grad, member.name)
+        grads.append(grad)
+    return grads
 
 
 def propose(
@@ -123,8 +127,8 @@ def propose(
             " num_trainers_per_group=1, so that every rank works alone."
         )
     present = [
-        (member, grad)
-        for member, grad in zip(plan.members, step.grads, strict=True)
+        (member, grad, limit)
+        for member, grad, limit in zip(plan.members, step.grads, plan.square_limits, strict=True)
         if grad is not None and grad.numel() > 0  # an empty shard has nothing to say
     ]
     if not present:
@@ -133,11 +137,11 @@ def propose(
         accepted = on_device.accept(plan, step.grads)
         verdict = Verdict(OK, True, is_prepared)
         return Proposal(plan, step, purpose, verdict, accepted=accepted)
-    magnitudes: list[float] = largest_magnitudes([grad for _, grad in present]).tolist()
+    magnitudes: list[float] = largest_magnitudes([grad for _, grad, _ in present]).tolist()
     bad = [
         member
-        for (member, _), magnitude in zip(present, magnitudes, strict=True)
-        if not magnitude < square_limit(member.layout.numel, plan.geometry(member).dtype)
+        for (member, _, limit), magnitude in zip(present, magnitudes, strict=True)
+        if not magnitude < limit
     ]
     if not bad:
         return Proposal(plan, step, purpose, Verdict(OK, any(magnitudes), is_prepared))

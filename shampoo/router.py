@@ -24,13 +24,13 @@ from shampoo.exchange import (
     search_direction,
 )
 from shampoo.hyperparameters import Hyperparameters
+from shampoo.patterns import Pattern, Patterns
 from shampoo.routes import Piece, Routed, Routes, routes_of, spans
 from shampoo.scalars import Scalars
 from shampoo.segments import Segment
 from shampoo.stacks import Arena
 
 _HEADER = 1  # element in front of what goes to each rank: the sender's word
-_PATTERNS = 16  # of present gradients, whose tables are kept
 
 Pieces = list[list[Piece]]
 Block = tuple[int, int]  # member, index in its grid of blocks
@@ -120,12 +120,12 @@ class Router(Exchange):
             member: index for index, arena in enumerate(arenas) for member in arena.members
         }
         widest = functools.reduce(torch.promote_types, (arena.update_dtype for arena in arenas))
-        self._weights = torch.empty(longest, dtype=widest, device=self._device)
+        self._weights = torch.empty(longest if weighted else 0, dtype=widest, device=self._device)
         self._space = torch.empty(longest, dtype=dtype, device=self._device)
         members = {member for index in weighted for member in arenas[index].members}
         self._incoming = _Incoming(self._routes, members, gradient_dtype, self._device)
         self._departures: WeakKeyDictionary[Segment, _Copies] = WeakKeyDictionary()
-        self._applied: dict[tuple[bool, ...], list[tuple[Arena, list[int], Tensor, Tensor]]] = {}
+        self._applied: Patterns[list[tuple[Arena, list[int], Tensor, Tensor]]] = Patterns()
 
     def open(self, step: Round) -> None:
         """Packs the pieces of this rank's gradients, and of weights where owners need them."""
@@ -183,13 +183,14 @@ class Router(Exchange):
 
     def apply(self) -> None:
         """W <- W - lr D on this rank's shards, by the bits that travelled."""
+        wide = functools.cache(self._directions.incoming.to)
         for arena, members, tiles, ones in self._table():
             hyper = self.round.hyper[arena.group]
             dtype = arena.update_dtype if hyper.momentum > 0 else arena.dtype
             ops.update_blocks_(
                 [self.round.params[member] for member in members],
                 None,
-                self._directions.incoming.to(dtype),
+                wide(dtype),
                 ones.to(dtype),
                 tiles,
                 hyper.lr,
@@ -200,15 +201,13 @@ class Router(Exchange):
 
     def _table(self) -> list[tuple[Arena, list[int], Tensor, Tensor]]:
         """For every arena with present pieces here: members, tiles, scales of 1."""
-        present = self.round.present
-        if present not in self._applied:
-            if len(self._applied) >= _PATTERNS:
-                self._applied.pop(next(iter(self._applied)))
+
+        def make(present: Pattern) -> list[tuple[Arena, list[int], Tensor, Tensor]]:
             by_arena: dict[int, list[tuple[int, Piece]]] = {}
             for offset, piece in spans(self._routes.directions_in, _HEADER):
                 if present[piece.member]:
                     by_arena.setdefault(self._arena_of[piece.member], []).append((offset, piece))
-            self._applied[present] = [
+            return [
                 (
                     self._arenas[index],
                     members := sorted({piece.member for _, piece in found}),
@@ -217,7 +216,8 @@ class Router(Exchange):
                 )
                 for index, found in sorted(by_arena.items())
             ]
-        return self._applied[present]
+
+        return self._applied.get(self.round.present, make)
 
 
 class _Incoming:
@@ -241,17 +241,12 @@ class _Incoming:
         self.wire = _Wire.of(outgoing, incoming, dtype, device)
         self._sent = _halves(routes.gradients_out, outgoing)
         self._came = tuple(_by_block(half) for half in _halves(routes.gradients_in, incoming))
-        self._tables: dict[tuple[bool, ...], tuple[list[int], Tensor]] = {}
+        self._tables: Patterns[tuple[list[int], Tensor]] = Patterns()
         self._copies: WeakKeyDictionary[Segment, dict[bool, _Copies]] = WeakKeyDictionary()
 
     def pack(self, step: Round) -> None:
         """Copies this rank's pieces of what is present to the wire, in its own dtype."""
-        present = step.present
-        if present not in self._tables:
-            if len(self._tables) >= _PATTERNS:
-                self._tables.pop(next(iter(self._tables)))
-            self._tables[present] = self._table(present)
-        members, table = self._tables[present]
+        members, table = self._tables.get(step.present, self._table)
         if not members:
             return
         sources = [step.grads[member] for member in members]

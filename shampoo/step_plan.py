@@ -19,9 +19,11 @@ from shampoo.agreement import digest
 from shampoo.blocking import Tile
 from shampoo.division import Owners, Share, divide
 from shampoo.errors import BlockGridMismatchError, IncompleteCheckpointError
+from shampoo.gradients import square_limit
 from shampoo.grafting import GRAFTING
 from shampoo.hyperparameters import Geometry, Hyperparameters
 from shampoo.layout import ADAGRAD, Layout
+from shampoo.patterns import Pattern, Patterns
 from shampoo.regions import check_placements, local_tensor
 from shampoo.segments import Selection, select
 from shampoo.solver import check_method
@@ -34,7 +36,6 @@ logger = logging.getLogger(__name__)
 # stay in the last level cache between the passes over them; on a GPU launches should be few.
 CPU_SEGMENT = 1 << 20
 GPU_SEGMENT = 1 << 24
-_PATTERNS = 16  # of present gradients, whose selections are kept
 
 State = MutableMapping[Tensor, dict[str, Any]]
 Published = list[tuple[Tensor, str, Tensor]]
@@ -89,7 +90,7 @@ def check_parameter(param: Tensor, name: str) -> None:
     """Refuses what cannot be cut into blocks, naming the parameter and the remedy.
 
     Raises:
-        RuntimeError: for a complex or sharded parameter.
+        RuntimeError: for a complex or flat parameter, or a DTensor with Partial placements.
     """
     if param.is_complex():
         raise RuntimeError(
@@ -146,7 +147,7 @@ class Plan:
         self._seen: list[list[_Seen]] = []
         self._replicas = workers.replicas()
         self._workspaces: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        self._selections: dict[tuple[bool, ...], list[Selection]] = {}
+        self._selections: Patterns[list[Selection]] = Patterns()
         self._enlist(groups, state, workers, kept)
         params = self.planned(groups)
         self.holders = workers.holders([param for group in groups for param in group["params"]])
@@ -319,6 +320,14 @@ class Plan:
             for member, seen in zip(self.members, planned, strict=True)
         ]
 
+    @functools.cached_property
+    def square_limits(self) -> list[float]:
+        """For every parameter the magnitude from which its gradient cannot be squared."""
+        return [
+            square_limit(member.layout.numel, self.geometry(member).dtype)
+            for member in self.members
+        ]
+
     def params(self, groups: Sequence[dict[str, Any]]) -> list[Tensor]:
         """What this rank holds of the planned parameters, in plan order."""
         return [local_tensor(param) for param in self.planned(groups)]
@@ -361,12 +370,11 @@ class Plan:
                 groups[arena.group]["extra"]["refresh_period"] = period
                 self._selections.clear()
 
-    def select(self, present: tuple[bool, ...]) -> list[Selection]:
+    def select(self, present: Pattern) -> list[Selection]:
         """The segments of every arena in which some parameter has a gradient."""
-        if present not in self._selections:
-            if len(self._selections) >= _PATTERNS:
-                self._selections.pop(next(iter(self._selections)))
-            self._selections[present] = [
+
+        def make(present: Pattern) -> list[Selection]:
+            return [
                 select(
                     arena,
                     present,
@@ -376,7 +384,12 @@ class Plan:
                 )
                 for arena in self.arenas
             ]
-        return self._selections[present]
+
+        return self._selections.get(present, make)
+
+    def has_selected(self, present: Pattern) -> bool:
+        """Whether the segments for these gradients are there."""
+        return present in self._selections
 
     def geometry(self, member: Member) -> Geometry:
         """What decides how a parameter is cut."""

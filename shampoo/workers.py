@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from shampoo.agreement import Agreement
@@ -100,7 +101,8 @@ class Workers:
         self._ranks = dist.get_process_group_ranks(process_group) if is_part else None
         self._trainers: dict[int, int] = {}  # by how many ranks hold the parameters
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-        self._agreements: dict[tuple[int, ...], Agreement] = {}
+        self._meshes: dict[tuple[int, ...], DeviceMesh] = {}  # of one dimension, by their ranks
+        self._agreements: dict[tuple[tuple[int, ...], torch.device], Agreement] = {}
 
     @staticmethod
     def world() -> dist.ProcessGroup | None:
@@ -141,6 +143,8 @@ class Workers:
         """The ranks that divide the blocks of a parameter, after :meth:`settle_trainers`."""
         if isinstance(param, DTensor):
             team = _team_of_mesh(param)
+            if param.device_mesh.ndim == 1:
+                self._meshes[team.ranks] = param.device_mesh
             return team if not team.is_alone else Team(team.ranks, 0)
         everyone = self.replicas()
         size = self._trainers.get(everyone.size, 1)
@@ -149,8 +153,10 @@ class Workers:
 
     def holders(self, params: Sequence[Tensor]) -> Team:
         """The ranks that must step alike: all that hold parameters which this rank holds too."""
+        if self.world() is None:
+            return Team((0,), 0)
         ranks: set[int] = set()
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        rank = dist.get_rank()
         for mesh in {param.device_mesh for param in params if isinstance(param, DTensor)}:
             ranks.update(mesh.mesh.flatten().tolist())
         is_shared = self.num_trainers_per_group not in (0, 1) or self.check_replicas_every > 0
@@ -163,30 +169,51 @@ class Workers:
         """The process group of a team, made at first use: all of the team must ask for it."""
         self._forget_dead_groups()
         if team.ranks not in self._groups:
-            parent = self.process_group or self._world
-            assert parent is not None
-            if tuple(dist.get_process_group_ranks(parent)) == team.ranks:
-                self._groups[team.ranks] = parent
-            else:
-                self._groups[team.ranks] = dist.new_group(
-                    list(team.ranks),
-                    backend=dist.get_backend_config(parent),
-                    use_local_synchronization=True,
-                )
+            self._groups[team.ranks] = self._make_group(team)
         return self._groups[team.ranks]
+
+    def _make_group(self, team: Team) -> dist.ProcessGroup:
+        """A group that exists where there is one; a new one takes a name that ranks must share."""
+        parent = self.process_group or self._world
+        assert parent is not None
+        everyone = tuple(dist.get_process_group_ranks(parent))
+        if everyone == team.ranks:
+            return parent
+        mesh = self._meshes.get(team.ranks)
+        if mesh is not None:
+            own: dist.ProcessGroup = mesh.get_group()
+            if tuple(dist.get_process_group_ranks(own)) == team.ranks:
+                return own
+        backend = dist.get_backend_config(parent)
+        if parent is self._world and not team.is_sharded and len(everyone) % team.size == 0:
+            # All ranks make all of these together. Among the ranks of one alone, torch numbers
+            # groups by those that a rank is in: one that some have and others have not, say for
+            # logging on the first rank, and they would wait for each other under two names.
+            chunks = [everyone[i : i + team.size] for i in range(0, len(everyone), team.size)]
+            groups: list[dist.ProcessGroup] = [
+                dist.new_group(list(ranks), backend=backend) for ranks in chunks
+            ]
+            if team.ranks in chunks:
+                return groups[chunks.index(team.ranks)]
+        made: dist.ProcessGroup = dist.new_group(
+            list(team.ranks), backend=backend, use_local_synchronization=True
+        )
+        return made
 
     def agreement(self, holders: Team, device: torch.device) -> Agreement:
         """How the ranks that must step alike agree to."""
         self._forget_dead_groups()
-        if holders.ranks not in self._agreements:
-            self._agreements[holders.ranks] = Agreement(self.group(holders), device)
-        return self._agreements[holders.ranks]
+        key = holders.ranks, device
+        if key not in self._agreements:
+            self._agreements[key] = Agreement(self.group(holders), device)
+        return self._agreements[key]
 
     def _forget_dead_groups(self) -> None:
         world = self.world()
         if world is not self._world:
             self._world, self.process_group = world, None
             self._groups.clear()
+            self._meshes.clear()
             self._agreements.clear()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -195,6 +222,7 @@ class Workers:
             "process_group": None,
             "_world": None,
             "_groups": {},
+            "_meshes": {},
             "_agreements": {},
         }
         return {**self.__dict__, **dead}

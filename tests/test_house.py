@@ -51,6 +51,7 @@ LAYERS = {
     "regions": "",
     "workers": "agreement regions",
     # what is where
+    "patterns": "",
     "blocking": "",
     "averages": "",
     "grafting": "averages",
@@ -63,15 +64,16 @@ LAYERS = {
     "stacks": "blocking layout refresh slots workers",
     "segments": "refresh stacks",
     "replicas": "errors regions workers",
-    "step_plan": "agreement blocking division errors grafting hyperparameters layout regions"
-    " segments solver stacks workers",
+    "step_plan": "agreement blocking division errors gradients grafting hyperparameters layout"
+    " patterns regions segments solver stacks workers",
     "state_dict": "division errors hyperparameters layout stacks step_plan workers",
     "consolidation": "step_plan",
     # what travels
     "exchange": "averages hyperparameters layout ops scalars segments stacks",
-    "allgather": "agreement exchange hyperparameters ops scalars segments stacks",
+    "allgather": "agreement exchange hyperparameters ops patterns scalars segments stacks",
     "routes": "blocking regions",
-    "router": "agreement averages exchange hyperparameters ops routes scalars segments stacks",
+    "router": "agreement averages exchange hyperparameters ops patterns routes scalars segments"
+    " stacks",
     "exchanges": "allgather blocking exchange hyperparameters regions router routes stacks"
     " step_plan workers",
     # the step
@@ -83,9 +85,11 @@ LAYERS = {
     "layerwise": "exchange segments stacks",
     "advance": "agreement capture direction exchange hyperparameters layerwise ops precision"
     " refresh scalars segments stacks",
-    "persistence": "agreement capture consolidation division state_dict step_plan workers",
+    "persistence": "agreement capture consolidation division exchanges state_dict step_plan"
+    " workers",
     "optimizer": "advance agreement capture errors exchange exchanges hyperparameters"
-    " layout ops persistence proposal replicas scalars segments solver stacks step_plan workers",
+    " layout ops persistence proposal regions replicas scalars segments solver stacks step_plan"
+    " workers",
     "replay": "optimizer",
     "checkpoint": "",
     # before the step

@@ -305,7 +305,7 @@ def real_step(rank, world, replicas, arguments):
     for param in params:
         param.grad = torch.ones_like(param)
     optimizer.step()
-    [exchange] = optimizer._exchange_cache[1].values()
+    [exchange] = optimizer._exchanges.by_team.values()
     if not replicas:
         [buffer] = exchange._buffers
         own = buffer[rank].nbytes

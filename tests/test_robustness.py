@@ -1,8 +1,11 @@
 """What real programs do to an optimizer, each found by somebody trying it."""
 
+import copy
+import gc
 import math
 import pickle
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -344,3 +347,25 @@ def test_workspaces_are_as_large_as_their_own_groups_need():
     assert opt._plan is not None
     sizes = {dtype: space.numel() for (_, dtype), space in opt._plan._workspaces.items()}
     assert sizes == {torch.float32: 2 * 512 * 512, torch.float64: 2 * 64}
+
+
+def test_gradients_are_not_held_beyond_a_step():
+    params = params_of((6, 5), (5,))
+    opt = Shampoo(params, **HYPER)
+    step(params, opt, 0)
+    held = [weakref.ref(param.grad) for param in params]
+    opt.zero_grad()
+    assert [reference() for reference in held] == [None, None]
+
+
+def test_a_load_lets_go_of_the_state_before():
+    params = params_of((6, 5))
+    opt = Shampoo(params, **HYPER)
+    step(params, opt, 0)
+    [arena] = opt._plan.arenas
+    before = weakref.ref(arena)
+    saved = copy.deepcopy(opt.state_dict())
+    del arena
+    opt.load_state_dict(saved)
+    gc.collect()
+    assert before() is None

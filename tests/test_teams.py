@@ -147,3 +147,20 @@ def test_only_placements_decide_whether_a_team_is_sharded():
         for placement, is_sharded in ((Shard(0), True), (Replicate(), False)):
             param = distribute_tensor(torch.ones(8), mesh, [placement], src_data_rank=None)
             assert workers.team_of(param) == Team((0, 1, 2, 3), 2, is_sharded)
+
+
+def _step_beside_another_group(rank: int) -> float:
+    dist.new_group([0])  # for logging, say: of these ranks, only the first is in it
+    params = [Parameter(torch.ones(8, 8)) for _ in range(8)]
+    opt = Shampoo(params, num_trainers_per_group=2, lr=0.1)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    opt.step()
+    return float(params[0].detach().sum())
+
+
+def test_groups_that_only_some_ranks_are_in_do_not_part_the_others(ranks: Ranks) -> None:
+    """torch numbers the groups that ranks make among themselves by those that a rank is in."""
+    moved = ranks.returns(_step_beside_another_group, 4)
+    assert moved == [moved[0]] * 4
+    assert moved[0] < 64.0
