@@ -93,9 +93,6 @@ class Ranks:
 def _serve(connection: Connection) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    # Products of MKL depend on where a matrix lies in its batch, unless it is told not to before it
-    # is loaded. What is compared with ranks to the bit must run in such a process too.
-    os.environ["MKL_CBWR"] = "COMPATIBLE"
     import torch
     import torch.distributed as dist
 
