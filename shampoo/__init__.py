@@ -6,6 +6,7 @@ from shampoo.errors import (
     NonFiniteGradientError,
     PlanMismatchError,
     ReplicaMismatchError,
+    RootFailureError,
     ShampooDistributedError,
     ShampooError,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "PlanMismatchError",
     "Replay",
     "ReplicaMismatchError",
+    "RootFailureError",
     "Shampoo",
     "ShampooDistributedError",
     "ShampooError",

@@ -17,6 +17,7 @@ from shampoo.errors import (
     NonFiniteGradientError,
     PlanMismatchError,
     ReplicaMismatchError,
+    RootFailureError,
     ShampooDistributedError,
     ShampooError,
 )
@@ -28,7 +29,9 @@ Entry = Mapping[str, str]  # what a rank says of one parameter or group, by the 
 Result = TypeVar("Result")
 
 # Errors that keep their type on the ranks that only hear of them.
-_SHARED_ERRORS = {kind.__name__: kind for kind in (NonFiniteGradientError, ReplicaMismatchError)}
+_SHARED_ERRORS = {
+    kind.__name__: kind for kind in (NonFiniteGradientError, ReplicaMismatchError, RootFailureError)
+}
 
 
 def digest(content: str) -> int:

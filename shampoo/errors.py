@@ -27,3 +27,7 @@ class ShampooDistributedError(ShampooError):
 
 class ReplicaMismatchError(ShampooError):
     """Ranks that must hold the same bits of a parameter hold different ones."""
+
+
+class RootFailureError(ShampooError):
+    """A factor has had no valid root for more refreshes than ``max_root_failures`` allows."""

@@ -122,6 +122,7 @@ class Hyperparameters:
     grafting_eps: float
     root_method: str
     nonfinite: str
+    max_root_failures: int | None
     maximize: bool
     stochastic_rounding: bool
 
@@ -159,6 +160,7 @@ class Hyperparameters:
             grafting_eps=_number(group, "grafting_eps"),
             root_method=_root_method(group),
             nonfinite=group["nonfinite"],
+            max_root_failures=group["max_root_failures"],
             maximize=group["maximize"],
             stochastic_rounding=group["stochastic_rounding"],
         )
@@ -319,6 +321,8 @@ def _check_capturable(group: dict[str, Any]) -> None:
     _require(
         nonfinite == "skip", "nonfinite", nonfinite, f'"skip" {why}the host cannot see a gradient'
     )
+    most = group["max_root_failures"]
+    _require(most is None, "max_root_failures", most, f"None {why}the host cannot see a root")
     method = group["root_method"]
     _require(
         method != "eigh",
@@ -374,6 +378,9 @@ def _check_choices(group: dict[str, Any]) -> None:
         value = group[name]
         is_count = isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
         _require(is_count, name, value, "an integer >= 1")
+    most = group["max_root_failures"]
+    is_bound = isinstance(most, int) and not isinstance(most, bool) and most >= 0
+    _require(most is None or is_bound, "max_root_failures", most, "None or an integer >= 0")
     override = group["exponent_override"]
     powers = [override] if isinstance(override, int) else override
     is_list = isinstance(powers, (list, tuple)) and all(

@@ -93,6 +93,9 @@ class Shampoo(Persistent):
         nonfinite: what a NaN or Inf in a gradient does, or a value too large to square:
             ``"skip"`` leaves everything as it was and counts the step in ``skipped_steps``,
             ``"raise"`` raises.
+        max_root_failures: how many refreshes in a row may leave a factor without a valid root
+            before a step raises, on all ranks; None, the default, never does, and lets it keep its
+            previous root. On a GPU, every step then waits for the counts.
         refresh_schedule: ``"together"`` refreshes all roots in the same step, as the paper does;
             ``"staggered"`` spreads them over the steps of a period by cost, so that the worst step
             is close to the mean. A block then follows the grafted method until its first root, at
@@ -178,6 +181,7 @@ class Shampoo(Persistent):
         root_method: str = "auto",
         preconditioner_dtype: torch.dtype = torch.float32,
         nonfinite: str = "skip",
+        max_root_failures: int | None = None,
         refresh_schedule: str = "together",
         maximize: bool = False,
         stochastic_rounding: bool = False,
@@ -246,6 +250,8 @@ class Shampoo(Persistent):
 
         Raises:
             NonFiniteGradientError: with ``nonfinite="raise"``; nothing has changed.
+            RootFailureError: if a factor has been without a valid root for more refreshes in a row
+                than ``max_root_failures``; nothing has changed.
             PlanMismatchError: if ranks differ in parameters, gradients that are there, or
                 hyper-parameters; nothing has changed.
             ReplicaMismatchError: if ``check_replicas_every`` finds a difference; nothing has
@@ -303,6 +309,7 @@ class Shampoo(Persistent):
         values = [Hyperparameters.read(group) for group in self.param_groups]
         plan = self._current_plan()
         plan.check_methods(values)
+        plan.check_roots(values)
         params = plan.planned(self.param_groups)
         grads = local_gradients(plan.members, params)
         purpose = Purpose.of(plan, values, self._workers)

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from shampoo.agreement import digest
 from shampoo.blocking import Tile
 from shampoo.division import Owners, Share, divide
-from shampoo.errors import BlockGridMismatchError, IncompleteCheckpointError
+from shampoo.errors import BlockGridMismatchError, IncompleteCheckpointError, RootFailureError
 from shampoo.gradients import square_limit
 from shampoo.grafting import GRAFTING
 from shampoo.hyperparameters import Geometry, Hyperparameters
@@ -358,6 +358,25 @@ class Plan:
             values = hyperparameters[arena.group]
             for order in {factors.order for factors in arena.factor_stacks}:
                 check_method(values.root_method, values.root_power(order))
+
+    def check_roots(self, hyperparameters: Sequence[Hyperparameters]) -> None:
+        """Raises RootFailureError if a factor has failed for longer than its group allows."""
+        for arena in self.arenas:
+            most = hyperparameters[arena.group].max_root_failures
+            stacks = [stack for stack in arena.factor_stacks if not stack.diagonal]
+            if most is None or all(int(stack.failures.max()) <= most for stack in stacks):
+                continue
+            member, key, count = next(
+                (member, key, int(view))
+                for member, key, view in arena.views(())
+                if ".failures" in key and int(view) > most
+            )
+            raise RootFailureError(
+                f"{key.replace('failures', 'factor')} of {self.members[member].name} has had no"
+                f" valid root for {count} refreshes in a row, more than max_root_failures={most}."
+                " Load a checkpoint from before, or set max_root_failures=None to go on with the"
+                " last valid root."
+            )
 
     def assign_slots(
         self, groups: Sequence[dict[str, Any]], hyperparameters: Sequence[Hyperparameters]

@@ -291,6 +291,35 @@ def test_6_a_root_fails(ranks: Ranks, layout: str, owners: list[int]) -> None:
         assert weights == answers[0][2]
 
 
+def _lose_a_root_for_good(rank: int, layout: str, owners: list[int]) -> Any:
+    run = Run(layout, max_root_failures=2)
+    run.step(1, 2)
+    state = run.state()
+    member, factor = next(key for key in sorted(state) if key[1].endswith("factor0"))
+    if rank in owners:
+        state[member, factor][0, 0] = float("nan")
+    run.step(3, 4, 5, 6, 7)  # two refreshes fail: as many as may
+    run.step(8)
+    before = run.parts()
+    run.feed(9)
+    return *said_by(run.opt.step), before == run.parts(), run.weights()
+
+
+@pytest.mark.parametrize(
+    ("layout", "owners"), [("ddp", [1]), ("fsdp2", [1]), ("groups of 2 in 4", [1, 3])]
+)
+def test_6_too_many_failures_in_a_row_stop_all(
+    ranks: Ranks, layout: str, owners: list[int]
+) -> None:
+    answers = ranks.returns(_lose_a_root_for_good, LAYOUTS[layout].world, layout, owners)
+    for error, words, is_same, weights in answers:
+        assert error == "RootFailureError"
+        assert "factor0 of " in words
+        assert "3 refreshes in a row, more than max_root_failures=2" in words
+        assert is_same
+        assert weights == answers[0][3]
+
+
 # Rows 7, 8 and 9
 
 
