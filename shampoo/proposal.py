@@ -122,9 +122,9 @@ def propose(
     """
     if not plan.holders.is_alone and any(hyper.stochastic_rounding for hyper in step.hyper):
         raise ValueError(
-            f"Invalid stochastic_rounding=True with blocks divided among {plan.holders.size} ranks."
-            " Must be False: ranks would draw other numbers for the same weight. Or pass"
-            " num_trainers_per_group=1, so that every rank works alone."
+            f"Invalid stochastic_rounding=True where {plan.holders.size} ranks step together. Must"
+            " be False: they would draw other numbers for the same weight. Or, for parameters that"
+            " are not DTensors, pass num_trainers_per_group=1 and check_replicas_every=0."
         )
     present = [
         (member, grad, limit)

@@ -231,17 +231,11 @@ def step_together(rank: int, arguments: dict) -> None:
     Shampoo([param], max_preconditioner_dim=8, **arguments).step()
 
 
-@pytest.mark.parametrize(
-    ("name", "why"),
-    [
-        ("stochastic_rounding", "blocks are divided among 2 ranks"),
-        ("capturable", "where 2 ranks step together"),
-    ],
-)
-def test_ranks_that_step_together_are_refused(ranks, name, why):
+@pytest.mark.parametrize("name", ["stochastic_rounding", "capturable"])
+def test_ranks_that_step_together_are_refused(ranks, name):
     for error in ranks.run(step_together, 2, {name: True}):
         assert isinstance(error, ValueError)
-        assert why in str(error)
+        assert "where 2 ranks step together" in str(error)
         assert "num_trainers_per_group=1" in str(error)
     alone = {name: True, "num_trainers_per_group": 1}
     assert ranks.run(step_together, 2, alone) == [None, None]
