@@ -15,9 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shampoo import ops
 from shampoo.agreement import FAILED
-from shampoo.exchange import Exchange, Round, applied_decay, search_direction
+from shampoo.exchange import Exchange, Round, search_direction
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.patterns import Pattern, Patterns
 from shampoo.scalars import Scalars
@@ -153,17 +152,7 @@ class AllGather(Exchange):
             hyper = self.round.hyper[arena.group]
             dtype = arena.update_dtype if hyper.momentum > 0 else arena.dtype
             for part, members, tiles, ones in entries:
-                ops.update_blocks_(
-                    [self.round.params[member] for member in members],
-                    None,
-                    wide(part, arena.device, dtype),
-                    ones.to(dtype),
-                    tiles,
-                    hyper.lr,
-                    applied_decay(arena, hyper),
-                    0.0,
-                    False,
-                )
+                self.move(arena, members, wide(part, arena.device, dtype), tiles, ones)
 
     def _table(self) -> list[list[tuple[int, list[int], Tensor, Tensor]]]:
         """For every arena, the parts in which present blocks lie: members, tiles, scales of 1."""

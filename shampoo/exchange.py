@@ -91,6 +91,23 @@ class Exchange(ABC):
         """Sends the directions with this rank's word; returns the team's, once they are here."""
         return word
 
+    def move(
+        self, arena: Arena, members: Sequence[int], direction: Tensor, tiles: Tensor, ones: Tensor
+    ) -> None:
+        """W <- W - lr D for the tiles of some parameters, where D is what travelled."""
+        hyper = self.round.hyper[arena.group]
+        ops.update_blocks_(
+            [self.round.params[member] for member in members],
+            None,
+            direction,
+            ones.to(direction.dtype),
+            tiles,
+            hyper.lr,
+            applied_decay(arena, hyper),
+            0.0,
+            False,
+        )
+
     def apply(self) -> None:  # noqa: B027, directions may have been applied on delivery
         """Moves the parameters by the directions that came."""
 

@@ -20,7 +20,6 @@ from shampoo.averages import Number
 from shampoo.exchange import (
     Exchange,
     Round,
-    applied_decay,
     search_direction,
 )
 from shampoo.hyperparameters import Hyperparameters
@@ -187,17 +186,7 @@ class Router(Exchange):
         for arena, members, tiles, ones in self._table():
             hyper = self.round.hyper[arena.group]
             dtype = arena.update_dtype if hyper.momentum > 0 else arena.dtype
-            ops.update_blocks_(
-                [self.round.params[member] for member in members],
-                None,
-                wide(dtype),
-                ones.to(dtype),
-                tiles,
-                hyper.lr,
-                applied_decay(arena, hyper),
-                0.0,
-                False,
-            )
+            self.move(arena, members, wide(dtype), tiles, ones)
 
     def _table(self) -> list[tuple[Arena, list[int], Tensor, Tensor]]:
         """For every arena with present pieces here: members, tiles, scales of 1."""
