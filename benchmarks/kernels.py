@@ -152,15 +152,13 @@ def _gather(batch: int, numel: int, device: torch.device) -> Trial:
 
 
 def _moments(batch: int, numel: int, device: torch.device) -> Trial:
-    size = min(1 << 20, max(1, numel // batch))
-    runs = torch.tensor([[numel // size, size]])
-    total = numel // size * size
-    exp_avg, grad, direction = (torch.randn(total, device=device) for _ in range(3))
+    sources, tiles = _blocks(batch, numel, device)
+    total, blocks = _covered(tiles), int((tiles[:, 6] * tiles[:, 7]).sum())
+    grad, exp_avg, direction = (torch.randn(total, device=device) for _ in range(3))
+    moments = [grad, exp_avg, torch.rand(total, device=device), direction]
     scalars = (0.9, 0.1, 0.999, 1e-3, 1e-3, 1e-8, False)
-    norm = torch.empty(numel // size, device=device)
-    square = torch.rand(total, device=device)
-    arguments = [exp_avg, square, direction, norm, grad, runs, *scalars]
-    return Trial(arguments, (0, 1, 2, 3), bytes=24 * total)
+    arguments = [*moments, torch.empty(blocks, device=device), sources, tiles, 1.0, False, *scalars]
+    return Trial(arguments, (0, 1, 2, 3, 4), bytes=28 * total)
 
 
 def _update(batch: int, numel: int, device: torch.device) -> Trial:

@@ -51,10 +51,9 @@ inline std::vector<Source> sources_of(const char* name, at::TensorList tensors,
   return sources;
 }
 
-// Reads the table and checks that every box lies in its tensor and every block in `flat`.
+// Reads the table and checks that every box lies in its tensor.
 inline std::vector<Tile> tiles_of(const at::Tensor& table, const char* sources_name,
-                                  at::TensorList sources, const char* flat_name,
-                                  const at::Tensor& flat) {
+                                  at::TensorList sources) {
   check_table("tiles", table, 6);
   TORCH_CHECK(table.size(1) % 4 == 2, "tiles has ", table.size(1),
               " columns. Must be 2 + 4 * order.");
@@ -84,11 +83,26 @@ inline std::vector<Tile> tiles_of(const at::Tensor& table, const char* sources_n
     tile.ordinal = ordinal;
     blocks += tile.blocks;
     ordinal += tile.numel();
-    TORCH_CHECK(tile.offset >= 0 && tile.offset + tile.numel() <= flat.numel(), "tiles[", t,
-                "] lies at [", tile.offset, ", ", tile.offset + tile.numel(), ") but ", flat_name,
-                " has ", flat.numel(), " elements.");
     tiles.push_back(std::move(tile));
   }
+  return tiles;
+}
+
+// Checks that every block lies in a flat tensor.
+inline void check_room(const std::vector<Tile>& tiles, const char* flat_name,
+                       const at::Tensor& flat) {
+  for (size_t t = 0; t < tiles.size(); ++t) {
+    const int64_t start = tiles[t].offset, stop = start + tiles[t].numel();
+    TORCH_CHECK(start >= 0 && stop <= flat.numel(), "tiles[", t, "] lies at [", start, ", ", stop,
+                ") but ", flat_name, " has ", flat.numel(), " elements.");
+  }
+}
+
+inline std::vector<Tile> tiles_of(const at::Tensor& table, const char* sources_name,
+                                  at::TensorList sources, const char* flat_name,
+                                  const at::Tensor& flat) {
+  auto tiles = tiles_of(table, sources_name, sources);
+  check_room(tiles, flat_name, flat);
   return tiles;
 }
 
@@ -122,35 +136,28 @@ inline double number_of(const char* name, const at::Tensor& tensor) {
   return *static_cast<const double*>(tensor.const_data_ptr());
 }
 
-// Reads the table and checks that everything the kernel touches is there.
-inline std::vector<Run> runs_of(const at::Tensor& runs, const std::optional<at::Tensor>& exp_avg,
-                                const std::optional<at::Tensor>& exp_avg_sq,
-                                const std::optional<at::Tensor>& direction, const at::Tensor& norm,
-                                const at::Tensor& grad,
-                                const at::Device& device = at::kCPU) {
-  check_flat("grad", grad, device);
+// What graft_moments_ takes beside its table of gradients.
+inline std::vector<Tile> moments_of(const std::optional<at::Tensor>& grad,
+                                    const std::optional<at::Tensor>& exp_avg,
+                                    const std::optional<at::Tensor>& exp_avg_sq,
+                                    const std::optional<at::Tensor>& direction,
+                                    const at::Tensor& norm, at::TensorList sources,
+                                    const at::Tensor& tiles, bool accumulate,
+                                    const at::Device& device = at::kCPU) {
   check_flat("norm", norm, device);
-  check_table("runs", runs, 2);
-  std::vector<Run> table;
-  int64_t blocks = 0, elements = 0;
-  const int64_t* row = static_cast<const int64_t*>(runs.const_data_ptr());
-  for (int64_t r = 0; r < runs.size(0); ++r, row += runs.size(1)) {
-    TORCH_CHECK(row[0] >= 0 && row[1] > 0, "runs[", r, "] is ", row[0], " blocks of ", row[1],
-                " elements. Must be >= 0 and > 0.");
-    table.push_back({row[0], row[1]});
-    blocks += row[0];
-    elements += row[0] * row[1];
-  }
-  check_length("norm", norm, "runs", blocks);
-  check_length("grad", grad, "runs", elements);
-  const auto check_moment = [&](const char* name, const std::optional<at::Tensor>& moment) {
-    if (!moment) return;
-    check_same(name, *moment, "grad", grad);
-    check_length(name, *moment, "runs", elements);
+  auto table = tiles_of(tiles, "sources", sources);
+  const auto check = [&](const char* name, const std::optional<at::Tensor>& tensor) {
+    if (!tensor) return;
+    check_same(name, *tensor, "norm", norm);
+    check_room(table, name, *tensor);
   };
-  check_moment("exp_avg", exp_avg);
-  check_moment("exp_avg_sq", exp_avg_sq);
-  check_moment("direction", direction);
+  check("grad", grad);
+  check("exp_avg", exp_avg);
+  check("exp_avg_sq", exp_avg_sq);
+  check("direction", direction);
+  TORCH_CHECK(grad || !accumulate, "accumulate=True without a grad to add to. Give one.");
+  if (!table.empty())
+    check_length("norm", norm, "tiles", table.back().first_block + table.back().blocks);
   return table;
 }
 

@@ -30,33 +30,37 @@ void gather_blocks_live_(const at::Tensor& out, at::TensorList sources, const at
   gather_blocks_(out, sources, tiles, number_of("alpha", alpha), accumulate);
 }
 
-void graft_moments_(const std::optional<at::Tensor>& exp_avg,
+void graft_moments_(const std::optional<at::Tensor>& grad,
+                    const std::optional<at::Tensor>& exp_avg,
                     const std::optional<at::Tensor>& exp_avg_sq,
                     const std::optional<at::Tensor>& direction, const at::Tensor& norm,
-                    const at::Tensor& grad, const at::Tensor& runs, double beta1,
-                    double correction1, double beta2, double weight2, double correction2,
-                    double eps, bool normalized) {
+                    at::TensorList sources, const at::Tensor& tiles, double alpha, bool accumulate,
+                    double beta1, double correction1, double beta2, double weight2,
+                    double correction2, double eps, bool normalized) {
   const Moments moments{beta1, correction1, beta2, weight2, correction2, eps, normalized};
-  const auto table = runs_of(runs, exp_avg, exp_avg_sq, direction, norm, grad);
+  const auto table =
+      moments_of(grad, exp_avg, exp_avg_sq, direction, norm, sources, tiles, accumulate);
   check_corrections(exp_avg, exp_avg_sq, correction1, correction2);
   if (table.empty()) return;
-  with_flat(grad, [&](auto flat) {
-    with_flat(norm, [&](auto length) {
-      using Flat = decltype(flat);
-      graft_moments(pointer<Flat>(exp_avg), pointer<Flat>(exp_avg_sq), pointer<Flat>(direction),
-                    pointer<decltype(length)>(norm), const_pointer<Flat>(grad), table, moments);
-    });
+  const auto memory = sources_of("sources", sources);
+  with_flat(norm, [&](auto flat) {
+    using Flat = decltype(flat);
+    graft_moments(pointer<Flat>(grad), pointer<Flat>(exp_avg), pointer<Flat>(exp_avg_sq),
+                  pointer<Flat>(direction), pointer<Flat>(norm), memory, table, alpha, accumulate,
+                  moments);
   });
 }
 
-void graft_moments_live_(const std::optional<at::Tensor>& exp_avg,
+void graft_moments_live_(const std::optional<at::Tensor>& grad,
+                         const std::optional<at::Tensor>& exp_avg,
                          const std::optional<at::Tensor>& exp_avg_sq,
                          const std::optional<at::Tensor>& direction, const at::Tensor& norm,
-                         const at::Tensor& grad, const at::Tensor& runs, const at::Tensor& beta1,
-                         const at::Tensor& correction1, const at::Tensor& beta2,
-                         const at::Tensor& weight2, const at::Tensor& correction2, double eps,
-                         bool normalized) {
-  graft_moments_(exp_avg, exp_avg_sq, direction, norm, grad, runs, number_of("beta1", beta1),
+                         at::TensorList sources, const at::Tensor& tiles, const at::Tensor& alpha,
+                         bool accumulate, const at::Tensor& beta1, const at::Tensor& correction1,
+                         const at::Tensor& beta2, const at::Tensor& weight2,
+                         const at::Tensor& correction2, double eps, bool normalized) {
+  graft_moments_(grad, exp_avg, exp_avg_sq, direction, norm, sources, tiles,
+                 number_of("alpha", alpha), accumulate, number_of("beta1", beta1),
                  number_of("correction1", correction1), number_of("beta2", beta2),
                  number_of("weight2", weight2), number_of("correction2", correction2), eps,
                  normalized);

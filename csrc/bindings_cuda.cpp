@@ -60,34 +60,36 @@ void gather_blocks_(const at::Tensor& out, at::TensorList sources, const at::Ten
 }
 
 template <class Scalar>
-void graft_moments_(const std::optional<at::Tensor>& exp_avg,
+void graft_moments_(const std::optional<at::Tensor>& grad,
+                    const std::optional<at::Tensor>& exp_avg,
                     const std::optional<at::Tensor>& exp_avg_sq,
                     const std::optional<at::Tensor>& direction, const at::Tensor& norm,
-                    const at::Tensor& grad, const at::Tensor& runs, Given<Scalar> beta1,
-                    Given<Scalar> correction1, Given<Scalar> beta2, Given<Scalar> weight2,
-                    Given<Scalar> correction2, double eps, bool normalized) {
-  const cuda::Moments moments{number_of("beta1", beta1, grad),
-                              number_of("correction1", correction1, grad),
-                              number_of("beta2", beta2, grad),
-                              number_of("weight2", weight2, grad),
-                              number_of("correction2", correction2, grad),
+                    at::TensorList sources, const at::Tensor& tiles, Given<Scalar> alpha,
+                    bool accumulate, Given<Scalar> beta1, Given<Scalar> correction1,
+                    Given<Scalar> beta2, Given<Scalar> weight2, Given<Scalar> correction2,
+                    double eps, bool normalized) {
+  const cuda::Number factor = number_of("alpha", alpha, norm);
+  const cuda::Moments moments{number_of("beta1", beta1, norm),
+                              number_of("correction1", correction1, norm),
+                              number_of("beta2", beta2, norm),
+                              number_of("weight2", weight2, norm),
+                              number_of("correction2", correction2, norm),
                               eps,
                               normalized};
-  const auto table = runs_of(runs, exp_avg, exp_avg_sq, direction, norm, grad, grad.device());
+  const auto table = moments_of(grad, exp_avg, exp_avg_sq, direction, norm, sources, tiles,
+                                accumulate, norm.device());
   if constexpr (std::is_same_v<Scalar, double>)
     check_corrections(exp_avg, exp_avg_sq, correction1, correction2);
   if (table.empty()) return;
-  const OnDeviceOf current(grad);
+  const auto memory = sources_of("sources", sources, norm.device());
+  const OnDeviceOf current(norm);
   const at::Tensor scratch =
-      at::empty({cuda::moments_scratch(table)}, grad.options().dtype(at::kDouble));
-  with_flat(grad, [&](auto flat) {
-    with_flat(norm, [&](auto length) {
-      using Flat = decltype(flat);
-      cuda::graft_moments(pointer<Flat>(exp_avg), pointer<Flat>(exp_avg_sq),
-                          pointer<Flat>(direction), pointer<decltype(length)>(norm),
-                          const_pointer<Flat>(grad), table, moments, pointer<double>(scratch),
-                          current.stream);
-    });
+      at::empty({cuda::moments_scratch(table)}, norm.options().dtype(at::kDouble));
+  with_flat(norm, [&](auto flat) {
+    using Flat = decltype(flat);
+    cuda::graft_moments(pointer<Flat>(grad), pointer<Flat>(exp_avg), pointer<Flat>(exp_avg_sq),
+                        pointer<Flat>(direction), pointer<Flat>(norm), memory, table, factor,
+                        accumulate, moments, pointer<double>(scratch), current.stream);
   });
 }
 

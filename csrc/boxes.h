@@ -93,17 +93,22 @@ struct BoxTable {
   Box boxes[kBoxes];
   int32_t count;
 
-  // The box of a chunk.
-  __device__ __forceinline__ const Box& find(uint32_t chunk) const {
+  // The last box whose `first(box)` is `index` or less.
+  template <class First>
+  __device__ __forceinline__ int find(uint32_t index, const First& first) const {
     int low = 0, high = count;
     while (high - low > 1) {
       const int middle = (low + high) / 2;
-      if (boxes[middle].first_chunk <= chunk)
+      if (first(boxes[middle]) <= index)
         low = middle;
       else
         high = middle;
     }
-    return boxes[low];
+    return low;
+  }
+  // The box of a chunk.
+  __device__ __forceinline__ const Box& find(uint32_t chunk) const {
+    return boxes[find(chunk, [](const Box& box) { return box.first_chunk; })];
   }
 };
 static_assert(sizeof(BoxTable) <= 32000, "a launch takes 32764 bytes of arguments");

@@ -30,12 +30,6 @@ inline double fused(double a, double b, double c) {
 #endif
 }
 
-// One row of the table `runs`.
-struct Run {
-  int64_t count;
-  int64_t size;
-};
-
 struct Moments {
   double beta1, correction1, beta2, weight2, correction2, eps;
   bool normalized;
@@ -58,17 +52,19 @@ template <class Flat>
 void gather_blocks(Flat* out, const std::vector<Source>& sources, const std::vector<Tile>& tiles,
                    double alpha, bool accumulate);
 
-// `exp_avg`, `exp_avg_sq` and `direction` may be null; `direction` may be `grad`.
-template <class Flat, class Norm>
-void graft_moments(Flat* exp_avg, Flat* exp_avg_sq, Flat* direction, Norm* norm, const Flat* grad,
-                   const std::vector<Run>& runs, const Moments& moments);
+// `grad`, unless it accumulates, `exp_avg`, `exp_avg_sq` and `direction` may be null. A source may be
+// `grad` or `direction`, where its blocks lie in their places already.
+template <class Flat>
+void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction, Flat* norm,
+                   const std::vector<Source>& sources, const std::vector<Tile>& tiles,
+                   double alpha, bool accumulate, const Moments& moments);
 
 // out[i] = max |x| of source i, NaN or Inf if it holds one.
 void magnitudes(double* out, const std::vector<Source>& sources);
 
-// The Euclidean norm of every block of a run.
+// The Euclidean norm of a block.
 template <class Flat>
-void block_norms(Flat* norm, const Flat* blocks, const Run& run);
+Flat block_norm(const Flat* block, int64_t numel);
 
 // `momentum` may be null.
 template <class Flat>

@@ -67,11 +67,12 @@ void gather_blocks(Flat* out, const std::vector<Source>& sources, const std::vec
                    Number alpha, bool accumulate, uint8_t* nonfinite, Stream stream);
 
 // Doubles of scratch memory that graft_moments needs on the device.
-int64_t moments_scratch(const std::vector<Run>& runs);
+int64_t moments_scratch(const std::vector<Tile>& tiles);
 
-template <class Flat, class Norm>
-void graft_moments(Flat* exp_avg, Flat* exp_avg_sq, Flat* direction, Norm* norm, const Flat* grad,
-                   const std::vector<Run>& runs, const Moments& moments, double* scratch,
+template <class Flat>
+void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction, Flat* norm,
+                   const std::vector<Source>& sources, const std::vector<Tile>& tiles,
+                   Number alpha, bool accumulate, const Moments& moments, double* scratch,
                    Stream stream);
 
 template <class Flat>

@@ -1,48 +1,60 @@
-// Replaces lerp_, mul_, addcmul_, sqrt, div and vector_norm over flat moments: eight passes in one.
+// Replaces, for every tile, torch's strided copy_ of a gradient, and lerp_, mul_, addcmul_, sqrt, div
+// and vector_norm over flat moments: nine passes in one.
 #include <ATen/Parallel.h>
 
+#include "gather.h"
 #include "kernels.h"
 #include "squares.h"
 
 namespace shampoo {
 namespace {
 
+int64_t chunks_of(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
+
 // Blocks are cut into chunks of kChunk elements; the cut depends on the sizes alone, so neither do
 // the sums on the number of threads.
 struct Chunks {
-  const std::vector<Run>& runs;
-  std::vector<int64_t> first;  // a run: the ordinal of its first chunk; then the total
+  const std::vector<Tile>& tiles;
+  std::vector<int64_t> first;  // a tile: the ordinal of its first chunk; then the total
 
-  explicit Chunks(const std::vector<Run>& all) : runs(all), first{0} {
-    for (const Run& run : runs) first.push_back(first.back() + run.count * per_block(run));
+  explicit Chunks(const std::vector<Tile>& all) : tiles(all), first{0} {
+    for (const Tile& tile : tiles)
+      first.push_back(first.back() + tile.blocks * chunks_of(tile.block_numel));
   }
 
-  static int64_t per_block(const Run& run) { return (run.size + kChunk - 1) / kChunk; }
+  // Elements of the tiles in front of a chunk, counted through the table.
+  int64_t ordinal(int64_t chunk) const {
+    const size_t t = std::upper_bound(first.begin(), first.end(), chunk) - first.begin() - 1;
+    if (t == tiles.size()) return tiles.back().ordinal + tiles.back().numel();
+    const int64_t each = chunks_of(tiles[t].block_numel), at = chunk - first[t];
+    return tiles[t].ordinal + at / each * tiles[t].block_numel + at % each * kChunk;
+  }
 
-  // Calls `visit(chunk, block, start, count)` for the chunks with ordinals [begin, end).
+  // Calls `visit(chunk, block, ordinal, start, count)` for chunks [begin, end): `ordinal` counts
+  // elements through the table, `start` is a place in the segment.
   template <class Visit>
   void visit(int64_t begin, int64_t end, const Visit& visit) const {
-    int64_t run_block = 0, run_start = 0;
-    for (size_t r = 0; r < runs.size(); ++r) {
-      const Run& run = runs[r];
-      const int64_t each = per_block(run);
-      for (int64_t at = std::max(begin, first[r]); at < std::min(end, first[r + 1]); ++at) {
-        const int64_t block = (at - first[r]) / each, part = (at - first[r]) % each;
-        visit(at, run_block + block, run_start + block * run.size + part * kChunk,
-              std::min(kChunk, run.size - part * kChunk));
+    size_t t = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
+    for (; t < tiles.size() && first[t] < end; ++t) {
+      const Tile& tile = tiles[t];
+      const int64_t each = chunks_of(tile.block_numel);
+      for (int64_t at = std::max(begin, first[t]); at < std::min(end, first[t + 1]); ++at) {
+        const int64_t block = (at - first[t]) / each, inside = (at - first[t]) % each * kChunk;
+        const int64_t element = block * tile.block_numel + inside;
+        visit(at, tile.first_block + block, tile.ordinal + element, tile.offset + element,
+              std::min(kChunk, tile.block_numel - inside));
       }
-      run_block += run.count;
-      run_start += run.count * run.size;
     }
   }
 
   // The norm of every block from the sums of its chunks.
   template <class Norm>
   void lengths(const std::vector<double>& sums, Norm* norm) const {
-    for (size_t r = 0, chunk = 0; r < runs.size(); ++r)
-      for (int64_t block = 0; block < runs[r].count; ++block) {
+    auto next = sums.begin();
+    for (const Tile& tile : tiles)
+      for (int64_t block = 0; block < tile.blocks; ++block) {
         double sum = 0.0;
-        for (int64_t part = 0; part < per_block(runs[r]); ++part) sum += sums[chunk++];
+        for (int64_t part = chunks_of(tile.block_numel); part > 0; --part) sum += *next++;
         *norm++ = static_cast<Norm>(std::sqrt(sum));
       }
   }
@@ -113,34 +125,52 @@ void normalize(Flat* out, const Flat* grad, double length, int64_t count) {
 
 }  // namespace
 
-template <class Flat, class Norm>
-void graft_moments(Flat* exp_avg, Flat* exp_avg_sq, Flat* direction, Norm* norm, const Flat* grad,
-                   const std::vector<Run>& runs, const Moments& moments) {
-  const Chunks chunks(runs);
+template <class Flat>
+void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction, Flat* norm,
+                   const std::vector<Source>& sources, const std::vector<Tile>& tiles,
+                   double alpha, bool accumulate, const Moments& moments) {
+  const Chunks chunks(tiles);
   const int64_t total = chunks.first.back(), grain = kGrain / kChunk;
   std::vector<double> sums(total), lengths;
-  if (moments.normalized && exp_avg_sq) {
+  // Brings the gradients of chunks [begin, end) to their place, if they have one.
+  const auto gather = [&](int64_t begin, int64_t end) {
+    if (grad)
+      gather_range(grad, 0, sources, tiles, chunks.ordinal(begin), chunks.ordinal(end), alpha,
+                   accumulate);
+  };
+  // The gradient of a chunk: there, or brought to `space`.
+  const auto gathered = [&](Flat* space, int64_t ordinal, int64_t start, int64_t count) {
+    if (grad) return grad + start;
+    gather_range(space, start, sources, tiles, ordinal, ordinal + count, alpha, false);
+    return space;
+  };
+  const bool normalized = moments.normalized && exp_avg_sq;
+  if (normalized) {
     at::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
-      chunks.visit(begin, end, [&](int64_t chunk, int64_t, int64_t start, int64_t count) {
-        sums[chunk] = sum_of_squares(grad + start, count);
+      gather(begin, end);
+      alignas(64) Flat space[kChunk];
+      chunks.visit(begin, end, [&](int64_t chunk, int64_t, int64_t ordinal, int64_t start,
+                                   int64_t count) {
+        sums[chunk] = sum_of_squares(gathered(space, ordinal, start, count), count);
       });
     });
-    int64_t blocks = 0;
-    for (const Run& run : runs) blocks += run.count;
-    lengths.resize(blocks);
+    lengths.resize(tiles.back().first_block + tiles.back().blocks);
     chunks.lengths(sums, lengths.data());
   }
   const Step<Flat> step(moments);
   at::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
-    alignas(64) Flat grafted[kChunk], unit[kChunk];
-    chunks.visit(begin, end, [&](int64_t chunk, int64_t block, int64_t start, int64_t count) {
-      const Flat* raw = grad + start;
-      if (!lengths.empty()) {
-        normalize(unit, raw, lengths[block], count);
+    if (!normalized) gather(begin, end);
+    alignas(64) Flat space[kChunk], grafted[kChunk], unit[kChunk];
+    chunks.visit(begin, end, [&](int64_t chunk, int64_t block, int64_t ordinal, int64_t start,
+                                 int64_t count) {
+      const Flat* own = gathered(space, ordinal, start, count);
+      const Flat* raw = own;
+      if (normalized) {
+        normalize(unit, own, lengths[block], count);
         raw = unit;
       }
       step(grafted, exp_avg ? exp_avg + start : nullptr, exp_avg_sq ? exp_avg_sq + start : nullptr,
-           grad + start, raw, count);
+           own, raw, count);
       sums[chunk] = sum_of_squares(grafted, count);
       if (direction) std::copy_n(grafted, count, direction + start);
     });
@@ -149,29 +179,20 @@ void graft_moments(Flat* exp_avg, Flat* exp_avg_sq, Flat* direction, Norm* norm,
 }
 
 template <class Flat>
-void block_norms(Flat* norm, const Flat* blocks, const Run& run) {
-  const std::vector<Run> runs{run};
-  const Chunks chunks(runs);
-  const int64_t total = chunks.first.back();
-  std::vector<double> sums(total);
-  at::parallel_for(0, total, kGrain / kChunk, [&](int64_t begin, int64_t end) {
-    chunks.visit(begin, end, [&](int64_t chunk, int64_t, int64_t start, int64_t count) {
-      sums[chunk] = sum_of_squares(blocks + start, count);
-    });
-  });
-  chunks.lengths(sums, norm);
+Flat block_norm(const Flat* block, int64_t numel) {
+  double sum = 0.0;
+  for (int64_t start = 0; start < numel; start += kChunk)
+    sum += sum_of_squares(block + start, std::min(kChunk, numel - start));
+  return static_cast<Flat>(std::sqrt(sum));
 }
 
-template void block_norms(float*, const float*, const Run&);
-template void block_norms(double*, const double*, const Run&);
+template float block_norm(const float*, int64_t);
+template double block_norm(const double*, int64_t);
 
-#define INSTANTIATE(Flat, Norm)                                                    \
-  template void graft_moments(Flat*, Flat*, Flat*, Norm*, const Flat*,             \
-                              const std::vector<Run>&, const Moments&);
-INSTANTIATE(float, float)
-INSTANTIATE(float, double)
-INSTANTIATE(double, float)
-INSTANTIATE(double, double)
-#undef INSTANTIATE
+template void graft_moments(float*, float*, float*, float*, float*, const std::vector<Source>&,
+                            const std::vector<Tile>&, double, bool, const Moments&);
+template void graft_moments(double*, double*, double*, double*, double*,
+                            const std::vector<Source>&, const std::vector<Tile>&, double, bool,
+                            const Moments&);
 
 }  // namespace shampoo

@@ -1,8 +1,8 @@
-// Replaces lerp_, mul_, addcmul_, sqrt, div and vector_norm over flat moments: eight passes in one.
-// Norms are sums of squares in double, of 512 elements by a warp and then of those sums by another,
-// in an order that depends on the sizes alone.
+// Replaces, for every tile, torch's strided copy_ of a gradient, and lerp_, mul_, addcmul_, sqrt, div
+// and vector_norm over flat moments: nine passes in one. Norms are sums of squares in double, of 512
+// elements by a warp and then of those sums by another, in an order that follows the size of a block
+// alone: not its place, its alignment, nor what lies beside it.
 #include <algorithm>
-#include <type_traits>
 
 #include "boxes.h"
 #include "elements.h"
@@ -15,38 +15,16 @@ namespace {
 constexpr uint32_t kPart = 512;  // elements of a block that one warp moves
 constexpr uint32_t kWarps = kThreads / 32;
 
-// One row of the table `runs`; chunks and blocks count from the start of the launch.
-struct RunBox {
-  int64_t start;  // in the segment
-  int64_t size;
-  uint32_t first_chunk, first_block;
-  Divisor parts;  // of a block
+int64_t parts_of(int64_t block_numel) { return (block_numel + kPart - 1) / kPart; }
+
+// Boxes whose chunks are parts of blocks.
+struct PartTable {
+  BoxTable boxes;
+  Divisor parts[BoxTable::kBoxes];  // of a block
+  uint32_t count, blocks;           // parts and blocks of this launch
+  int64_t first_part, first_block;  // of this launch, among all
 };
-
-struct RunTable {
-  static constexpr int kRuns = 256;
-  RunBox runs[kRuns];
-  int32_t count;
-  uint32_t chunks, blocks;
-  int64_t first_chunk, first_block;  // in the segment
-
-  // The last run that starts at or before `index`.
-  template <uint32_t RunBox::*kFirst>
-  __device__ __forceinline__ const RunBox& find(uint32_t index) const {
-    int low = 0, high = count;
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      if (runs[middle].*kFirst <= index)
-        low = middle;
-      else
-        high = middle;
-    }
-    return runs[low];
-  }
-};
-static_assert(sizeof(RunTable) <= 32000, "a launch takes 32764 bytes of arguments");
-
-int64_t parts_of(const Run& run) { return (run.size + kPart - 1) / kPart; }
+static_assert(sizeof(PartTable) <= 32000, "a launch takes 32764 bytes of arguments");
 
 __device__ __forceinline__ double over_warp(double sum) {
 #pragma unroll
@@ -88,22 +66,42 @@ struct Weights {
 
 template <class Flat>
 struct Step {
-  Flat *exp_avg, *exp_avg_sq, *direction;
-  const Flat* grad;
+  Flat *grad, *exp_avg, *exp_avg_sq, *direction;
+  Number alpha;
+  bool accumulates;       // onto `grad`
+  bool is_there;          // in `grad`, gathered already
   const double* lengths;  // of the gradient's blocks, if they are to be normalized
-  double* sums;           // [chunks]
+  double* sums;           // [parts]
   Weights<Flat> weights;
   const Weights<Flat>* live;  // in their place, if not null
 
-  // Moves kCount elements from `at` on. Returns the sum of squares of D.
-  template <int kCount>
-  __device__ __forceinline__ double move(const Weights<Flat>& weights, int64_t at,
-                                         Flat length) const {
-    Flat values[kCount], avg[kCount] = {}, sq[kCount] = {};
-    load(values, grad + at);
+  // G of kCount elements, at `from` in their tensor and `at` in the segment.
+  template <int kCount, class Element>
+  __device__ __forceinline__ void gather(Flat (&values)[kCount], const Element* from, int64_t at,
+                                         Flat factor) const {
+    if (is_there) return load(values, grad + at);
+    if (factor != Flat(0)) load(values, from);  // a NaN times zero would be one
+    if (accumulates) {
+      Flat before[kCount];
+      load(before, grad + at);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) values[i] = fma(factor, values[i], before[i]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) values[i] *= factor;
+    }
+    if (grad) store(grad + at, values);
+  }
+
+  // Moves kCount elements and adds the squares of D to `sum`.
+  template <int kCount, class Element>
+  __device__ __forceinline__ void move(double& sum, const Weights<Flat>& weights,
+                                       const Element* from, int64_t at, Flat factor,
+                                       Flat length) const {
+    Flat values[kCount] = {}, avg[kCount] = {}, sq[kCount] = {};
     if (exp_avg) load(avg, exp_avg + at);
     if (exp_avg_sq) load(sq, exp_avg_sq + at);
-    double sum = 0.0;
+    gather(values, from, at, factor);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const Flat raw = !lengths ? values[i] : length > Flat(0) ? values[i] / length : Flat(0);
@@ -117,12 +115,11 @@ struct Step {
         divisor *= sqrt(sq[i] * weights.scale2) + weights.eps;
       }
       values[i] /= divisor;
-      sum += static_cast<double>(values[i]) * static_cast<double>(values[i]);
+      sum = fma(static_cast<double>(values[i]), static_cast<double>(values[i]), sum);
     }
     if (exp_avg) store(exp_avg + at, avg);
     if (exp_avg_sq) store(exp_avg_sq + at, sq);
     if (direction) store(direction + at, values);
-    return sum;
   }
 };
 
@@ -136,67 +133,78 @@ __global__ void weights_kernel(Moments moments, Weights<Flat>* to) {
 
 template <class Flat>
 __global__ void __launch_bounds__(kThreads, 3)
-    moments_kernel(const __grid_constant__ RunTable table, Step<Flat> step, bool quads) {
-  const uint32_t chunk = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (chunk >= table.chunks) return;
-  const RunBox& run = table.find<&RunBox::first_chunk>(chunk);
-  const uint32_t block = run.parts.divide(chunk - run.first_chunk);
-  const uint32_t part = chunk - run.first_chunk - block * run.parts.divisor;
-  const int64_t start = run.start + block * run.size;
-  const int64_t begin = start + static_cast<int64_t>(part) * kPart;
-  const int64_t end = min(begin + static_cast<int64_t>(kPart), start + run.size);
+    moments_kernel(const __grid_constant__ PartTable table, Step<Flat> step) {
+  const uint32_t part = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (part >= table.count) return;
+  const int which = table.boxes.find(part, [](const Box& box) { return box.first_chunk; });
+  const Box& box = table.boxes.boxes[which];
+  const Divisor& parts = table.parts[which];
+  const uint32_t block = parts.divide(part - box.first_chunk);
+  const uint32_t numel = box.block_numel.divisor, start = block * numel;
+  const uint32_t begin = start + (part - box.first_chunk - block * parts.divisor) * kPart;
+  const uint32_t end = min(begin + kPart, start + numel);
   const Flat length =
-      step.lengths
-          ? static_cast<Flat>(step.lengths[table.first_block + run.first_block + block])
-          : Flat(0);
+      step.lengths ? static_cast<Flat>(step.lengths[box.first_block + block]) : Flat(0);
   const Weights<Flat> weights = step.live ? *step.live : step.weights;
+  const Flat factor = static_cast<Flat>(read(step.alpha));
   double sum = 0.0;
-  if (quads && run.start % 4 == 0 && run.size % 4 == 0) {
-#pragma unroll 4
-    for (int64_t at = begin + 4 * lane; at < end; at += 4 * 32)
-      sum += step.template move<4>(weights, at, length);
-  } else {
-#pragma unroll 4
-    for (int64_t at = begin + lane; at < end; at += 32)
-      sum += step.template move<1>(weights, at, length);
-  }
+  with_type(box.data, box.dtype, [&](auto* data) {
+    // A lane adds up the same elements in the same order either way.
+    if (box.quads) {
+#pragma unroll 2
+      for (uint32_t at = begin + 4 * lane; at < end; at += 4 * 32)
+        step.template move<4>(sum, weights, data + box.place(at).element, box.offset + at, factor,
+                              length);
+    } else {
+      for (uint32_t quad = begin + 4 * lane; quad < end; quad += 4 * 32)
+#pragma unroll 1
+        for (uint32_t at = quad; at < min(quad + 4, end); ++at)
+          step.template move<1>(sum, weights, data + box.place(at).element, box.offset + at,
+                                factor, length);
+    }
+  });
   sum = over_warp(sum);
-  if (lane == 0) step.sums[table.first_chunk + chunk] = sum;
+  if (lane == 0) step.sums[table.first_part + part] = sum;
 }
 
 template <class Norm>
 __global__ void __launch_bounds__(kThreads)
-    lengths_kernel(const __grid_constant__ RunTable table, const double* sums, Norm* norm) {
+    lengths_kernel(const __grid_constant__ PartTable table, const double* sums, Norm* norm) {
   const uint32_t block = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (block >= table.blocks) return;
-  const RunBox& run = table.find<&RunBox::first_block>(block);
-  const double* parts = sums + table.first_chunk + run.first_chunk +
-                        static_cast<int64_t>(block - run.first_block) * run.parts.divisor;
+  const int which = table.boxes.find(block, [&](const Box& box) {
+    return static_cast<uint32_t>(box.first_block - table.first_block);
+  });
+  const Box& box = table.boxes.boxes[which];
+  const int64_t inside = table.first_block + block - box.first_block;
+  const uint32_t parts = table.parts[which].divisor;
+  const double* first = sums + table.first_part + box.first_chunk + inside * parts;
   double sum = 0.0;
-  for (uint32_t part = lane; part < run.parts.divisor; part += 32) sum += parts[part];
+  for (uint32_t part = lane; part < parts; part += 32) sum += first[part];
   sum = over_warp(sum);
   if (lane == 0) norm[table.first_block + block] = static_cast<Norm>(sqrt(sum));
 }
 
-// Calls `start(table)` for the launches that cover all runs.
+// Calls `start(table)` for the launches that cover all tiles.
 template <class Start>
-void for_each_run_table(const std::vector<Run>& runs, const Start& start) {
-  RunTable table{};
-  int64_t element = 0;
-  for (size_t begin = 0; begin < runs.size(); begin += RunTable::kRuns) {
-    const size_t end = std::min(begin + RunTable::kRuns, runs.size());
-    table.chunks = table.blocks = 0;
-    for (size_t r = begin; r < end; ++r) {
-      table.runs[r - begin] = {element, runs[r].size, table.chunks, table.blocks,
-                               Divisor::of(parts_of(runs[r]))};
-      table.chunks += static_cast<uint32_t>(runs[r].count * parts_of(runs[r]));
-      table.blocks += static_cast<uint32_t>(runs[r].count);
-      element += runs[r].count * runs[r].size;
+void for_each_part_table(const std::vector<Tile>& tiles, const std::vector<Source>& sources,
+                         bool flat_aligned, const Start& start) {
+  PartTable table{};
+  for (size_t begin = 0; begin < tiles.size(); begin += BoxTable::kBoxes) {
+    const size_t end = std::min(begin + BoxTable::kBoxes, tiles.size());
+    table.count = table.blocks = 0;
+    table.first_block = tiles[begin].first_block;
+    for (size_t t = begin; t < end; ++t) {
+      const Tile& tile = tiles[t];
+      Box& box = table.boxes.boxes[t - begin] = box_of(tile, sources[tile.source], flat_aligned);
+      const Divisor& parts = table.parts[t - begin] = Divisor::of(parts_of(tile.block_numel));
+      box.first_chunk = table.count;
+      table.count += static_cast<uint32_t>(tile.blocks) * parts.divisor;
+      table.blocks += static_cast<uint32_t>(tile.blocks);
     }
-    table.count = static_cast<int32_t>(end - begin);
-    if (table.blocks > 0) start(table);
-    table.first_chunk += table.chunks;
-    table.first_block += table.blocks;
+    table.boxes.count = static_cast<int32_t>(end - begin);
+    start(table);
+    table.first_part += table.count;
   }
 }
 
@@ -204,34 +212,33 @@ void for_each_run_table(const std::vector<Run>& runs, const Start& start) {
 
 constexpr int64_t kWeights = sizeof(Weights<double>) / sizeof(double);  // in front of the scratch
 
-int64_t moments_scratch(const std::vector<Run>& runs) {
+int64_t moments_scratch(const std::vector<Tile>& tiles) {
   int64_t doubles = kWeights;
-  for (const Run& run : runs) doubles += run.count * (parts_of(run) + 1);
+  for (const Tile& tile : tiles) doubles += tile.blocks * (parts_of(tile.block_numel) + 1);
   return doubles;
 }
 
-template <class Flat, class Norm>
-void graft_moments(Flat* exp_avg, Flat* exp_avg_sq, Flat* direction, Norm* norm, const Flat* grad,
-                   const std::vector<Run>& runs, const Moments& moments, double* scratch,
+template <class Flat>
+void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction, Flat* norm,
+                   const std::vector<Source>& sources, const std::vector<Tile>& tiles,
+                   Number alpha, bool accumulate, const Moments& moments, double* scratch,
                    Stream stream) {
   int64_t blocks = 0;
-  for (const Run& run : runs) blocks += run.count;
+  for (const Tile& tile : tiles) blocks += tile.blocks;
   double *lengths = scratch + kWeights, *sums = lengths + blocks;
   const auto move = [&](const Step<Flat>& step, auto* to) {
-    const uintptr_t memory =
-        reinterpret_cast<uintptr_t>(step.exp_avg) | reinterpret_cast<uintptr_t>(step.exp_avg_sq) |
-        reinterpret_cast<uintptr_t>(step.direction) | reinterpret_cast<uintptr_t>(step.grad);
-    const bool quads = memory % sizeof(Quad<Flat>) == 0;
+    uintptr_t memory = 0;
+    for (const Flat* flat : {step.grad, step.exp_avg, step.exp_avg_sq, step.direction})
+      memory |= reinterpret_cast<uintptr_t>(flat);
+    const bool aligned = memory % sizeof(Quad<Flat>) == 0;
     const auto blocks_for = [](uint32_t warps) { return (warps + kWarps - 1) / kWarps; };
-    for_each_run_table(runs, [&](const RunTable& table) {
-      launch(moments_kernel<Flat>, blocks_for(table.chunks), kThreads, 0, stream, table, step,
-             quads);
+    for_each_part_table(tiles, sources, aligned, [&](const PartTable& table) {
+      launch(moments_kernel<Flat>, blocks_for(table.count), kThreads, 0, stream, table, step);
       launch(lengths_kernel<std::remove_pointer_t<decltype(to)>>, blocks_for(table.blocks),
              kThreads, 0, stream, table, static_cast<const double*>(sums), to);
     });
   };
-  Step<Flat> step{};
-  step.grad = grad;
+  Step<Flat> step{grad, nullptr, nullptr, nullptr, alpha, accumulate};
   step.sums = sums;
   if (moments.beta1.live) {  // and so are the others
     auto* live = reinterpret_cast<Weights<Flat>*>(scratch);
@@ -243,8 +250,9 @@ void graft_moments(Flat* exp_avg, Flat* exp_avg_sq, Flat* direction, Norm* norm,
                                      moments.correction2.value, moments.eps);
   }
   if (moments.normalized && exp_avg_sq) {
-    move(step, lengths);  // nothing moves yet: D is the gradient
+    move(step, lengths);  // nothing but G moves yet, and D is G
     step.lengths = lengths;
+    step.is_there = grad != nullptr;  // gathering twice would add it twice
   }
   step.exp_avg = exp_avg;
   step.exp_avg_sq = exp_avg_sq;
@@ -252,14 +260,11 @@ void graft_moments(Flat* exp_avg, Flat* exp_avg_sq, Flat* direction, Norm* norm,
   move(step, norm);
 }
 
-#define INSTANTIATE(Flat, Norm)                                                \
-  template void graft_moments(Flat*, Flat*, Flat*, Norm*, const Flat*,         \
-                              const std::vector<Run>&, const Moments&, double*, \
-                              Stream);
-INSTANTIATE(float, float)
-INSTANTIATE(float, double)
-INSTANTIATE(double, float)
-INSTANTIATE(double, double)
-#undef INSTANTIATE
+template void graft_moments(float*, float*, float*, float*, float*, const std::vector<Source>&,
+                            const std::vector<Tile>&, Number, bool, const Moments&, double*,
+                            Stream);
+template void graft_moments(double*, double*, double*, double*, double*,
+                            const std::vector<Source>&, const std::vector<Tile>&, Number, bool,
+                            const Moments&, double*, Stream);
 
 }  // namespace shampoo::cuda

@@ -1,14 +1,13 @@
 """Every op in plain PyTorch: what it means, on any device.
 
-A *segment* is a run of blocks that lie one after another in flat tensors of one dtype. Three small
-CPU tables describe it:
+A *segment* is a run of blocks that lie one after another in flat tensors of one dtype. A small CPU
+table says where they come from:
 
 ``tiles`` ``[T, 2 + 4 K]`` int64, one row per tile, a tile being a grid of equal blocks of one
     tensor: ``source, offset, dims, start, grid, extent``, the last four of length K each (padded in
     front with 1, 0, 1, 1). ``dims`` is the merged shape of tensor ``source``; block ``g`` of the
     grid is the box of extent ``extent`` at ``start + g * extent`` in it, and the blocks lie in the
-    segment from element ``offset`` on, row-major in the grid.
-``runs`` ``[R, 2]`` int64: consecutive blocks of equal size, ``count, size``.
+    segment from element ``offset`` on, row-major in the grid. Blocks count through the table.
 
 Merged shapes are logical: tensors may have any strides, and are never asked for a view that can
 fail. Shapes: B blocks, d_1 .. d_o the sizes of one block. A *number* may be a 0-d float64 tensor on
@@ -77,12 +76,15 @@ def magnitudes_(out: Tensor, tensors: Sequence[Tensor]) -> None:
 
 
 def graft_moments_(
+    grad: Tensor | None,
     exp_avg: Tensor | None,
     exp_avg_sq: Tensor | None,
     direction: Tensor | None,
     norm: Tensor,
-    grad: Tensor,
-    runs: Tensor,
+    sources: Sequence[Tensor],
+    tiles: Tensor,
+    alpha: Number,
+    accumulate: bool,
     beta1: Number,
     correction1: Number,
     beta2: Number,
@@ -93,23 +95,30 @@ def graft_moments_(
 ) -> None:
     """Moves the moments by one gradient and measures the grafted direction D of every block.
 
-    ``exp_avg <- beta1 exp_avg + (1 - beta1) grad``, filtered = ``exp_avg / correction1`` (``grad``
-    where there is no ``exp_avg``); ``exp_avg_sq <- beta2 exp_avg_sq + weight2 grad^2``, of the
+    ``G <- alpha * blocks (+ grad)`` as in :func:`gather_blocks_`, and ``grad <- G`` if given;
+    ``exp_avg <- beta1 exp_avg + (1 - beta1) G``, filtered = ``exp_avg / correction1`` (``G``
+    where there is no ``exp_avg``); ``exp_avg_sq <- beta2 exp_avg_sq + weight2 G^2``, of the
     block scaled to norm 1 if ``normalized``; ``D = filtered / (sqrt(exp_avg_sq / correction2) +
     eps)`` (filtered where there is no ``exp_avg_sq``); ``norm[b] <- |D_b|``, and
-    ``direction <- D`` if given.
+    ``direction <- D`` if given. A source may be ``grad`` or ``direction`` itself, if its blocks lie
+    where they go to.
     """
-    filtered = grad
-    if exp_avg is not None:
-        share = 1.0 - beta1
-        exp_avg.lerp_(grad, share.to(grad.dtype) if isinstance(share, Tensor) else share)
-        filtered = exp_avg / correction1
-    block = start = 0
-    for count, size in runs.tolist():
+    runs = list(_runs(tiles))
+    if not runs:
+        return
+    if grad is None:
+        grad = norm.new_empty(max(start + count * size for start, count, size in runs))
+    gather_blocks_(grad, sources, tiles, alpha, accumulate)
+    block = 0
+    for start, count, size in runs:
         region = slice(start, start + count * size)
-        blocks = filtered[region].view(count, size)
+        raw = grad[region].view(count, size)
+        blocks = raw
+        if exp_avg is not None:
+            average, share = exp_avg[region].view(count, size), 1.0 - beta1
+            average.lerp_(raw, share.to(raw.dtype) if isinstance(share, Tensor) else share)
+            blocks = average / correction1
         if exp_avg_sq is not None:
-            raw = grad[region].view(count, size)
             if normalized:
                 length = torch.linalg.vector_norm(raw, dim=1, keepdim=True, dtype=torch.float64)
                 raw = torch.where(length > 0, raw / length.to(raw.dtype), torch.zeros_like(raw))
@@ -124,7 +133,22 @@ def graft_moments_(
         norm[block : block + count].copy_(length)
         if direction is not None:
             direction[region].view(count, size).copy_(blocks)
-        block, start = block + count, start + count * size
+        block += count
+
+
+def _runs(tiles: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Blocks of equal size that lie one after another, joined: start, count, size."""
+    start = count = size = 0
+    for _, offset, _, _, grid, extent in _tile_rows(tiles):
+        numel = math.prod(extent)
+        if count and (offset != start + count * size or numel != size):
+            yield start, count, size
+            count = 0
+        if not count:
+            start, size = offset, numel
+        count += math.prod(grid)
+    if count:
+        yield start, count, size
 
 
 def _unfold(blocks: Tensor, mode: int) -> Tensor:

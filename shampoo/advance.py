@@ -7,7 +7,7 @@ from torch import Tensor
 
 from shampoo import capture, layerwise, ops
 from shampoo.agreement import Attempt
-from shampoo.direction import direct
+from shampoo.direction import gradients, graft, precondition
 from shampoo.exchange import Exchange
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.precision import full_precision
@@ -26,21 +26,20 @@ def advance(
         # While a step is captured, it has not been counted.
         slot = hyper.due_slot(arena.step + int(capture.is_capturing()))
         due = [] if slot is None else selection.factors.get(slot, [])
-        if due:
-            # Roots see the factors of all blocks, so these move first. Segments share a
-            # workspace: their gradients are packed again, unless there is only one.
+        # Roots see the factors of all blocks, so these move first. Segments share a workspace: if
+        # there are several, their gradients are gathered again.
+        is_ahead = bool(due) and len(selection.segments) > 1
+        if is_ahead:
             for segment in selection.segments:
-                _gather(segment, hyper, scalars, exchange)
+                ops.gather_blocks_(segment.grad, *gradients(segment, hyper, scalars, exchange))
                 _accumulate(segment, scalars)
-            for factors in due:
-                _refresh(factors, hyper, scalars)
+            _refresh(due, hyper, scalars)
         for segment in selection.segments:
-            if not due:
-                _gather(segment, hyper, scalars, exchange)
+            graft(segment, gradients(segment, hyper, scalars, exchange), scalars)
+            if not is_ahead:
                 _accumulate(segment, scalars)
-            elif len(selection.segments) > 1:
-                _gather(segment, hyper, scalars, exchange)
-            direct(segment, hyper, scalars)
+                _refresh(due, hyper, scalars)
+            precondition(segment, hyper, scalars)
             if not arena.is_layerwise:
                 exchange.deliver(arena, segment, hyper, scalars)
 
@@ -70,13 +69,6 @@ def rescale(
             attempt.run(exchange.deliver, arena, segment, hyper, scalars)
 
 
-def _gather(segment: Segment, hyper: Hyperparameters, scalars: Scalars, exchange: Exchange) -> None:
-    """Packs a private copy of the gradients; G <- G + weight_decay W if it is coupled."""
-    exchange.gradients(segment, segment.grad, scalars.sign)
-    if hyper.coupled_decay != 0.0:
-        exchange.weights(segment, segment.grad, scalars.coupled_decay, True)
-
-
 def _accumulate(segment: Segment, scalars: Scalars) -> None:
     """A_k <- beta2 A_k + (1 - beta2) mat_k(G) mat_k(G)^T, from the raw gradient."""
     for part in segment.parts:
@@ -84,18 +76,19 @@ def _accumulate(segment: Segment, scalars: Scalars) -> None:
             ops.gram_ema_(factor, part.grad, mode, scalars.beta2, scalars.factor_weight)
 
 
-def _refresh(factors: FactorRange, hyper: Hyperparameters, scalars: Scalars) -> None:
+def _refresh(due: Sequence[FactorRange], hyper: Hyperparameters, scalars: Scalars) -> None:
     """X_k <- (A_k / c2 + ridge I)^(-1/p)."""
-    stack, rows = factors.stack, slice(factors.start, factors.stop)
-    state = stack.root[rows], stack.factor[rows], stack.failures[rows], stack.rooted[rows]
-    how: dict[str, Any] = {
-        "p": hyper.root_power(stack.order),
-        "correction": scalars.correction2,
-        "eps": hyper.eps,
-        "relative_eps": hyper.relative_eps,
-        "method": hyper.root_method,
-    }
-    if scalars.accepted is None:
-        refresh_roots_(*state, **how, pending=factors.pending)
-    else:
-        refresh_roots_on_device_(*state, scalars.accepted, **how)
+    for factors in due:
+        stack, rows = factors.stack, slice(factors.start, factors.stop)
+        state = stack.root[rows], stack.factor[rows], stack.failures[rows], stack.rooted[rows]
+        how: dict[str, Any] = {
+            "p": hyper.root_power(stack.order),
+            "correction": scalars.correction2,
+            "eps": hyper.eps,
+            "relative_eps": hyper.relative_eps,
+            "method": hyper.root_method,
+        }
+        if scalars.accepted is None:
+            refresh_roots_(*state, **how, pending=factors.pending)
+        else:
+            refresh_roots_on_device_(*state, scalars.accepted, **how)

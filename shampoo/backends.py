@@ -37,16 +37,16 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "judge_roots_": ("triton",),
 }
 
-# The argument whose dtype and size decide, by its place.
+# The argument whose dtype and size decide, by its place; the first of several that is there.
 _SUBJECT = {
-    "gather_blocks_": 0,
-    "graft_moments_": 4,
-    "update_blocks_": 2,
-    "gram_ema_": 0,
-    "precondition_": 0,
-    "minimax_root_": 0,
-    "small_root_": 0,
-    "judge_roots_": 1,
+    "gather_blocks_": (0,),
+    "graft_moments_": (0, 1, 2, 3, 4),
+    "update_blocks_": (2,),
+    "gram_ema_": (0,),
+    "precondition_": (0,),
+    "minimax_root_": (0,),
+    "small_root_": (0,),
+    "judge_roots_": (1,),
 }
 ELEMENTWISE = ("gather_blocks_", "graft_moments_", "update_blocks_")
 
@@ -163,7 +163,7 @@ def wanted(backend: str, card: str, table: Table) -> frozenset[str]:
 
 def router(op: str, backend: str, table: Table) -> Callable[[Sequence[Any]], str]:
     """:func:`choose` for the arguments of a call on a CUDA device, whether or not it takes them."""
-    place, counts = _SUBJECT[op], op in ELEMENTWISE
+    places, counts = _SUBJECT[op], op in ELEMENTWISE
 
     @functools.lru_cache(maxsize=1024)
     def remembered(dtype: torch.dtype, size: int, card: str) -> str:
@@ -171,7 +171,7 @@ def router(op: str, backend: str, table: Table) -> Callable[[Sequence[Any]], str
         return choose(op, "cuda", name, size, backend=backend, card=card, table=table)
 
     def kernel_for(arguments: Sequence[Any]) -> str:
-        subject: Tensor = arguments[place]
+        subject: Tensor = next(arguments[at] for at in places if arguments[at] is not None)
         size = subject.numel() if counts else max(subject.shape[1:], default=0)
         return remembered(subject.dtype, size, card_of(subject.device))
 

@@ -1,10 +1,13 @@
 """The search direction of a segment: moments, preconditioned gradient, grafted length."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from shampoo import ops
 from shampoo.averages import Number
+from shampoo.exchange import Exchange
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.kernels.norms import elementwise_power
 from shampoo.scalars import Scalars
@@ -13,24 +16,36 @@ from shampoo.segments import Part, Segment
 _TINY = 1e-16  # keeps the ratio of the two lengths finite where the preconditioned one is zero
 
 
-def direct(segment: Segment, hyper: Hyperparameters, scalars: Scalars) -> None:
-    """Moves the moments and leaves ``P`` in the segment, as ``scale[b] * direction``.
+# Sources, tiles, alpha, accumulate: the gradients of a segment as the ops take them.
+Gradients = tuple[Sequence[Tensor], Tensor, Number, bool]
 
-    Steps 5 and 6 of algorithm.md 1.3: ``P = D`` before ``start_preconditioning_step`` and for a
-    block without a root, else ``P = M x_1 X_1 ... x_o X_o`` with the norm of D.
+
+def gradients(
+    segment: Segment, hyper: Hyperparameters, scalars: Scalars, exchange: Exchange
+) -> Gradients:
+    """Where ``G = sign * gradient (+ weight_decay W)`` comes from (steps 1 and 2)."""
+    is_coupled = hyper.coupled_decay != 0.0
+    sources, tiles = exchange.gradients(segment)
+    if is_coupled:
+        exchange.weights(segment, segment.grad, scalars.coupled_decay, False)
+    return sources, tiles, scalars.sign, is_coupled
+
+
+def graft(segment: Segment, gradients: Gradients, scalars: Scalars) -> None:
+    """Moves the moments and measures the grafted D, in one pass over gradients and moments.
+
+    Leaves a private copy of G in the segment if there are factors to move by it, and D unless all
+    of it is about to be preconditioned.
     """
-    # The host does not know whether a step that is replayed has started, or has its roots.
-    is_known = isinstance(scalars.started, bool)
-    is_started = bool(scalars.started) if is_known else True
-    is_rooted = [is_known and is_started and part.is_rooted() for part in segment.parts]
+    has_factors = any(part.factors for part in segment.parts)
     moment = scalars.moment
     ops.graft_moments_(
+        segment.grad if has_factors or gradients[-1] else None,
         segment.moments.get("exp_avg"),
         segment.moments.get("exp_avg_sq"),
-        None if all(is_rooted) else segment.direction,
+        None if all(_are_rooted(segment, scalars)) else segment.direction,
         segment.norm,
-        segment.grad,
-        segment.runs,
+        *gradients,
         scalars.beta1,
         scalars.correction1,
         moment.beta,
@@ -40,38 +55,53 @@ def direct(segment: Segment, hyper: Hyperparameters, scalars: Scalars) -> None:
         max(moment.eps, torch.finfo(segment.grad.dtype).tiny),
         moment.normalized,
     )
+
+
+def precondition(segment: Segment, hyper: Hyperparameters, scalars: Scalars) -> None:
+    """Leaves ``P`` in the segment, as ``scale[b] * direction``.
+
+    Steps 5 and 6 of algorithm.md 1.3: ``P = D`` before ``start_preconditioning_step`` and for a
+    block without a root, else ``P = M x_1 X_1 ... x_o X_o`` with the norm of D.
+    """
     segment.scale.fill_(1.0)
-    if is_started:
-        for part, rooted in zip(segment.parts, is_rooted, strict=True):
-            _precondition(part, hyper, scalars, rooted)
-
-
-def _precondition(part: Part, hyper: Hyperparameters, scalars: Scalars, is_rooted: bool) -> None:
-    exponent = -1.0 / hyper.root_power(len(part.factors))
-    roots = [
-        _diagonal_root(factor, exponent, hyper, scalars.correction2) if root is None else root
-        for factor, root in zip(part.factors, part.roots, strict=True)
-    ]
-    # Without a root everywhere, the grafted direction must stay where a root is missing.
-    out = part.direction if is_rooted else torch.empty_like(part.direction)
-    norm = torch.empty_like(part.norm)
-    filtered = part.grad if part.exp_avg is None else part.exp_avg
-    ops.precondition_(out, norm, filtered, roots)
+    if scalars.started is False:
+        return
+    rooted = _are_rooted(segment, scalars)
+    norm = torch.empty_like(segment.norm)
+    has_root = torch.ones_like(norm, dtype=torch.bool)
+    for part, is_rooted in zip(segment.parts, rooted, strict=True):
+        # Without a root everywhere, the grafted direction must stay where a root is missing.
+        out = part.direction if is_rooted else torch.empty_like(part.direction)
+        filtered = part.grad if part.exp_avg is None else part.exp_avg
+        ops.precondition_(out, norm[part.blocks], filtered, _roots(part, hyper, scalars))
+        if not is_rooted:
+            mask = has_root[part.blocks]
+            for each in (*part.rooted, scalars.started):
+                mask &= each
+            shape = (-1, *[1] * len(part.factors))
+            part.direction.copy_(torch.where(mask.view(shape), out, part.direction))
     # The bias correction of the gradient average is a factor of the direction: it joins the scale.
     correction = scalars.correction1
     if hyper.geometry.grafting == "none":
         scale = torch.ones_like(norm).mul_(1.0 / correction)
     else:
-        scale = part.norm / (norm / correction + _TINY) / correction
-    if is_rooted:
-        part.scale.copy_(scale)
-        return
-    has_root = torch.ones_like(scale, dtype=torch.bool)
-    for mask in (*part.rooted, scalars.started):
-        has_root &= mask
-    part.scale.copy_(torch.where(has_root, scale, 1.0))
-    shape = (-1, *[1] * len(part.factors))
-    part.direction.copy_(torch.where(has_root.view(shape), out, part.direction))
+        scale = segment.norm / (norm / correction + _TINY) / correction
+    segment.scale.copy_(scale if all(rooted) else torch.where(has_root, scale, 1.0))
+
+
+def _are_rooted(segment: Segment, scalars: Scalars) -> list[bool]:
+    """By part, whether all of its blocks are known to use their roots."""
+    # The host does not know whether a step that is replayed has started, or has its roots.
+    is_started = scalars.started is True
+    return [is_started and part.is_rooted() for part in segment.parts]
+
+
+def _roots(part: Part, hyper: Hyperparameters, scalars: Scalars) -> list[Tensor]:
+    exponent = -1.0 / hyper.root_power(len(part.factors))
+    return [
+        _diagonal_root(factor, exponent, hyper, scalars.correction2) if root is None else root
+        for factor, root in zip(part.factors, part.roots, strict=True)
+    ]
 
 
 def _diagonal_root(

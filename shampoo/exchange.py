@@ -68,10 +68,13 @@ class Exchange(ABC):
     def fetch(self) -> None:  # noqa: B027, to do nothing is right where gradients are whole
         """Brings gradients to the owners of their blocks, where they do not have them."""
 
-    def gradients(self, segment: Segment, out: Tensor, sign: Number) -> None:
-        """``out <- sign G``, the gradients of a segment's blocks."""
-        sources = [self.round.grads[member] for member in segment.members]
-        ops.gather_blocks_(out, sources, segment.tiles, sign, False)
+    def gradients(self, segment: Segment) -> tuple[Sequence[Tensor], Tensor]:
+        """Where the gradients of a segment's blocks lie: tensors, and the tiles in them.
+
+        They may lie in the segment's directions, which must be gathered before others are.
+        """
+        grads = (self.round.grads[member] for member in segment.members)
+        return [grad for grad in grads if grad is not None], segment.tiles  # all of them are
 
     def weights(self, segment: Segment, out: Tensor, factor: Number, accumulate: bool) -> None:
         """``out <- factor W (+ out)``."""
@@ -159,7 +162,7 @@ def search_direction(
     momentum = segment.moments.get("momentum") if hyper.momentum > 0 else None
     direction = segment.direction.to(arena.dtype if momentum is None else momentum.dtype)
     start = block = 0
-    for count, size in segment.runs.tolist():
+    for count, size in segment.runs:
         blocks = direction[start : start + count * size].view(count, size)
         blocks.mul_(segment.scale[block : block + count, None].to(direction.dtype))
         start, block = start + count * size, block + count

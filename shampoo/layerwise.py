@@ -30,7 +30,8 @@ def measure(
         weights = segment.grad
         exchange.weights(segment, weights, 1.0, False)
         for part in segment.parts:
-            part.direction.mul_(part.scale.view(-1, *[1] * (part.direction.dim() - 1)))
+            scale = segment.scale[part.blocks]
+            part.direction.mul_(scale.view(-1, *[1] * (part.direction.dim() - 1)))
         segment.direction.add_(weights, alpha=weight_decay)
         for side, flat in enumerate((weights, segment.direction)):
             squares[side].index_copy_(0, segment.places, _block_squares(flat, segment))
@@ -52,7 +53,7 @@ def rescale(squares: Tensor, arena: Arena, segments: Sequence[Segment]) -> None:
 def _block_squares(flat: Tensor, segment: Segment) -> Tensor:
     """Squared norm of every block, [B] float64."""
     squares, start = [], 0
-    for count, size in segment.runs.tolist():
+    for count, size in segment.runs:
         blocks = flat[start : start + count * size].view(count, size)
         squares.append(torch.linalg.vector_norm(blocks, dim=1, dtype=torch.float64).square())
         start += count * size

@@ -75,10 +75,11 @@ magnitudes_ = _define(
     reference.magnitudes_,
 )
 graft_moments_ = _define_twice(
-    "graft_moments_(Tensor(a!)? exp_avg, Tensor(b!)? exp_avg_sq, Tensor(c!)? direction,"
-    " Tensor(d!) norm, Tensor grad, Tensor runs, float beta1, float correction1, float beta2,"
-    " float weight2, float correction2, float eps, bool normalized) -> ()",
-    "beta1 correction1 beta2 weight2 correction2",
+    "graft_moments_(Tensor(a!)? grad, Tensor(b!)? exp_avg, Tensor(c!)? exp_avg_sq,"
+    " Tensor(d!)? direction, Tensor(e!) norm, Tensor[] sources, Tensor tiles, float alpha,"
+    " bool accumulate, float beta1, float correction1, float beta2, float weight2,"
+    " float correction2, float eps, bool normalized) -> ()",
+    "alpha beta1 correction1 beta2 weight2 correction2",
     reference.graft_moments_,
 )
 # Not "mode" as in the reference: torch.compile would pass it by keyword to functions that have one.

@@ -137,11 +137,10 @@ class Router(Exchange):
         # No word: ranks have agreed before, and what goes wrong from here on is said in send().
         self._incoming.wire.exchange(self._group, 0)
 
-    def gradients(self, segment: Segment, out: Tensor, sign: Number) -> None:
-        """``out <- sign G``, from the pieces that came; ``out`` is the segment's."""
-        self._incoming.copies(segment, segment.grad, is_weight=False).run()
-        if sign != 1.0:
-            out.mul_(sign)
+    def gradients(self, segment: Segment) -> tuple[Sequence[Tensor], Tensor]:
+        """The pieces that came, put together where directions will be."""
+        self._incoming.copies(segment, segment.direction, is_weight=False).run()
+        return [segment.direction], segment.packed
 
     def weights(self, segment: Segment, out: Tensor, factor: Number, accumulate: bool) -> None:
         """``out <- factor W (+ out)``, with the roundings of weights that are here."""

@@ -23,8 +23,7 @@ class Part:
     grad: Tensor  # [B, d_1 .. d_o]
     direction: Tensor  # [B, d_1 .. d_o]
     exp_avg: Tensor | None  # [B, d_1 .. d_o]
-    norm: Tensor  # [B], of the grafted direction
-    scale: Tensor  # [B]
+    blocks: slice  # of those of the segment
     factors: list[Tensor]  # a mode: [B, d_k, d_k] or, diagonal, [B, d_k]
     roots: list[Tensor | None]  # a mode: [B, d_k, d_k], None where the factor is diagonal
     rooted: list[Tensor]  # a mode with a root: [B] bool
@@ -48,12 +47,13 @@ class Segment:
     placements: tuple[Placement, ...]
     members: list[int]  # parameters, in the order in which ``tiles`` numbers them
     tiles: Tensor
-    runs: Tensor
+    packed: Tensor  # tiles that lie in the memory of the segment itself
+    runs: list[tuple[int, int]]  # of equal blocks that follow one another: count, size
     owners: Tensor  # [B], for every block its parameter, by its place in the arena
     places: Tensor  # [B], for every block its place among those of all of the arena's parameters
     grad: Tensor
     direction: Tensor
-    norm: Tensor  # [B]
+    norm: Tensor  # [B], of the grafted direction
     scale: Tensor  # [B]
     moments: dict[str, Tensor]
     parts: list[Part]
@@ -121,7 +121,8 @@ def _segment(
     norm = torch.zeros(blocks, dtype=arena.dtype, device=arena.device)
     scale = torch.ones_like(norm)
     ranks = {member: rank for rank, member in enumerate(arena.members)}
-    rows, runs, owners, places, parts = [], [], [], [], []
+    numel = stop - start
+    rows, packed, runs, owners, places, parts = [], [], [], [], [], []
     block = 0
     for stack, tiles in _by_stack(run):
         count = sum(placed.tile.blocks for placed in tiles)
@@ -131,9 +132,11 @@ def _segment(
             owners += [ranks[placed.member]] * placed.tile.blocks
             base = arena.first[placed.member]
             places += [base + index for index in placed.tile.block_indices()]
-        runs.append((count, tiles[0].tile.block_numel))
-        elements = slice(tiles[0].element - start, tiles[-1].element + tiles[-1].numel - start)
-        shape, slots = (count, *stack.extent), slice(block, block + count)
+        size, at = tiles[0].tile.block_numel, tiles[0].element - start
+        runs.append((count, size))
+        packed.append([0, at, numel, at, count, size])
+        elements = slice(at, at + count * size)
+        shape = (count, *stack.extent)
         slot = tiles[0].slot
         owned = [
             (factors, slice(base + slot, base + slot + count)) for factors, base in stack.factors
@@ -144,8 +147,7 @@ def _segment(
                 grad=grad[elements].view(shape),
                 direction=direction[elements].view(shape),
                 exp_avg=None if exp_avg is None else exp_avg[elements].view(shape),
-                norm=norm[slots],
-                scale=scale[slots],
+                blocks=slice(block, block + count),
                 factors=[factors.factor[own] for factors, own in owned],
                 roots=[None if factors.diagonal else factors.root[own] for factors, own in owned],
                 rooted=[factors.rooted[own] for factors, own in owned if not factors.diagonal],
@@ -157,7 +159,8 @@ def _segment(
         tuple(placed for _, placed in run),
         members,
         torch.tensor(rows, dtype=torch.int64, device="cpu"),
-        torch.tensor(runs, dtype=torch.int64, device="cpu"),
+        torch.tensor(packed, dtype=torch.int64, device="cpu"),
+        runs,
         torch.tensor(owners, dtype=torch.int64, device=arena.device),
         torch.tensor(places, dtype=torch.int64, device=arena.device),
         grad,

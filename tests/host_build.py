@@ -97,12 +97,18 @@ class HostOps:
             _address(nonfinite),
         )
 
-    def graft_moments_(self, exp_avg, exp_avg_sq, direction, norm, grad, runs, *scalars):
+    def graft_moments_(
+        self, grad, exp_avg, exp_avg_sq, direction, norm, sources, tiles, alpha, accumulate, *rest
+    ):
+        self.module.set_order(self.backward)
         self.module.graft_moments_(
-            *map(_address, (exp_avg, exp_avg_sq, direction, norm, grad)),
-            *(tensor.dtype == torch.float64 for tensor in (grad, norm)),
-            [tuple(run) for run in runs.tolist()],
-            *_given(scalars),
+            *map(_address, (grad, exp_avg, exp_avg_sq, direction, norm)),
+            norm.dtype == torch.float64,
+            _memory(sources),
+            tiles.tolist(),
+            *_given([alpha]),
+            accumulate,
+            *_given(rest),
         )
 
     def update_blocks_(

@@ -21,12 +21,15 @@ def good_arguments() -> SimpleNamespace:
         "accumulate": False,
     }
     moments = {
+        "grad": make_flat(),
         "exp_avg": make_flat(),
         "exp_avg_sq": make_flat(),
         "direction": make_flat(),
         "norm": torch.rand(2),
-        "grad": make_flat(),
-        "runs": torch.tensor([[2, 6]]),
+        "sources": [torch.randn(4, 3)],
+        "tiles": rows,
+        "alpha": 0.5,
+        "accumulate": False,
         "beta1": 0.9,
         "correction1": 0.1,
         "beta2": 0.99,

@@ -3,6 +3,14 @@
 import pytest
 import torch
 from root_cases import Exact, fixture, spd, stack
+from test_graft_moments import (  # noqa: F401 - the same
+    test_graft_moments,
+    test_graft_moments_gathers,
+    test_graft_moments_keeps_a_nan_in_its_block,
+    test_graft_moments_may_gather_a_segment_from_itself,
+    test_graft_moments_may_write_the_direction_over_the_gradient,
+    test_graft_moments_without_a_memory_is_exact,
+)
 from test_op_numbers import (  # noqa: F401 - the same
     op,
     test_nothing_times_nan_is_nothing,
@@ -10,10 +18,6 @@ from test_op_numbers import (  # noqa: F401 - the same
 )
 from test_ops import (  # noqa: F401 - collected here too, with the fixture below
     test_gather_blocks,
-    test_graft_moments,
-    test_graft_moments_keeps_a_nan_in_its_block,
-    test_graft_moments_may_write_the_direction_over_the_gradient,
-    test_graft_moments_without_a_memory_is_exact,
     test_update_blocks,
     test_update_blocks_leaves_the_gaps_of_a_strided_parameter_alone,
 )
@@ -116,7 +120,6 @@ def test_kernels_replay_from_a_graph():
     grad = torch.randn(96, 96, device="cuda")
     weight = torch.zeros_like(grad)
     tiles = torch.tensor([[0, 0, 96, 96, 0, 0, 3, 3, 32, 32]])
-    runs = torch.tensor([[9, 1024]])
     flat, square, norm = (torch.zeros(n, device="cuda") for n in (9216, 9216, 9))
     factor = stack(3, 100, 5.0).cuda()
     root, ridge = torch.zeros_like(factor), torch.zeros(3, dtype=torch.float64, device="cuda")
@@ -124,8 +127,8 @@ def test_kernels_replay_from_a_graph():
 
     def step() -> None:
         ops.gather_blocks_(flat, [grad], tiles, 1.0, False)
-        scalars = (0.9, 1.0, 0.5, 0.5, 1.0, 1e-8, True)
-        ops.graft_moments_(None, square, flat, norm, flat, runs, *scalars)
+        scalars = (0.5, True, 0.9, 1.0, 0.5, 0.5, 1.0, 1e-8, True)
+        ops.graft_moments_(flat, None, square, None, norm, [grad], tiles, *scalars)
         ops.update_blocks_([weight], None, flat, norm, tiles, 0.1, 0.0, 0.0, False)
         ops.small_root_(root, ridge, factor, 4, 0.0, 1e-6, schedule)
 

@@ -6,6 +6,15 @@ import itertools
 import pytest
 import torch
 from host_build import HostOps
+from test_graft_moments import (  # noqa: F401 - the same
+    packed,
+    test_graft_moments,
+    test_graft_moments_gathers,
+    test_graft_moments_keeps_a_nan_in_its_block,
+    test_graft_moments_may_gather_a_segment_from_itself,
+    test_graft_moments_may_write_the_direction_over_the_gradient,
+    test_graft_moments_without_a_memory_is_exact,
+)
 from test_op_numbers import (  # noqa: F401 - the same
     NUMBERS,
     test_nothing_times_nan_is_nothing,
@@ -16,10 +25,6 @@ from test_ops import (  # noqa: F401 - collected here too, with the fixture belo
     PARAM,
     table,
     test_gather_blocks,
-    test_graft_moments,
-    test_graft_moments_keeps_a_nan_in_its_block,
-    test_graft_moments_may_write_the_direction_over_the_gradient,
-    test_graft_moments_without_a_memory_is_exact,
     test_update_blocks,
     test_update_blocks_leaves_the_gaps_of_a_strided_parameter_alone,
 )
@@ -82,29 +87,27 @@ def test_memory_that_starts_anywhere(impl, dtype, shifts):
     flat, moments = (shifted(torch.rand(numel), shifts[1]) for _ in range(2))
     expected = [tensor.clone() for tensor in (flat, moments, param)]
     scale, norm = torch.rand(len(boxes)), torch.empty(len(boxes))
-    runs = torch.tensor([[numel // 256, 256]])
     for ops, (out, square, weight) in ((impl, (flat, moments, param)), (reference, expected)):
         ops.gather_blocks_(out, [weight], tiles, 1.0, False)
         ops.graft_moments_(
-            *(None, square, out, norm[: numel // 256], out, runs),
+            *(None, None, square, out, norm, [weight], tiles, 1.0, False),
             *(0.9, 1.0, 0.5, 0.5, 1.0, 1e-8, False),
         )
         ops.update_blocks_([weight], None, out, scale, tiles, 0.1, 0.5, 0.0, False)
     torch.testing.assert_close([flat, moments, param], expected)
 
 
-@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("which", range(5))
 def test_one_moment_that_starts_elsewhere(impl, which):
-    start = [torch.randn(512), torch.rand(512), torch.full((512,), torch.nan), torch.randn(512)]
-    runs, scalars = torch.tensor([[2, 256]]), (0.9, 0.1, 0.99, 0.01, 0.01, 1e-8, False)
+    start = [torch.randn(512), torch.randn(512), torch.rand(512), torch.full((512,), torch.nan)]
+    start.append(torch.randn(512))
+    scalars = (0.5, True, 0.9, 0.1, 0.99, 0.01, 0.01, 1e-8, False)
     results = []
     for ops in (impl, reference):
-        average, square, direction, grad = (
-            shifted(tensor, int(i == which)) for i, tensor in enumerate(start)
-        )
+        *flat, source = (shifted(tensor, int(i == which)) for i, tensor in enumerate(start))
         norm = torch.full((2,), torch.nan)
-        ops.graft_moments_(average, square, direction, norm, grad, runs, *scalars)
-        results.append((average, square, direction, norm))
+        ops.graft_moments_(*flat, norm, [source], packed([(2, 256)]), *scalars)
+        results.append((*flat, norm))
     torch.testing.assert_close(*results)
 
 
@@ -121,13 +124,11 @@ def test_momentum_or_direction_that_starts_elsewhere(impl, which):
     torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("runs", [[], [[0, 5]], [[0, 5]] * 257], ids=len)
-def test_nothing_to_do_starts_nothing(impl, runs):
+def test_nothing_to_do_starts_nothing(impl):
     """A GPU refuses a launch of no blocks, and so does the emulation."""
     nothing, none = torch.empty(0), torch.empty(0, 10, dtype=torch.int64)
-    table = torch.tensor(runs, dtype=torch.int64).reshape(-1, 2)
-    scalars = (0.9, 1.0, 0.99, 0.01, 1.0, 1e-8, True)
-    impl.graft_moments_(None, nothing, None, nothing.clone(), nothing, table, *scalars)
+    scalars = (1.0, False, 0.9, 1.0, 0.99, 0.01, 1.0, 1e-8, True)
+    impl.graft_moments_(None, None, nothing, None, nothing.clone(), [], none, *scalars)
     impl.gather_blocks_(nothing, [], none, 1.0, False)
     impl.update_blocks_([], None, nothing, nothing, none, 0.1, 0.0, 0.0, False)
 
@@ -148,34 +149,38 @@ def test_more_tiles_than_one_launch_takes(impl, count):
         torch.testing.assert_close(weight, param - index * param)
 
 
-@pytest.mark.parametrize("count", [256, 257, 300])
-def test_more_runs_than_one_launch_takes(impl, count):
-    runs = torch.tensor([[1 + i % 3, 1 + i % 5] for i in range(count)])
-    numel, blocks = int(runs.prod(1).sum()), int(runs[:, 0].sum())
-    grad = torch.randn(numel)
-    norm, expected = torch.full((2, blocks), torch.nan).unbind()
-    direction = torch.full((numel,), torch.nan)
-    scalars = (0.9, 1.0, 0.99, 0.01, 1.0, 1e-8, True)
-    impl.graft_moments_(None, torch.ones(numel), direction, norm, grad, runs, *scalars)
-    want = torch.empty(numel)
-    reference.graft_moments_(None, torch.ones(numel), want, expected, grad, runs, *scalars)
-    torch.testing.assert_close((direction, norm), (want, expected))
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("count", [96, 97, 200])
+def test_more_tiles_than_one_launch_takes_with_moments(impl, count, normalized):
+    runs = [(1 + i % 3, 1 + i % 5 + 600 * (i % 50 == 0)) for i in range(count)]
+    tiles = packed(runs)
+    numel, blocks = sum(a * b for a, b in runs), sum(a for a, _ in runs)
+    source = torch.randn(numel)
+    results = []
+    for ops in (impl, reference):
+        norm = torch.full((blocks,), torch.nan)
+        (grad, direction), square = torch.full((2, numel), torch.nan), torch.ones(numel)
+        scalars = (1.0, False, 0.9, 1.0, 0.99, 0.01, 1.0, 1e-8, normalized)
+        ops.graft_moments_(grad, None, square, direction, norm, [source], tiles, *scalars)
+        results.append((grad, square, direction, norm))
+    torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("size", [512, 513, 1024, 20000])
-def test_norms_do_not_depend_on_what_lies_beside_a_block(impl, size):
-    """Not on its neighbours, nor on its alignment: the order of the sum follows its size alone."""
-    grad = torch.randn(size)
+@pytest.mark.parametrize("size", [3, 511, 512, 513, 1024, 20000])
+@pytest.mark.parametrize("flat", [torch.float32, torch.float64], ids=str)
+def test_norms_do_not_depend_on_place_alignment_or_neighbours(impl, flat, size):
+    """The order of the sum follows the size of a block alone."""
+    grad = torch.randn(size, dtype=flat)
+    scalars = (1.0, False, 0.9, 1.0, 0.99, 0.01, 1.0, 1e-8, False)
     norms = []
-    for before in (0, 4 * 300, 8 * 999):
-        flat = torch.cat([torch.randn(before), grad, torch.randn(size)])
-        runs = torch.tensor([[before // 4, 4], [2, size]])
-        norm = torch.full((before // 4 + 2,), torch.nan, dtype=torch.float64)
-        scalars = (0.9, 1.0, 0.99, 0.01, 1.0, 1e-8, False)
-        impl.graft_moments_(None, None, None, norm, flat, runs, *scalars)
-        norms.append(norm[before // 4].item())
-    assert norms[0] == norms[1] == norms[2]
-    assert norms[0] == pytest.approx(grad.double().norm().item(), rel=1e-12)
+    for before, shift in itertools.product((0, 1, 3, 10), (0, 1, 2)):
+        source = torch.cat([torch.randn(before, dtype=flat), grad, torch.randn(size, dtype=flat)])
+        tiles = packed([(before, 1), (2, size)] if before else [(2, size)])
+        norm = torch.full((before + 2,), torch.nan, dtype=flat)
+        impl.graft_moments_(*[None] * 4, norm, [shifted(source, shift)], tiles, *scalars)
+        norms.append(norm[before].item())
+    assert len(set(norms)) == 1
+    assert norms[0] == pytest.approx(grad.double().norm().item(), rel=torch.finfo(flat).eps)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

@@ -75,7 +75,7 @@ POINTS = {
     "packing for the wire": "shampoo.ops:gather_blocks_",
     "choosing blocks": "shampoo.step_plan:Plan.select",
     "a root": "shampoo.refresh:solve_",
-    "a direction": "shampoo.advance:direct",
+    "a direction": "shampoo.advance:precondition",
     "delivery": "shampoo.allgather:search_direction shampoo.router:search_direction",
 }
 

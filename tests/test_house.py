@@ -81,7 +81,7 @@ LAYERS = {
     "scalars": "averages grafting hyperparameters layout",
     "capture": "gradients hyperparameters scalars segments stacks step_plan",
     "proposal": "agreement capture errors exchange exchanges gradients regions replicas step_plan",
-    "direction": "averages hyperparameters kernels.norms ops scalars segments",
+    "direction": "averages exchange hyperparameters kernels.norms ops scalars segments",
     "layerwise": "exchange segments stacks",
     "advance": "agreement capture direction exchange hyperparameters layerwise ops precision"
     " refresh scalars segments stacks",

@@ -20,7 +20,7 @@ def impl(request):
 
 NUMBERS = {
     "gather_blocks_": ("alpha",),
-    "graft_moments_": ("beta1", "correction1", "beta2", "weight2", "correction2"),
+    "graft_moments_": ("alpha", "beta1", "correction1", "beta2", "weight2", "correction2"),
     "gram_ema_": ("beta", "weight"),
     "update_blocks_": ("lr", "weight_decay", "mu", "step"),
 }

@@ -148,85 +148,6 @@ def test_gather_blocks(impl, flat, param, layout, alpha, accumulate):
         torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
 
 
-RUNS = [(3, 2500), (2, 1), (5, 63), (1, 1024), (4, 257)]
-NUMEL = sum(count * size for count, size in RUNS)
-
-
-def moments_truth(exp_avg, exp_avg_sq, grad, beta1, c1, beta2, weight2, c2, eps, normalized):
-    """One block in float64."""
-    filtered = grad
-    if exp_avg is not None:
-        exp_avg = beta1 * exp_avg + (1 - beta1) * grad
-        filtered = exp_avg / c1
-    if exp_avg_sq is not None:
-        length = grad.square().sum().sqrt()
-        raw = grad / (length if length > 0 else 1.0) if normalized else grad
-        exp_avg_sq = beta2 * exp_avg_sq + weight2 * raw.square()
-        filtered = filtered / ((exp_avg_sq / c2).sqrt() + eps)
-    return exp_avg, exp_avg_sq, filtered
-
-
-@pytest.mark.parametrize("normalized", [False, True])
-@pytest.mark.parametrize("beta1", [0.9, 0.3, 0.0])
-@pytest.mark.parametrize("present", [*itertools.product([False, True], repeat=3)], ids=str)
-@pytest.mark.parametrize("flat", FLAT, ids=str)
-def test_graft_moments(impl, flat, present, beta1, normalized):
-    grad = torch.randn(NUMEL, dtype=flat)
-    grad[2500:5000] = 0.0  # a block without gradient
-    state = (torch.randn(NUMEL, dtype=flat), torch.rand(NUMEL, dtype=flat) + 0.1)
-    scalars = (beta1, 1 - beta1**3, 0.99, 0.01, 1 - 0.99**3, 1e-8)
-    results = []
-    for function in (impl.graft_moments_, reference.graft_moments_):
-        tensors = [*(t.clone() for t in state), torch.full((NUMEL,), torch.nan, dtype=flat)]
-        given = [t if p else None for t, p in zip(tensors, present, strict=True)]
-        norm = torch.full((15,), torch.nan, dtype=flat)
-        function(*given, norm, grad, torch.tensor(RUNS), *scalars, normalized)
-        results.append([*given, norm])
-    truth, start = ([[] for _ in range(4)]), 0
-    for size in (size for count, size in RUNS for _ in range(count)):
-        block = [
-            t[start : start + size].double() if p else None
-            for t, p in zip((*state, grad), (*present[:2], True), strict=True)
-        ]
-        moved = moments_truth(*block, *scalars, normalized)
-        for column, value in zip(truth, (*moved, moved[2].norm().reshape(1)), strict=True):
-            column.append(value)
-        start += size
-    for actual, expected, column in zip(*results, truth, strict=True):
-        if actual is not None:
-            assert_as_good(actual, expected, torch.cat(column))
-
-
-def test_graft_moments_may_write_the_direction_over_the_gradient(impl):
-    grad = torch.randn(NUMEL)
-    norms = [torch.empty(15), torch.empty(15)]
-    moments = [[torch.zeros(NUMEL), torch.ones(NUMEL)] for _ in range(2)]
-    apart, over = torch.empty(NUMEL), grad.clone()
-    scalars = (0.9, 0.1, 0.99, 0.01, 0.01, 1e-8, True)
-    impl.graft_moments_(*moments[0], apart, norms[0], grad, torch.tensor(RUNS), *scalars)
-    impl.graft_moments_(*moments[1], over, norms[1], over, torch.tensor(RUNS), *scalars)
-    torch.testing.assert_close((over, norms[1]), (apart, norms[0]), rtol=0, atol=0)
-
-
-def test_graft_moments_without_a_memory_is_exact(impl):
-    """As lerp with a weight of 1: no rounding of what was there before."""
-    grad, average, direction = torch.randn(NUMEL), torch.randn(NUMEL) * 1e4, torch.empty(NUMEL)
-    scalars = (0.0, 1.0, 0.99, 0.01, 1.0, 1e-8, False)
-    runs = torch.tensor(RUNS)
-    impl.graft_moments_(average, None, direction, torch.empty(15), grad, runs, *scalars)
-    assert torch.equal(average, grad)
-    assert torch.equal(direction, grad)
-
-
-def test_graft_moments_keeps_a_nan_in_its_block(impl):
-    grad, norm = torch.randn(NUMEL), torch.empty(15)
-    grad[0] = torch.nan
-    state = torch.zeros(NUMEL), torch.zeros(NUMEL)
-    scalars = (0.9, 0.1, 0.99, 0.01, 0.01, 1e-8, False)
-    impl.graft_moments_(*state, None, norm, grad, torch.tensor(RUNS), *scalars)
-    assert norm.isnan().tolist() == [True] + [False] * 14
-
-
 MOVES = {"plain": (0.0, False), "momentum": (0.9, False), "nesterov": (0.9, True)}
 
 
@@ -378,13 +299,15 @@ WRONG = [
     (GATHER, "tiles", change(ROW, 5, -1), r"\[-1, -1 \+ 1 \* 3\) in mode 1"),
     (GATHER, "tiles", change(ROW, 6, 0), r"\[0, 0 \+ 0 \* 2\) in mode 0"),
     (GATHER, "tiles", change(ROW, 8, 3), r"\[0, 0 \+ 2 \* 3\) in mode 0. Must lie in"),
-    (MOMENTS, "exp_avg", torch.ones(12).double(), r"exp_avg has dtype Double but grad has Float"),
-    (MOMENTS, "exp_avg_sq", torch.ones(11), r"exp_avg_sq has 11 elements but runs describes 12"),
-    (MOMENTS, "direction", torch.ones(11), r"direction has 11 elements but runs describes 12"),
-    (MOMENTS, "grad", torch.ones(11), r"grad has 11 elements but runs describes 12"),
-    (MOMENTS, "norm", torch.ones(1), r"norm has 1 elements but runs describes 2"),
-    (MOMENTS, "runs", torch.tensor([[2, 0]]), r"runs\[0\] is 2 blocks of 0 elements"),
-    (MOMENTS, "runs", torch.tensor([[-1, 2]]), r"runs\[0\] is -1 blocks of 2 elements"),
+    (MOMENTS, "exp_avg", torch.ones(12).double(), r"exp_avg has dtype Double but norm has Float"),
+    (MOMENTS, "exp_avg_sq", torch.ones(11), r"lies at \[0, 12\) but exp_avg_sq has 11 elements"),
+    (MOMENTS, "direction", torch.ones(11), r"lies at \[0, 12\) but direction has 11 elements"),
+    (MOMENTS, "grad", torch.ones(11), r"lies at \[0, 12\) but grad has 11 elements"),
+    (MOMENTS, "grad", torch.ones(24)[::2], r"grad must be one-dimensional.*strides \[2\]"),
+    (MOMENTS, "norm", torch.ones(1), r"norm has 1 elements but tiles describes 2"),
+    (MOMENTS, "norm", torch.ones(2).half(), r"norm has dtype Half. Must be float32 or"),
+    (MOMENTS, "sources", [], r"tiles\[0\] names tensor 0 but sources has 0"),
+    (MOMENTS, "sources", [torch.ones(4, 3).int()], r"sources\[0\] has dtype Int. Must be"),
     (MOMENTS, "correction1", 0.0, r"Invalid correction1=0. Must be > 0"),
     (MOMENTS, "correction2", -1.0, r"Invalid correction2=-1. Must be > 0"),
     (UPDATE, "scale", torch.ones(1), r"scale has 1 elements but tiles describes 2"),
@@ -409,6 +332,13 @@ WRONG = [
 ]  # fmt: skip
 
 
+def test_there_is_nothing_to_add_to_without_a_gradient(compiled):
+    arguments = {**good_arguments().graft_moments_, "accumulate": True}
+    compiled.graft_moments_(**arguments)
+    with pytest.raises(RuntimeError, match=r"accumulate=True without a grad"):
+        compiled.graft_moments_(**{**arguments, "grad": None})
+
+
 @pytest.mark.parametrize(("op", "argument", "value", "message"), WRONG)
 def test_a_wrong_argument_is_named_with_its_value_and_bound(compiled, op, argument, value, message):
     arguments = vars(good_arguments())[op]
@@ -419,10 +349,11 @@ def test_a_wrong_argument_is_named_with_its_value_and_bound(compiled, op, argume
 
 def test_empty_tables_do_nothing(impl):
     arguments = good_arguments()
-    tiles, runs = torch.empty(0, 6, dtype=torch.int64), torch.empty(0, 2, dtype=torch.int64)
+    tiles = torch.empty(0, 6, dtype=torch.int64)
     out, none = torch.full((3,), torch.nan), torch.empty(0)
     impl.gather_blocks_(out, [], tiles, 1.0, False)
-    impl.graft_moments_(none, none, none, none, none, runs, 0.9, 0.1, 0.9, 0.1, 0.1, 1e-8, True)
+    numbers = 1.0, False, 0.9, 0.1, 0.9, 0.1, 0.1, 1e-8, True
+    impl.graft_moments_(none, none, none, none, none, [], tiles, *numbers)
     impl.update_blocks_([], none, none, none, tiles, 0.1, 0.0, 0.9, False)
     assert out.isnan().all()
     param = arguments.update_blocks_["params"][0].clone()
@@ -434,8 +365,6 @@ def test_bits_do_not_depend_on_the_number_of_threads(compiled):
     shape = (700, 700)  # several times the grain of the kernels, in blocks that no grain divides
     tiles, boxes, numel = table([shape], 96)
     source, noise = torch.randn(shape), torch.randn(3, numel)
-    runs = torch.tensor([[len(list(group)), size] for size, group in itertools.groupby(
-        math.prod(s.stop - s.start for s in box) for _, box, _ in boxes)])  # fmt: skip
     results = []
     for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
@@ -443,7 +372,8 @@ def test_bits_do_not_depend_on_the_number_of_threads(compiled):
         exp_avg, exp_avg_sq, param = noise[1].clone(), noise[2].square(), source.clone()
         compiled.gather_blocks_(grad, [source], tiles, 0.1, True)
         compiled.graft_moments_(
-            exp_avg, exp_avg_sq, direction, norm, grad, runs, 0.9, 0.1, 0.99, 0.01, 0.1, 1e-8, True
+            *(grad, exp_avg, exp_avg_sq, direction, norm, [source], tiles, 0.1, True),
+            *(0.9, 0.1, 0.99, 0.01, 0.1, 1e-8, True),
         )
         compiled.update_blocks_([param], exp_avg, direction, norm, tiles, 0.1, 0.1, 0.9, True)
         results.append((grad, exp_avg, exp_avg_sq, direction, norm, param))

@@ -107,9 +107,9 @@ def test_graft_moments(dtype, normalized, numel):
     def run(avg: Tensor, square: Tensor, direction: Tensor, grad: Tensor) -> Results:
         flat = [t.flatten() for t in (avg, square, direction)]
         norm = grad.new_empty(len(grad))
-        runs = torch.tensor([grad.shape])
-        settings = (0.9, 0.7, 0.99, 0.01, 0.3, 1e-8, normalized)
-        ops.graft_moments_(*flat, norm, grad.flatten(), runs, *settings)
+        tiles = torch.tensor([[0, 0, grad.numel(), 0, *grad.shape]])
+        settings = (1.0, False, 0.9, 0.7, 0.99, 0.01, 0.3, 1e-8, normalized)
+        ops.graft_moments_(None, *flat, norm, [grad], tiles, *settings)
         return avg, square, direction, norm
 
     grad = torch.randn(BLOCKS, numel, dtype=dtype)

@@ -88,23 +88,20 @@ void gather_blocks_(uintptr_t out, bool is_double, const std::vector<Memory>& so
   });
 }
 
-void graft_moments_(uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t direction, uintptr_t norm,
-                    uintptr_t grad, bool is_double, bool norm_is_double,
-                    const std::vector<std::pair<int64_t, int64_t>>& rows, Given beta1,
-                    Given correction1, Given beta2, Given weight2, Given correction2, double eps,
-                    bool normalized) {
-  std::vector<Run> runs;
-  for (const auto& [count, size] : rows) runs.push_back({count, size});
-  std::vector<double> scratch(moments_scratch(runs), NAN);
+void graft_moments_(uintptr_t grad, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t direction,
+                    uintptr_t norm, bool is_double, const std::vector<Memory>& sources,
+                    const std::vector<std::vector<int64_t>>& rows, Given alpha, bool accumulate,
+                    Given beta1, Given correction1, Given beta2, Given weight2, Given correction2,
+                    double eps, bool normalized) {
+  const std::vector<Tile> tiles = tiles_of(rows);
+  std::vector<double> scratch(moments_scratch(tiles), NAN);
   const Moments moments{number_of(beta1),   number_of(correction1), number_of(beta2),
                         number_of(weight2), number_of(correction2), eps, normalized};
   with_flat(is_double, [&](auto flat) {
-    with_flat(norm_is_double, [&](auto length) {
-      using Flat = decltype(flat);
-      graft_moments(at<Flat>(exp_avg), at<Flat>(exp_avg_sq), at<Flat>(direction),
-                    at<decltype(length)>(norm), at<const Flat>(grad), runs, moments,
-                    scratch.data(), nullptr);
-    });
+    using Flat = decltype(flat);
+    graft_moments(at<Flat>(grad), at<Flat>(exp_avg), at<Flat>(exp_avg_sq), at<Flat>(direction),
+                  at<Flat>(norm), sources_of(sources), tiles, number_of(alpha), accumulate,
+                  moments, scratch.data(), nullptr);
   });
 }
 

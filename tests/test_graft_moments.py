@@ -1,0 +1,162 @@
+"""Moments, grafted directions and their norms, gathered or not, as every kernel computes them."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from test_ops import FLAT, LAYOUTS, assert_as_good, load_compiled, make, table
+
+from shampoo import ops
+from shampoo.kernels import reference
+
+
+@pytest.fixture(params=["reference", "compiled"])
+def impl(request):
+    if request.param == "reference":
+        return reference
+    load_compiled()
+    return ops
+
+
+def packed(runs):
+    """Tiles of a segment that is its own source, as ``count`` blocks of ``size`` elements."""
+    numel = sum(count * size for count, size in runs)
+    rows, start = [], 0
+    for count, size in runs:
+        rows.append([0, start, numel, start, count, size])
+        start += count * size
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 6)
+
+
+RUNS = [(3, 2500), (2, 1), (5, 63), (1, 1024), (4, 257)]
+NUMEL = sum(count * size for count, size in RUNS)
+
+
+def moments_truth(exp_avg, exp_avg_sq, grad, beta1, c1, beta2, weight2, c2, eps, normalized):
+    """One block in float64."""
+    filtered = grad
+    if exp_avg is not None:
+        exp_avg = beta1 * exp_avg + (1 - beta1) * grad
+        filtered = exp_avg / c1
+    if exp_avg_sq is not None:
+        length = grad.square().sum().sqrt()
+        raw = grad / (length if length > 0 else 1.0) if normalized else grad
+        exp_avg_sq = beta2 * exp_avg_sq + weight2 * raw.square()
+        filtered = filtered / ((exp_avg_sq / c2).sqrt() + eps)
+    return exp_avg, exp_avg_sq, filtered
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("beta1", [0.9, 0.3, 0.0])
+@pytest.mark.parametrize("present", [*itertools.product([False, True], repeat=3)], ids=str)
+@pytest.mark.parametrize("flat", FLAT, ids=str)
+def test_graft_moments(impl, flat, present, beta1, normalized):
+    grad = torch.randn(NUMEL, dtype=flat)
+    grad[2500:5000] = 0.0  # a block without gradient
+    state = (torch.randn(NUMEL, dtype=flat), torch.rand(NUMEL, dtype=flat) + 0.1)
+    scalars = (beta1, 1 - beta1**3, 0.99, 0.01, 1 - 0.99**3, 1e-8)
+    results = []
+    for function in (impl.graft_moments_, reference.graft_moments_):
+        tensors = [*(t.clone() for t in state), torch.full((NUMEL,), torch.nan, dtype=flat)]
+        given = [t if p else None for t, p in zip(tensors, present, strict=True)]
+        norm = torch.full((15,), torch.nan, dtype=flat)
+        function(None, *given, norm, [grad], packed(RUNS), 1.0, False, *scalars, normalized)
+        results.append([*given, norm])
+    truth, start = ([[] for _ in range(4)]), 0
+    for size in (size for count, size in RUNS for _ in range(count)):
+        block = [
+            t[start : start + size].double() if p else None
+            for t, p in zip((*state, grad), (*present[:2], True), strict=True)
+        ]
+        moved = moments_truth(*block, *scalars, normalized)
+        for column, value in zip(truth, (*moved, moved[2].norm().reshape(1)), strict=True):
+            column.append(value)
+        start += size
+    for actual, expected, column in zip(*results, truth, strict=True):
+        if actual is not None:
+            assert_as_good(actual, expected, torch.cat(column))
+
+
+@pytest.mark.parametrize(
+    ("alpha", "accumulate", "normalized"),
+    [(1.0, False, False), (-0.3, False, True), (0.3, True, False), (1.0, True, True)],
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("param", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("flat", FLAT, ids=str)
+def test_graft_moments_gathers(impl, flat, param, layout, alpha, accumulate, normalized):
+    """The same bits as to gather first: in ``grad``, the moments, the directions and norms."""
+    sources = [make(layout, param), make(layout, torch.float32)]
+    dims = LAYOUTS[layout][1]
+    tiles, boxes, numel = table([dims, dims], 16, skip=3)
+    start = torch.randn(5, numel, dtype=flat)
+    scalars = (0.9, 0.1, 0.99, 0.01, 0.01, 1e-8, normalized)
+    order = (tiles.shape[1] - 2) // 4
+    runs = []
+    for row in tiles.tolist():
+        grid, extent = row[2 + 2 * order : 2 + 3 * order], row[2 + 3 * order :]
+        runs.append([0, row[1], numel, row[1], math.prod(grid), math.prod(extent)])
+    results = []
+    for gathers in (True, False):
+        grad, average, square, direction, _ = start.clone().unbind()
+        square.abs_()
+        norm = torch.full((len(boxes),), torch.nan, dtype=flat)
+        blocks = sources, tiles, alpha, accumulate
+        if not gathers:
+            impl.gather_blocks_(grad, *blocks)
+            blocks = [grad], torch.tensor(runs), 1.0, False
+        impl.graft_moments_(grad, average, square, direction, norm, *blocks, *scalars)
+        results.append((grad, average, square, direction, norm))
+        if gathers and not accumulate:  # and the same without a place for it
+            _, *moments, _ = start.clone().unbind()
+            moments[1].abs_()
+            again = torch.full_like(norm, torch.nan)
+            impl.graft_moments_(None, *moments, again, *blocks, *scalars)
+            torch.testing.assert_close((*moments, again), results[0][1:], rtol=0, atol=0)
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_graft_moments_may_write_the_direction_over_the_gradient(impl):
+    grad, tiles = torch.randn(NUMEL), packed(RUNS)
+    norms = [torch.empty(15), torch.empty(15)]
+    moments = [[torch.zeros(NUMEL), torch.ones(NUMEL)] for _ in range(2)]
+    apart, over = torch.empty(NUMEL), grad.clone()
+    scalars = (-1.0, False, 0.9, 0.1, 0.99, 0.01, 0.01, 1e-8, True)
+    impl.graft_moments_(None, *moments[0], apart, norms[0], [grad], tiles, *scalars)
+    impl.graft_moments_(None, *moments[1], over, norms[1], [over], tiles, *scalars)
+    torch.testing.assert_close((over, norms[1]), (apart, norms[0]), rtol=0, atol=0)
+    assert torch.equal(moments[0][0], moments[1][0])
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_graft_moments_may_gather_a_segment_from_itself(impl, normalized):
+    grad, tiles = torch.randn(NUMEL), packed(RUNS)
+    results = []
+    for is_own in (False, True):
+        own, moments = grad.clone(), [torch.zeros(NUMEL), torch.ones(NUMEL)]
+        source, norm = own if is_own else grad, torch.empty(15)
+        scalars = (-1.0, False, 0.9, 0.1, 0.99, 0.01, 0.01, 1e-8, normalized)
+        impl.graft_moments_(own, *moments, None, norm, [source], tiles, *scalars)
+        results.append((own, *moments, norm))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert torch.equal(results[0][0], -grad)
+
+
+def test_graft_moments_without_a_memory_is_exact(impl):
+    """As lerp with a weight of 1: no rounding of what was there before."""
+    grad, average, direction = torch.randn(NUMEL), torch.randn(NUMEL) * 1e4, torch.empty(NUMEL)
+    scalars = (1.0, False, 0.0, 1.0, 0.99, 0.01, 1.0, 1e-8, False)
+    state = None, average, None, direction
+    impl.graft_moments_(*state, torch.empty(15), [grad], packed(RUNS), *scalars)
+    assert torch.equal(average, grad)
+    assert torch.equal(direction, grad)
+
+
+def test_graft_moments_keeps_a_nan_in_its_block(impl):
+    grad, norm = torch.randn(NUMEL), torch.empty(15)
+    grad[0] = torch.nan
+    state = None, torch.zeros(NUMEL), torch.zeros(NUMEL), None
+    scalars = (1.0, False, 0.9, 0.1, 0.99, 0.01, 0.01, 1e-8, False)
+    impl.graft_moments_(*state, norm, [grad], packed(RUNS), *scalars)
+    assert norm.isnan().tolist() == [True] + [False] * 14
