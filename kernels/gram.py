@@ -14,6 +14,7 @@ drops 2^-18, a negative eigenvalue larger than a relative ridge of 1e-6.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from shampoo.kernels.chip import HOPPER, INTERPRETED, capability, mirrored, triangle
+
+Number = float | Tensor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -46,14 +49,30 @@ def cut_of(size: int, dtype: torch.dtype, device: torch.device) -> Cut:
     return Cut(128, block_k, 8, 3)
 
 
-def supports(factor: Tensor, grad: Tensor, mode: int, beta: float, weight: float) -> bool:
-    """Whether :func:`gram_ema_` takes these: a full float32 factor, blocks below 2^31 elements."""
+def supports(factor: Tensor, grad: Tensor, mode: int, beta: Number, weight: Number) -> bool:
+    """Whether :func:`gram_ema_` takes these: a full float32 factor, blocks below 2^31 elements.
+
+    Both numbers of the host, or both one float64 on the device of the factor.
+    """
     return (
         factor.dim() == 3
         and factor.dtype == torch.float32
         and grad.dtype in _DTYPES
         and grad.numel() > 0
         and reach(grad) < 2**31
+        and _are_readable((beta, weight), factor.device)
+    )
+
+
+def _are_readable(numbers: Sequence[Number], device: torch.device) -> bool:
+    if not any(isinstance(number, Tensor) for number in numbers):
+        return True
+    return all(
+        isinstance(number, Tensor)
+        and number.dtype == torch.float64
+        and number.numel() == 1
+        and number.device == device
+        for number in numbers
     )
 
 
@@ -74,10 +93,20 @@ def offsets(index, after, stride_before, stride_after, LAYOUT: tl.constexpr):
 
 
 @triton.jit
+def number(given, ON_DEVICE: tl.constexpr):
+    """An argument in float32, or one in float64 behind a pointer, rounded as a launch rounds."""
+    if ON_DEVICE:
+        return tl.load(given).to(tl.float32)
+    else:
+        return given
+
+
+# Numbers on the device are cut from one tensor, 8 bytes apart: one kernel for all their places.
+@triton.jit(do_not_specialize_on_alignment=("beta", "weight"))
 def gram_ema_kernel(
     factor,  # [B, d, d] float32
     grad,  # [B, before, d, after]
-    beta,
+    beta,  # as weight float32, or if ON_DEVICE a pointer to float64
     weight,
     size,  # d
     depth,  # before * after
@@ -91,6 +120,7 @@ def gram_ema_kernel(
     stride_after,
     count,  # tiles of a factor
     LAYOUT: tl.constexpr,
+    ON_DEVICE: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -117,7 +147,12 @@ def gram_ema_kernel(
     factor += matrix * factor_stride_b
     here = factor + rows[:, None] * factor_stride_row + cols[None, :] * factor_stride_col
     inside = (rows < size)[:, None] & (cols < size)[None, :]
-    value = beta * tl.load(here, mask=inside, other=0.0) + weight * total
+    # Loaded with the tile, not before the loop: they would hold registers through it.
+    beta = number(beta, ON_DEVICE)
+    weight = number(weight, ON_DEVICE)
+    old = beta * tl.load(here, mask=inside, other=0.0)
+    # Spelled out: a compiler that may choose which product it fuses could choose by their origin.
+    value = tl.fma(weight, total, old)
     if row_tile == col_tile:
         value = mirrored(value, rows, cols)
     tl.store(here, value, mask=inside)
@@ -143,8 +178,8 @@ def gram_ema_(
     factor: Tensor,
     grad: Tensor,
     mode: int,
-    beta: float,
-    weight: float,
+    beta: Number,
+    weight: Number,
     *,
     cut: Cut | None = None,
 ) -> None:
@@ -156,8 +191,8 @@ def gram_ema_(
         factor: [B, d_k, d_k] float32, read and written.
         grad: [B, d_1 .. d_o] float32, bfloat16 or float16, any order; not copied.
         mode: k, from 0.
-        beta: Decay.
-        weight: Of the new Gram matrix.
+        beta: Decay; a float, or 0-d float64 on the device, which gives the same bits.
+        weight: Of the new Gram matrix; as ``beta``.
         cut: The tiles; by the table of :func:`cut_of` by default.
     """
     view = unfolded(grad, mode)
@@ -177,6 +212,7 @@ def gram_ema_(
         *view.stride(),
         count,
         LAYOUT=layout_of(before, after),
+        ON_DEVICE=isinstance(beta, Tensor),
         UPCAST=INTERPRETED and grad.dtype == torch.bfloat16,
         BLOCK=cut.block,
         BLOCK_K=cut.block_k,

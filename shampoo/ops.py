@@ -193,10 +193,7 @@ def _route(name: str, backend: str, table: backends.Table, kinds: Iterable[str])
     meaning, choose = _meanings[name], backends.router(name, backend, table)
     for full_name in _names[name]:
         kernels = {
-            kind: kernel(full_name, kind)
-            for kind in backends.KERNELS[name]
-            # Those in Triton take their numbers from the host.
-            if kind in kinds and (kind == "cuda" or full_name == name)
+            kind: kernel(full_name, kind) for kind in backends.KERNELS[name] if kind in kinds
         }
         if kernels:
             _routes[full_name] = _switch(kernels, meaning, choose)
@@ -228,11 +225,14 @@ def _register(full_name: str, meaning: Callable[..., None]) -> None:
 
 
 def kernel(name: str, kind: str) -> tuple[Callable[..., None], Callable[..., bool] | None]:
-    """A loaded kernel of an op and what says whether it takes arguments; None: it takes all."""
+    """A loaded kernel of an op and what says whether it takes arguments; None: it takes all.
+
+    Kernels in Triton are one function for an op and its overload.
+    """
+    base, _, overload = name.partition(".")
     if kind == "cuda":
         if name in ("minimax_root_", "small_root_"):
             return torch.ops.shampoo.cuda_small_root_.default, backends.supports_small_root
-        base, _, overload = name.partition(".")
         return getattr(getattr(torch.ops.shampoo, f"cuda_{base}"), overload or "default"), None
     from shampoo.kernels import gram, minimax_triton, precondition, probe
 
@@ -241,8 +241,8 @@ def kernel(name: str, kind: str) -> tuple[Callable[..., None], Callable[..., boo
         "precondition_": precondition,
         "minimax_root_": minimax_triton,
         "judge_roots_": probe,
-    }[name]
-    return getattr(home, name), home.supports
+    }[base]
+    return getattr(home, base), home.supports
 
 
 @functools.cache

@@ -68,7 +68,7 @@ def test_capturable_steps_are_the_ordinary_ones(variant):
         put(step, theirs, ours)
         ordinary.step()
         opt.step()
-    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)  # the factors round elsewhere
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)  # references round elsewhere
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

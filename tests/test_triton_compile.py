@@ -57,7 +57,8 @@ class Recorder:
         for place, (name, value) in enumerate(zip(names, arguments, strict=False)):
             if isinstance(value, torch.Tensor):
                 signature[name] = TYPES[value.dtype]
-                divisible = value.data_ptr() % 16 == 0
+                anywhere = self.kernel.params[place].do_not_specialize_on_alignment
+                divisible = value.data_ptr() % 16 == 0 and not anywhere
             elif isinstance(value, float):
                 signature[name], divisible = "fp32", False
             elif value == 1:  # as Triton does
@@ -82,6 +83,7 @@ def launch_everything():
         matrix, ridge = torch.empty(2, n, n), torch.empty(2).double()
         chain.minimax_root_(matrix.clone(), ridge, matrix, 4, 1e-12, 1e-6, schedule)
     ok = torch.empty(2, dtype=torch.bool)
+    live = torch.tensor([0.99, 0.01], dtype=torch.float64).unbind()
     kernels["probe"].judge_roots_(ok, matrix, matrix.clone(), ridge, 4.0)
     for dtype in (torch.float32, torch.bfloat16):
         for shape in ((2, 32, 32), (2, 64, 64), (2, 1024, 1024), (2, 8, 512, 16)):
@@ -89,8 +91,20 @@ def launch_everything():
             factors = [torch.empty(2, size, size) for size in shape[1:]]
             for mode, factor in enumerate(factors):
                 kernels["gram"].gram_ema_(factor, grad, mode, 0.99, 0.01)
+                if factor.shape[1] >= 64:  # registers are scarce
+                    kernels["gram"].gram_ema_(factor, grad, mode, *live)
             out, norm = torch.empty(shape), torch.empty(2)
             kernels["precondition"].precondition_(out, norm, grad, factors)
+
+
+def test_numbers_on_the_device_may_lie_anywhere(monkeypatch):
+    """At any multiple of 8 bytes: a kernel more could be compiled while a graph is captured."""
+    gram, launches = importlib.import_module("shampoo.kernels.gram"), {}
+    monkeypatch.setattr(gram, "gram_ema_kernel", Recorder(gram.gram_ema_kernel, launches))
+    numbers = torch.empty(3, dtype=torch.float64).unbind()
+    for beta, weight in (numbers[:2], numbers[1:], numbers[::2]):
+        gram.gram_ema_(torch.empty(2, 32, 32), torch.empty(2, 32, 8), 0, beta, weight)
+    assert len(launches) == 1
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -133,9 +147,13 @@ def test_kernels_use_tensor_cores_and_fit(chip, monkeypatch, tmp_path):
         # Tiles of fewer than 64 rows are too small for the instructions of a warp group.
         small = min(dict(constants).get(key, 64) for key in ("BLOCK", "ROWS")) < 64
         wanted = "mma.sync" if small else instruction
-        products = dict(constants).get("PRODUCTS", 3)
-        if name in TENSOR_CORES and products and wanted not in compiled.asm["ptx"]:
+        products, ptx = dict(constants).get("PRODUCTS", 3), compiled.asm["ptx"]
+        if name in TENSOR_CORES and products and wanted not in ptx:
             problems.append(("no " + wanted, *row))
+        # Numbers of the device: two conversions, then float32 as with those of the host.
+        in_double = 2 if dict(constants).get("ON_DEVICE") else 0
+        if "ON_DEVICE" in dict(constants) and len(re.findall(r"\.f64\s", ptx)) != in_double:
+            problems.append(("float64", *row))
     assert seen == {
         key
         for name in MODULES

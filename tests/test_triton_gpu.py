@@ -107,6 +107,30 @@ def test_gram_and_precondition(shape, dtype):
     assert torch.equal(norm, same)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 33), (2, 257, 64), (2, 600, 130), (2, 8, 300, 7)], ids=str)
+def test_a_graph_accumulates_by_numbers_that_moved(shape, dtype):
+    """To the bit what the same numbers from the host give."""
+    grad = torch.randn(shape, device="cuda").to(dtype)
+    numbers = torch.tensor([0.9, 0.1], dtype=torch.float64, device="cuda")
+    for mode, size in enumerate(shape[1:]):
+        # Only the kernel leaves out what is below the diagonal.
+        below = torch.full((size, size), torch.nan, device="cuda").tril(-1)
+        start = stack(1, size, 3.0).cuda().repeat(shape[0], 1, 1) + below
+        factor, graph = start.clone(), torch.cuda.CUDAGraph()
+        ops.gram_ema_(factor, grad, mode, *numbers.unbind())
+        with torch.cuda.graph(graph):
+            ops.gram_ema_(factor, grad, mode, *numbers.unbind())
+        for beta, weight in ((0.9, 0.1), (0.999, 0.3), (1.0, 0.0)):
+            numbers.copy_(torch.tensor([beta, weight], dtype=torch.float64))
+            expected = start.clone()
+            ops.gram_ema_(expected, grad, mode, beta, weight)
+            factor.copy_(start)
+            graph.replay()
+            assert factor.isfinite().all()
+            assert torch.equal(factor, expected)
+
+
 def test_the_probe_flags_failures():
     A = stack(4, 257).cuda()
     root, ridge = solve(A, 4, 1e-6)

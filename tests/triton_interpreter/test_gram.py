@@ -41,6 +41,24 @@ def test_half_precision(shape, dtype):
         check(symmetric(shape[0], size), torch.randn(shape).to(dtype), mode)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape", [(2, 1), (1, 127), (2, 63, 3), (1, 33, 65), (2, 5, 33, 7), (1, 3, 4, 35, 6)], ids=str
+)
+def test_numbers_in_memory_give_the_same_bits(shape, dtype):
+    """float64 rounded to float32 as a launch does it: 0.9 down, 0.3 up."""
+    grad = torch.randn(shape).to(dtype)
+    numbers = torch.tensor([0.9, 0.3], dtype=torch.float64).unbind()
+    for mode, size in enumerate(shape[1:]):
+        factor = symmetric(shape[0], size)
+        expected = factor.clone()
+        gram_ema_(expected, grad, mode, 0.9, 0.3, cut=CUT)
+        assert supports(factor, grad, mode, *numbers)
+        gram_ema_(factor, grad, mode, *numbers, cut=CUT)
+        assert torch.equal(factor, expected)
+    assert [number.item() for number in numbers] == [0.9, 0.3]
+
+
 @pytest.mark.parametrize("layout", ["transposed", "sliced"])
 def test_strides(layout):
     for mode, size in enumerate((33, 65)):
@@ -87,3 +105,7 @@ def test_what_is_left_to_the_reference():
     assert not supports(full[:, 0], grad, 0, 0.9, 0.1)  # a diagonal factor
     assert not supports(full.double(), grad.double(), 0, 0.9, 0.1)
     assert not supports(full, grad[:, :, :0], 0, 0.9, 0.1)
+    number = torch.tensor(0.5, dtype=torch.float64)
+    for other in (0.5, number.float(), number.repeat(2), number.to("meta")):
+        assert not supports(full, grad, 0, other, number)
+        assert not supports(full, grad, 0, number, other)
