@@ -54,7 +54,7 @@ void gather_blocks_(const at::Tensor& out, at::TensorList sources, const at::Ten
   const cuda::Number factor = number_of("alpha", alpha, out);
   const OnDeviceOf current(out);
   with_flat(out, [&](auto flat) {
-    cuda::gather_blocks(pointer<decltype(flat)>(out), memory, table, factor, accumulate, nullptr,
+    cuda::gather_blocks(pointer<decltype(flat)>(out), memory, table, factor, accumulate,
                         current.stream);
   });
 }

@@ -89,12 +89,11 @@ class HostOps:
         self.module = host_build(truncate)
         self.backward = backward
 
-    def gather_blocks_(self, out, sources, tiles, alpha, accumulate, nonfinite=None):
+    def gather_blocks_(self, out, sources, tiles, alpha, accumulate):
         double = out.dtype == torch.float64
         self.module.gather_blocks_(
             *(_address(out), double, _memory(sources), tiles.tolist(), *_given([alpha])),
             accumulate,
-            _address(nonfinite),
         )
 
     def graft_moments_(self, exp_avg, exp_avg_sq, direction, norm, grad, runs, *scalars):

@@ -80,11 +80,10 @@ void with_flat(bool is_double, const Use& use) {
 }
 
 void gather_blocks_(uintptr_t out, bool is_double, const std::vector<Memory>& sources,
-                    const std::vector<std::vector<int64_t>>& tiles, Given alpha, bool accumulate,
-                    uintptr_t nonfinite) {
+                    const std::vector<std::vector<int64_t>>& tiles, Given alpha, bool accumulate) {
   with_flat(is_double, [&](auto flat) {
     gather_blocks(at<decltype(flat)>(out), sources_of(sources), tiles_of(tiles), number_of(alpha),
-                  accumulate, at<uint8_t>(nonfinite), nullptr);
+                  accumulate, nullptr);
   });
 }
 

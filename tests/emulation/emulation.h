@@ -236,7 +236,6 @@ inline float round_sum(double sum) {
 #define gridDim emulation::grid_size
 
 using std::fma;
-using std::isfinite;
 using std::max;
 using std::min;
 using std::sqrt;
