@@ -88,6 +88,20 @@ struct Box {
   }
 };
 
+// The last of some rows that starts at or before a chunk.
+template <class Row>
+__device__ __forceinline__ const Row& row_of(const Row* rows, int count, uint32_t chunk) {
+  int low = 0, high = count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (rows[middle].first_chunk <= chunk)
+      low = middle;
+    else
+      high = middle;
+  }
+  return rows[low];
+}
+
 struct BoxTable {
   static constexpr int kBoxes = 96;
   Box boxes[kBoxes];
@@ -95,15 +109,7 @@ struct BoxTable {
 
   // The box of a chunk.
   __device__ __forceinline__ const Box& find(uint32_t chunk) const {
-    int low = 0, high = count;
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      if (boxes[middle].first_chunk <= chunk)
-        low = middle;
-      else
-        high = middle;
-    }
-    return boxes[low];
+    return row_of(boxes, count, chunk);
   }
 };
 static_assert(sizeof(BoxTable) <= 32000, "a launch takes 32764 bytes of arguments");

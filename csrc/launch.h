@@ -65,6 +65,9 @@ template <class Flat>
 void gather_blocks(Flat* out, const std::vector<Source>& sources, const std::vector<Tile>& tiles,
                    Number alpha, bool accumulate, Stream stream);
 
+// As in kernels.h.
+void magnitudes(double* out, const std::vector<Source>& sources, Stream stream);
+
 // Doubles of scratch memory that graft_moments needs on the device.
 int64_t moments_scratch(const std::vector<Run>& runs);
 

@@ -96,6 +96,10 @@ class HostOps:
             accumulate,
         )
 
+    def magnitudes_(self, out, tensors):
+        self.module.set_order(self.backward)
+        self.module.magnitudes_(_address(out), _memory(tensors))
+
     def graft_moments_(self, exp_avg, exp_avg_sq, direction, norm, grad, runs, *scalars):
         self.module.graft_moments_(
             *map(_address, (exp_avg, exp_avg_sq, direction, norm, grad)),

@@ -87,6 +87,10 @@ void gather_blocks_(uintptr_t out, bool is_double, const std::vector<Memory>& so
   });
 }
 
+void magnitudes_(uintptr_t out, const std::vector<Memory>& tensors) {
+  magnitudes(at<double>(out), sources_of(tensors), nullptr);
+}
+
 void graft_moments_(uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t direction, uintptr_t norm,
                     uintptr_t grad, bool is_double, bool norm_is_double,
                     const std::vector<std::pair<int64_t, int64_t>>& rows, Given beta1,
@@ -133,6 +137,7 @@ PYBIND11_MODULE(EMULATION_NAME, module) {
   });
   module.def("small_root_", &small_root_);
   module.def("gather_blocks_", &gather_blocks_);
+  module.def("magnitudes_", &magnitudes_);
   module.def("graft_moments_", &graft_moments_);
   module.def("update_blocks_", &update_blocks_);
   module.def("random_words", &random_words);
