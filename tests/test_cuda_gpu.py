@@ -128,6 +128,16 @@ def test_magnitudes_of_many_tensors(dtype):
     assert found.tolist() == [tensor.abs().max().item() for tensor in tensors]
 
 
+def test_magnitudes_of_more_elements_than_32_bits_count():
+    """Rows that overlap, so that the memory is short: the ends are read once."""
+    memory = torch.zeros((1 << 16) + (1 << 16), device="cuda")
+    memory[-1] = -2.0
+    tensor = memory.as_strided(((1 << 16) + 1, 1 << 16), (1, 1))
+    found = torch.full((1,), torch.nan, dtype=torch.float64, device="cuda")
+    ops.magnitudes_(found, [tensor])
+    assert found.tolist() == [2.0]
+
+
 def test_magnitudes_on_two_devices():
     tensors = [torch.full((3,), -2.0, device="cuda"), torch.ones(5)]
     for tensors_in_order in (tensors, tensors[::-1]):
