@@ -18,6 +18,7 @@ from shampoo.schedule import minimax_schedule
 
 REFERENCES: dict[str, Callable[..., None]] = {
     "gather_blocks_": reference.gather_blocks_,
+    "magnitudes_": reference.magnitudes_,
     "graft_moments_": reference.graft_moments_,
     "update_blocks_": reference.update_blocks_,
     "gram_ema_": reference.gram_ema_,
@@ -38,7 +39,8 @@ class Trial(NamedTuple):
 
     ``outputs`` are the places of what is written; ``flops`` are those of the products, which
     kernels for a GPU take ``passes`` times in ``unit``, a type of ``roofline.MATMULS``.
-    ``library`` is the same products by cuBLAS alone, without what is fused around them.
+    ``library`` is the same products by cuBLAS alone, without what is fused around them; of other
+    ops one call of torch's over as much memory.
     """
 
     arguments: list[Any]
@@ -151,6 +153,18 @@ def _gather(batch: int, numel: int, device: torch.device) -> Trial:
     )
 
 
+def _magnitudes(batch: int, numel: int, device: torch.device) -> Trial:
+    together = torch.randn(numel, device=device)
+    tensors = [*together.chunk(8 * batch)]  # as many as a model has
+    out = torch.empty(len(tensors), dtype=torch.float64, device=device)
+    return Trial(
+        [out, tensors],
+        (0,),
+        bytes=4 * numel,
+        library=lambda: torch.linalg.vector_norm(together, torch.inf),
+    )
+
+
 def _moments(batch: int, numel: int, device: torch.device) -> Trial:
     sources, tiles = _blocks(batch, numel, device)
     total, blocks = _covered(tiles), int((tiles[:, 6] * tiles[:, 7]).sum())
@@ -175,6 +189,7 @@ TRIALS: dict[str, Callable[[int, int, torch.device], Trial]] = {
     "minimax_root_": _root,
     "judge_roots_": _judge,
     "gather_blocks_": _gather,
+    "magnitudes_": _magnitudes,
     "graft_moments_": _moments,
     "update_blocks_": _update,
 }

@@ -39,7 +39,7 @@ USUAL = 45.0
 _STACKS = ((1024, 64), (128, 512), (512, 128), (256, 256), (64, 512), (2048, 16))  # (n, batch)
 _ELEMENTS = (1 << 24, 1 << 20, 1 << 27)
 _PRODUCTS = ("gram_ema_", "precondition_", "minimax_root_", "judge_roots_")
-_FLAT = ("gather_blocks_", "graft_moments_", "update_blocks_")
+_FLAT = ("gather_blocks_", "magnitudes_", "graft_moments_", "update_blocks_")
 _SMALL = {"stacks": ((48, 2), (32, 2)), "elements": (1 << 14,), "factor": 16}
 
 

@@ -169,6 +169,19 @@ inline void check_corrections(const std::optional<at::Tensor>& exp_avg,
   if (exp_avg_sq) check_positive("correction2", correction2);
 }
 
+// What magnitudes_ takes.
+inline void check_magnitudes(const at::Tensor& out, at::TensorList tensors,
+                             const at::Device& device = at::kCPU) {
+  TORCH_CHECK(out.device() == device && out.dim() == 1 && out.is_contiguous() &&
+                  out.scalar_type() == at::kDouble &&
+                  out.numel() == static_cast<int64_t>(tensors.size()),
+              "out is ", out.scalar_type(), " of shape ", out.sizes(), " on ", out.device(),
+              ". Must be contiguous float64 of shape [", tensors.size(), "] on ",
+              place_of(device), ".");
+  for (size_t i = 0; i < tensors.size(); ++i)
+    TORCH_CHECK(tensors[i].numel() > 0, "tensors[", i, "] is empty. Must have an element.");
+}
+
 // What update_blocks_ takes beside its table of parameters.
 inline void check_update(const std::optional<at::Tensor>& momentum, const at::Tensor& direction,
                          const at::Tensor& scale, const std::vector<Tile>& table) {

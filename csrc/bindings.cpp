@@ -132,13 +132,7 @@ void gram_ema_live_(const at::Tensor& factor, const at::Tensor& grad, int64_t k,
 }
 
 void magnitudes_(const at::Tensor& out, at::TensorList tensors) {
-  TORCH_CHECK(out.device().is_cpu() && out.dim() == 1 && out.is_contiguous() &&
-                  out.scalar_type() == at::kDouble &&
-                  out.numel() == static_cast<int64_t>(tensors.size()),
-              "out is ", out.scalar_type(), " of shape ", out.sizes(),
-              ". Must be contiguous float64 of shape [", tensors.size(), "] on the CPU.");
-  for (size_t i = 0; i < tensors.size(); ++i)
-    TORCH_CHECK(tensors[i].numel() > 0, "tensors[", i, "] is empty. Must have an element.");
+  check_magnitudes(out, tensors);
   magnitudes(pointer<double>(out), sources_of("tensors", tensors));
 }
 

@@ -54,9 +54,17 @@ void gather_blocks_(const at::Tensor& out, at::TensorList sources, const at::Ten
   const cuda::Number factor = number_of("alpha", alpha, out);
   const OnDeviceOf current(out);
   with_flat(out, [&](auto flat) {
-    cuda::gather_blocks(pointer<decltype(flat)>(out), memory, table, factor, accumulate, nullptr,
+    cuda::gather_blocks(pointer<decltype(flat)>(out), memory, table, factor, accumulate,
                         current.stream);
   });
+}
+
+void magnitudes_(const at::Tensor& out, at::TensorList tensors) {
+  if (tensors.empty()) return;
+  check_magnitudes(out, tensors, tensors[0].device());
+  const auto memory = sources_of("tensors", tensors, out.device());
+  const OnDeviceOf current(out);
+  cuda::magnitudes(pointer<double>(out), memory, current.stream);
 }
 
 template <class Scalar>
@@ -161,6 +169,7 @@ void small_root_(const at::Tensor& root, const at::Tensor& ridge, const at::Tens
 TORCH_LIBRARY_IMPL(shampoo, CUDA, m) {
   m.impl("cuda_gather_blocks_", &shampoo::gather_blocks_<double>);
   m.impl("cuda_gather_blocks_.Tensor", &shampoo::gather_blocks_<at::Tensor>);
+  m.impl("cuda_magnitudes_", &shampoo::magnitudes_);
   m.impl("cuda_graft_moments_", &shampoo::graft_moments_<double>);
   m.impl("cuda_graft_moments_.Tensor", &shampoo::graft_moments_<at::Tensor>);
   m.impl("cuda_update_blocks_", &shampoo::update_blocks_<double>);

@@ -88,27 +88,35 @@ struct Box {
   }
 };
 
+// The last of some rows whose `first(row)` is `index` or less.
+template <class Row, class First>
+__device__ __forceinline__ int last_row(const Row* rows, int count, uint32_t index,
+                                        const First& first) {
+  int low = 0, high = count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (first(rows[middle]) <= index)
+      low = middle;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+// The last of some rows that starts at or before a chunk.
+template <class Row>
+__device__ __forceinline__ const Row& row_of(const Row* rows, int count, uint32_t chunk) {
+  return rows[last_row(rows, count, chunk, [](const Row& row) { return row.first_chunk; })];
+}
+
 struct BoxTable {
   static constexpr int kBoxes = 96;
   Box boxes[kBoxes];
   int32_t count;
 
-  // The last box whose `first(box)` is `index` or less.
-  template <class First>
-  __device__ __forceinline__ int find(uint32_t index, const First& first) const {
-    int low = 0, high = count;
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      if (first(boxes[middle]) <= index)
-        low = middle;
-      else
-        high = middle;
-    }
-    return low;
-  }
   // The box of a chunk.
   __device__ __forceinline__ const Box& find(uint32_t chunk) const {
-    return boxes[find(chunk, [](const Box& box) { return box.first_chunk; })];
+    return row_of(boxes, count, chunk);
   }
 };
 static_assert(sizeof(BoxTable) <= 32000, "a launch takes 32764 bytes of arguments");

@@ -34,6 +34,10 @@ void launch(void (*kernel)(Params...), unsigned blocks, unsigned threads, size_t
   check(cudaGetLastError(), "a kernel did not start");
 }
 
+inline void set_zero(void* memory, size_t bytes, cudaStream_t stream) {
+  check(cudaMemsetAsync(memory, 0, bytes, stream), "memory could not be set to zero");
+}
+
 __device__ __forceinline__ char* shared_memory() {
   extern __shared__ __align__(128) char memory[];
   return memory;

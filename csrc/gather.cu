@@ -1,6 +1,5 @@
-// Replaces, for every tile, torch's strided copy_ (and mul_, or add_) of a view of the parameter,
-// and a pass of isfinite over all of them. Below a megabyte of gradients a launch costs more than
-// the copy.
+// Replaces, for every tile, torch's strided copy_ (and mul_, or add_) of a view of the parameter.
+// Below a megabyte of gradients a launch costs more than the copy.
 #include "boxes.h"
 #include "elements.h"
 #include "launch.h"
@@ -14,7 +13,6 @@ struct Gather {
   Flat* out;
   Number alpha;
   bool accumulate;
-  uint8_t* nonfinite;
 };
 
 template <class Flat>
@@ -28,10 +26,6 @@ __global__ void __launch_bounds__(kThreads)
       Flat values[kCount] = {}, before[kCount];
       if (alpha != Flat(0)) load(values, data + place.element);  // a NaN times zero would be one
       Flat* to = gather.out + box.offset + at;
-      bool finite = true;
-      for (Flat value : values) finite &= static_cast<bool>(isfinite(value));
-      // Every thread that writes here writes the same.
-      if (gather.nonfinite && !finite) gather.nonfinite[box.first_block + place.block] = 1;
       if (gather.accumulate) {
         load(before, to);
         for (int i = 0; i < kCount; ++i) values[i] = fma(alpha, values[i], before[i]);
@@ -47,8 +41,8 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class Flat>
 void gather_blocks(Flat* out, const std::vector<Source>& sources, const std::vector<Tile>& tiles,
-                   Number alpha, bool accumulate, uint8_t* nonfinite, Stream stream) {
-  const Gather<Flat> gather{out, alpha, accumulate, nonfinite};
+                   Number alpha, bool accumulate, Stream stream) {
+  const Gather<Flat> gather{out, alpha, accumulate};
   const bool aligned = reinterpret_cast<uintptr_t>(out) % sizeof(Quad<Flat>) == 0;
   for_each_table(tiles, sources, aligned, [&](const BoxTable& table, uint32_t chunks) {
     launch(gather_kernel<Flat>, chunks, kThreads, 0, stream, table, gather);
@@ -56,8 +50,8 @@ void gather_blocks(Flat* out, const std::vector<Source>& sources, const std::vec
 }
 
 template void gather_blocks(float*, const std::vector<Source>&, const std::vector<Tile>&, Number,
-                            bool, uint8_t*, Stream);
+                            bool, Stream);
 template void gather_blocks(double*, const std::vector<Source>&, const std::vector<Tile>&, Number,
-                            bool, uint8_t*, Stream);
+                            bool, Stream);
 
 }  // namespace shampoo::cuda

@@ -60,11 +60,13 @@ struct Rounding {
   Number step;
 };
 
-// As the functions of kernels.h of the same names. `nonfinite` may be null: it gets a 1 for every
-// block of the segment with an element that is NaN or infinite in Flat, and else stays as it is.
+// As the functions of kernels.h of the same names.
 template <class Flat>
 void gather_blocks(Flat* out, const std::vector<Source>& sources, const std::vector<Tile>& tiles,
-                   Number alpha, bool accumulate, uint8_t* nonfinite, Stream stream);
+                   Number alpha, bool accumulate, Stream stream);
+
+// As in kernels.h.
+void magnitudes(double* out, const std::vector<Source>& sources, Stream stream);
 
 // Doubles of scratch memory that graft_moments needs on the device.
 int64_t moments_scratch(const std::vector<Tile>& tiles);

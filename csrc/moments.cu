@@ -136,7 +136,8 @@ __global__ void __launch_bounds__(kThreads, 3)
     moments_kernel(const __grid_constant__ PartTable table, Step<Flat> step) {
   const uint32_t part = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (part >= table.count) return;
-  const int which = table.boxes.find(part, [](const Box& box) { return box.first_chunk; });
+  const int which = last_row(table.boxes.boxes, table.boxes.count, part,
+                             [](const Box& box) { return box.first_chunk; });
   const Box& box = table.boxes.boxes[which];
   const Divisor& parts = table.parts[which];
   const uint32_t block = parts.divide(part - box.first_chunk);
@@ -172,9 +173,10 @@ __global__ void __launch_bounds__(kThreads)
     lengths_kernel(const __grid_constant__ PartTable table, const double* sums, Norm* norm) {
   const uint32_t block = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (block >= table.blocks) return;
-  const int which = table.boxes.find(block, [&](const Box& box) {
-    return static_cast<uint32_t>(box.first_block - table.first_block);
-  });
+  const int which =
+      last_row(table.boxes.boxes, table.boxes.count, block, [&](const Box& box) {
+        return static_cast<uint32_t>(box.first_block - table.first_block);
+      });
   const Box& box = table.boxes.boxes[which];
   const int64_t inside = table.first_block + block - box.first_block;
   const uint32_t parts = table.parts[which].divisor;

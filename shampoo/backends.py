@@ -28,6 +28,7 @@ REFERENCE = "reference"
 # The kernels of a CUDA device. What is not here has none: products of whole stacks are cuBLAS's.
 KERNELS: dict[str, tuple[str, ...]] = {
     "gather_blocks_": ("cuda",),
+    "magnitudes_": ("cuda",),
     "graft_moments_": ("cuda",),
     "update_blocks_": ("cuda",),
     "gram_ema_": ("triton",),
@@ -37,9 +38,11 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "judge_roots_": ("triton",),
 }
 
-# The argument whose dtype and size decide, by its place; the first of several that is there.
+# The argument whose dtype and size decide, by its place: the first of several that is there; of a
+# list, the dtype of the first and the size of all.
 _SUBJECT = {
     "gather_blocks_": (0,),
+    "magnitudes_": (1,),
     "graft_moments_": (0, 1, 2, 3, 4),
     "update_blocks_": (2,),
     "gram_ema_": (0,),
@@ -48,7 +51,7 @@ _SUBJECT = {
     "small_root_": (0,),
     "judge_roots_": (1,),
 }
-ELEMENTWISE = ("gather_blocks_", "graft_moments_", "update_blocks_")
+ELEMENTWISE = ("gather_blocks_", "magnitudes_", "graft_moments_", "update_blocks_")
 
 SMALL = 128  # rows of a matrix whose whole root chain one thread block holds, csrc/launch.h
 SMALL_STEPS = 16  # of its schedule
@@ -171,9 +174,15 @@ def router(op: str, backend: str, table: Table) -> Callable[[Sequence[Any]], str
         return choose(op, "cuda", name, size, backend=backend, card=card, table=table)
 
     def kernel_for(arguments: Sequence[Any]) -> str:
-        subject: Tensor = next(arguments[at] for at in places if arguments[at] is not None)
-        size = subject.numel() if counts else max(subject.shape[1:], default=0)
-        return remembered(subject.dtype, size, card_of(subject.device))
+        given: Tensor | Sequence[Tensor]
+        given = next(arguments[at] for at in places if arguments[at] is not None)
+        tensors = [given] if isinstance(given, Tensor) else given
+        first = tensors[0]
+        if counts:
+            size = sum(tensor.numel() for tensor in tensors)
+        else:
+            size = max(first.shape[1:], default=0)
+        return remembered(first.dtype, size, card_of(first.device))
 
     return kernel_for
 
@@ -197,6 +206,11 @@ def supports_small_root(
         and factor.is_contiguous()
         and ridge.is_contiguous()
     )
+
+
+def supports_magnitudes(out: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Whether the kernel in CUDA C++ takes these: one launch has the memory of one device."""
+    return all(tensor.device == out.device for tensor in tensors)
 
 
 @functools.cache

@@ -233,6 +233,8 @@ def kernel(name: str, kind: str) -> tuple[Callable[..., None], Callable[..., boo
     if kind == "cuda":
         if name in ("minimax_root_", "small_root_"):
             return torch.ops.shampoo.cuda_small_root_.default, backends.supports_small_root
+        if name == "magnitudes_":
+            return torch.ops.shampoo.cuda_magnitudes_.default, backends.supports_magnitudes
         return getattr(getattr(torch.ops.shampoo, f"cuda_{base}"), overload or "default"), None
     from shampoo.kernels import gram, minimax_triton, precondition, probe
 

@@ -89,13 +89,16 @@ class HostOps:
         self.module = host_build(truncate)
         self.backward = backward
 
-    def gather_blocks_(self, out, sources, tiles, alpha, accumulate, nonfinite=None):
+    def gather_blocks_(self, out, sources, tiles, alpha, accumulate):
         double = out.dtype == torch.float64
         self.module.gather_blocks_(
             *(_address(out), double, _memory(sources), tiles.tolist(), *_given([alpha])),
             accumulate,
-            _address(nonfinite),
         )
+
+    def magnitudes_(self, out, tensors):
+        self.module.set_order(self.backward)
+        self.module.magnitudes_(_address(out), _memory(tensors))
 
     def graft_moments_(
         self, grad, exp_avg, exp_avg_sq, direction, norm, sources, tiles, alpha, accumulate, *rest

@@ -95,6 +95,7 @@ def test_size_and_dtype_are_those_of_what_the_op_works_on():
     arguments = {name: list(values.values()) for name, values in vars(good_arguments()).items()}
     sizes = {
         "gather_blocks_": 12,
+        "magnitudes_": 17,  # of two tensors
         "graft_moments_": 12,
         "update_blocks_": 12,
         "gram_ema_": 4,
@@ -120,6 +121,13 @@ def root_call(n, p=4, dtype=torch.float32, count=2):
     schedule = [c for step in minimax_schedule(p, 1e-4) for c in step]
     root, ridge = torch.full_like(A, torch.nan), torch.empty(count, dtype=torch.float64)
     return root, ridge, A, p, 0.0, 1e-4, schedule
+
+
+def test_magnitudes_of_several_devices_are_left_to_the_reference():
+    out, here = torch.empty(2, dtype=torch.float64), torch.ones(3)
+    assert backends.supports_magnitudes(out, [here, here])
+    assert not backends.supports_magnitudes(out, [here, here.to("meta")])
+    assert not backends.supports_magnitudes(out.to("meta"), [here, here])
 
 
 @pytest.fixture

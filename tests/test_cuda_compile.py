@@ -15,6 +15,7 @@ FILES = sorted(path.name for path in jit.source_dir().glob("*.cu"))
 # Every kernel: threads of a block, and blocks that one multiprocessor must hold.
 KERNELS = {
     "gather_kernel": (256, 4),
+    "magnitudes_kernel": (256, 6),
     "update_kernel": (256, 4),
     "moments_kernel": (256, 3),
     "weights_kernel": (32, 1),

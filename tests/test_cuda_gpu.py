@@ -21,6 +21,11 @@ from test_ops import (  # noqa: F401 - collected here too, with the fixture belo
     test_update_blocks,
     test_update_blocks_leaves_the_gaps_of_a_strided_parameter_alone,
 )
+from test_stack_ops import (  # noqa: F401 - the same
+    test_magnitudes_miss_no_bad_element,
+    test_magnitudes_nan_outranks_inf,
+    test_magnitudes_of_any_layout,
+)
 
 from shampoo import ops
 from shampoo.schedule import minimax_schedule
@@ -116,6 +121,36 @@ def test_small_roots_do_not_depend_on_their_neighbours(n):
     assert exact.error(X[1], 4, 1e-6 * exact.norm) <= 2e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_magnitudes_of_many_tensors(dtype):
+    """More than one launch takes, some longer than one piece, wherever their memory starts."""
+    lengths = [10 + 37 * i % 5000 for i in range(600)] + [(1 << 24) + 5, 20_000_003]
+    memory = torch.randn(sum(lengths), device="cuda").to(dtype)
+    tensors = [part[index % 9 :] for index, part in enumerate(memory.split(lengths))]
+    found = torch.full((len(tensors),), torch.nan, dtype=torch.float64, device="cuda")
+    ops.magnitudes_(found, tensors)
+    assert found.tolist() == [tensor.abs().max().item() for tensor in tensors]
+
+
+def test_magnitudes_of_more_elements_than_32_bits_count():
+    """Rows that overlap, so that the memory is short: the ends are read once."""
+    memory = torch.zeros((1 << 16) + (1 << 16), device="cuda")
+    memory[-1] = -2.0
+    tensor = memory.as_strided(((1 << 16) + 1, 1 << 16), (1, 1))
+    found = torch.full((1,), torch.nan, dtype=torch.float64, device="cuda")
+    ops.magnitudes_(found, [tensor])
+    assert found.tolist() == [2.0]
+
+
+def test_magnitudes_on_two_devices():
+    tensors = [torch.full((3,), -2.0, device="cuda"), torch.ones(5)]
+    for tensors_in_order in (tensors, tensors[::-1]):
+        for device in ("cpu", "cuda"):
+            out = torch.empty(2, dtype=torch.float64, device=device)
+            ops.magnitudes_(out, tensors_in_order)
+            assert out.tolist() == [tensor.abs().max().item() for tensor in tensors_in_order]
+
+
 def test_kernels_replay_from_a_graph():
     grad = torch.randn(96, 96, device="cuda")
     weight = torch.zeros_like(grad)
@@ -123,9 +158,11 @@ def test_kernels_replay_from_a_graph():
     flat, square, norm = (torch.zeros(n, device="cuda") for n in (9216, 9216, 9))
     factor = stack(3, 100, 5.0).cuda()
     root, ridge = torch.zeros_like(factor), torch.zeros(3, dtype=torch.float64, device="cuda")
+    largest = torch.zeros(2, dtype=torch.float64, device="cuda")
     schedule = [c for step in minimax_schedule(4, 1e-6) for c in step]
 
     def step() -> None:
+        ops.magnitudes_(largest, [grad, factor])
         ops.gather_blocks_(flat, [grad], tiles, 1.0, False)
         scalars = (0.5, True, 0.9, 1.0, 0.5, 0.5, 1.0, 1e-8, True)
         ops.graft_moments_(flat, None, square, None, norm, [grad], tiles, *scalars)
@@ -141,8 +178,9 @@ def test_kernels_replay_from_a_graph():
         step()
     for tensor in (weight, square, root):
         tensor.zero_()
-    grad.normal_()
+    grad.normal_().mul_(0.1)  # the largest magnitudes start anew in every replay
     graph.replay()
+    assert largest.tolist() == [tensor.abs().max().item() for tensor in (grad, factor)]
     replayed = [tensor.clone() for tensor in (weight, square, norm, root)]
     for tensor in (weight, square, root):
         tensor.zero_()

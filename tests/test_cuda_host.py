@@ -183,35 +183,6 @@ def test_norms_do_not_depend_on_place_alignment_or_neighbours(impl, flat, size):
     assert norms[0] == pytest.approx(grad.double().norm().item(), rel=torch.finfo(flat).eps)
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("dtype", PARAM, ids=str)
-def test_gather_flags_the_blocks_that_are_not_finite(impl, dtype, bad):
-    shapes = [(40, 64), (33, 7)]
-    params = tensors(shapes, [dtype, dtype])
-    tiles, boxes, numel = table(shapes, 16)
-    out = torch.empty(numel)
-    flags = torch.zeros(len(boxes) + 1, dtype=torch.uint8)
-    impl.gather_blocks_(out, params, tiles, 1.0, False, flags)
-    assert not flags.any()
-    params[0][17, 35], params[1][32, 6] = bad, bad
-    impl.gather_blocks_(out, params, tiles, 1.0, False, flags)
-    bad_blocks = [
-        block
-        for block, (source, box, _) in enumerate(boxes)
-        if not params[source][box].isfinite().all()
-    ]
-    assert flags.nonzero()[:, 0].tolist() == bad_blocks
-    assert len(bad_blocks) == 2
-
-
-def test_gather_flags_what_overflows_in_the_cast(impl):
-    tiles, _, numel = table([(4, 4)], 4)
-    flags = torch.zeros(1, dtype=torch.uint8)
-    source = torch.full((4, 4), 1e300, dtype=torch.float64)
-    impl.gather_blocks_(torch.empty(numel), [source], tiles, 1.0, False, flags)
-    assert flags.tolist() == [1]
-
-
 def test_an_expanded_gradient_is_read_as_it_is(impl):
     tiles, _, numel = table([(12, 8)], 4)
     for source in (torch.tensor(3.0).expand(12, 8), torch.arange(8.0).expand(12, 8)):

@@ -18,7 +18,7 @@ import shampoo
 import shampoo.kernels
 from shampoo import jit
 
-IN_CUDA = {"gather_blocks_", "graft_moments_", "update_blocks_", "small_root_"}
+IN_CUDA = {"gather_blocks_", "magnitudes_", "graft_moments_", "update_blocks_", "small_root_"}
 
 SCRIPT = (
     f"IN_CUDA = {sorted(IN_CUDA)}"

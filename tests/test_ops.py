@@ -318,7 +318,7 @@ WRONG = [
     ("gram_ema_", "factor", torch.ones(2, 3, 3), r"factor has shape \[2, 3, 3\]. Must be \[2, 4,"),
     ("gram_ema_", "factor", torch.ones(2, 4).double(), r"factor has dtype Double but grad has"),
     (UPDATE, "params", [torch.ones(12, dtype=torch.int8)], r"params\[0\] has dtype Char"),
-    ("magnitudes_", "out", torch.empty(2), r"out is Float of shape \[2\]. Must be"),
+    ("magnitudes_", "out", torch.empty(2), r"out is Float of shape \[2\] on cpu. Must be"),
     ("magnitudes_", "tensors", [torch.ones(3)], r"Must be contiguous float64 of shape \[1\]"),
     ("magnitudes_", "tensors", [torch.ones(3), torch.ones(0)], r"tensors\[1\] is empty"),
     ("precondition_", "roots", [torch.ones(2, 4)], r"roots has 1 tensors. Must have one"),

@@ -80,12 +80,15 @@ void with_flat(bool is_double, const Use& use) {
 }
 
 void gather_blocks_(uintptr_t out, bool is_double, const std::vector<Memory>& sources,
-                    const std::vector<std::vector<int64_t>>& tiles, Given alpha, bool accumulate,
-                    uintptr_t nonfinite) {
+                    const std::vector<std::vector<int64_t>>& tiles, Given alpha, bool accumulate) {
   with_flat(is_double, [&](auto flat) {
     gather_blocks(at<decltype(flat)>(out), sources_of(sources), tiles_of(tiles), number_of(alpha),
-                  accumulate, at<uint8_t>(nonfinite), nullptr);
+                  accumulate, nullptr);
   });
+}
+
+void magnitudes_(uintptr_t out, const std::vector<Memory>& tensors) {
+  magnitudes(at<double>(out), sources_of(tensors), nullptr);
 }
 
 void graft_moments_(uintptr_t grad, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t direction,
@@ -131,6 +134,7 @@ PYBIND11_MODULE(EMULATION_NAME, module) {
   });
   module.def("small_root_", &small_root_);
   module.def("gather_blocks_", &gather_blocks_);
+  module.def("magnitudes_", &magnitudes_);
   module.def("graft_moments_", &graft_moments_);
   module.def("update_blocks_", &update_blocks_);
   module.def("random_words", &random_words);

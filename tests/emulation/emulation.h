@@ -236,7 +236,6 @@ inline float round_sum(double sum) {
 #define gridDim emulation::grid_size
 
 using std::fma;
-using std::isfinite;
 using std::max;
 using std::min;
 using std::sqrt;
@@ -255,6 +254,12 @@ Value __shfl_xor_sync(unsigned mask, Value value, int distance) {
       lanes[lane]->out = lanes[lane ^ lanes[lane]->distance]->in;
   });
   return operand.out;
+}
+
+inline unsigned long long atomicMax(unsigned long long* address, unsigned long long value) {
+  const unsigned long long before = *address;
+  *address = max(before, value);
+  return before;
 }
 
 inline unsigned __umulhi(unsigned a, unsigned b) {
@@ -282,6 +287,8 @@ void launch(void (*kernel)(Params...), unsigned blocks, unsigned threads, size_t
             ::CUstream_st*, const Args&... args) {
   emulation::launch(blocks, threads, shared_bytes, [&] { kernel(args...); });
 }
+
+inline void set_zero(void* memory, size_t bytes, ::CUstream_st*) { std::memset(memory, 0, bytes); }
 
 inline void expect_aligned(const void* address, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(address) % bytes)
