@@ -91,7 +91,7 @@ LAYERS = {
     " layout ops persistence proposal regions replicas scalars segments solver stacks step_plan"
     " workers",
     "replay": "optimizer",
-    "checkpoint": "",
+    "checkpoint": "hyperparameters optimizer state_dict",
     # before the step
     "architectures": "",
     "traffic": "layout",
