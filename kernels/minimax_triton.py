@@ -147,7 +147,7 @@ def minimax_root_(
         )
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # without a limit: a CUDA graph reads them again as long as it lives
 def _tables(
     chain: Chain, eps: float, relative_eps: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:

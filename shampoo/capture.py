@@ -117,9 +117,9 @@ class DeviceState:
         neutral = [*_NEUTRAL.values(), *_NEUTRAL_MOMENT.values()]
         self._neutral = torch.tensor(neutral, dtype=torch.float64, device=self.device)
         # Never dropped, since a graph may read them: by the pattern of present gradients, and what
-        # was captured, of which the plan keeps only the latest.
+        # was captured, of which plan and exchanges keep only the latest.
         self._limits: dict[tuple[bool, ...], Tensor] = {}
-        self._captured: list[Sequence[Selection]] = []
+        self._captured: list[tuple[Sequence[Selection | None], Sequence[Tensor | None]]] = []
 
     def accept(self, plan: Plan, grads: Sequence[Tensor | None]) -> Tensor:
         """Whether these gradients make a step, 0-d bool: all fit, and not an inert first one.
@@ -145,10 +145,17 @@ class DeviceState:
         self._has_stepped |= accepted
         return accepted
 
-    def keep(self, selections: Sequence[Selection]) -> None:
-        """Keeps what a step that is being captured works on as long as this lives."""
+    def keep(
+        self, selections: Sequence[Selection | None], squares: Sequence[Tensor | None]
+    ) -> None:
+        """Keeps what a step that is being captured works on as long as this lives.
+
+        Args:
+            selections: the blocks that move, by arena.
+            squares: what LARS and LAMB add up, by arena.
+        """
         if is_capturing():
-            self._captured.append(selections)
+            self._captured.append((selections, squares))
 
     def scalars(self, hyper: Hyperparameters, arena: Arena, accepted: Tensor) -> Scalars:
         """Counts a step of an arena; its numbers, 0-d float64 on the device.

@@ -16,6 +16,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 
@@ -25,6 +26,10 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
+
+from shampoo.hyperparameters import Geometry
+from shampoo.optimizer import Shampoo
+from shampoo.state_dict import check_blocks
 
 _MARKER = "complete"
 _EXTRA = "extra.pt"
@@ -130,8 +135,10 @@ def load(
 
     Raises:
         KeyError: for a name in ``extra`` that was not saved.
-        CheckpointException: torch's, a BaseException: if a file is damaged, or was saved by other
-            hyper-parameters. What model and optimizer hold then is of no use.
+        BlockGridMismatchError: if the blocks of a :class:`shampoo.Shampoo` were cut otherwise, by
+            another ``max_preconditioner_dim``, say. Nothing has changed.
+        CheckpointException: torch's, a BaseException: if a file is damaged, or was saved of another
+            model or optimizer. What model and optimizer hold then is of no use.
     """
     found = _on_first_rank(lambda: _complete(Path(folder))[-1:])
     if not found:
@@ -146,6 +153,8 @@ def load(
 
     saved = _on_first_rank(read)  # a rank that alone failed here would leave the others waiting
     states = _states(model, optimizer)
+    if isinstance(optimizer, Shampoo):
+        _check_blocks(optimizer, place)
     _transfer(state_dict_loader.load, states, place)
     set_state_dict(
         model,
@@ -156,6 +165,13 @@ def load(
     for name, stateful in (extra or {}).items():
         stateful.load_state_dict(saved[name])
     return _step_of(place)
+
+
+def _check_blocks(optimizer: Shampoo, place: Path) -> None:
+    """Compares what decides the shapes of blocks; DCP could only say that some size differs."""
+    saved = [asdict(Geometry.of(group)) for group in optimizer.param_groups]
+    _transfer(state_dict_loader.load, {"optimizer": {"param_groups": saved}}, place)
+    check_blocks(optimizer.param_groups, saved, optimizer.state)
 
 
 def _transfer(move: Callable[..., Any], states: dict[str, Any], place: Path) -> None:

@@ -4,6 +4,7 @@ Owners send their blocks, packed, to the host memory of one rank. Past some 100 
 ``torch.distributed.checkpoint`` instead: every rank then writes what it owns.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,9 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shampoo.agreement import Agreement, Attempt
 from shampoo.step_plan import Plan
 
 _BATCH = 1 << 26  # bytes of a message, unless a single tensor is larger
+Whole = dict[Tensor, dict[str, Tensor]]
 
 
 class Entry(NamedTuple):
@@ -36,7 +39,8 @@ def consolidate(
     state: Mapping[Tensor, dict[str, Any]],
     group: dist.ProcessGroup,
     to: int,
-) -> dict[Tensor, dict[str, Tensor]] | None:
+    agreement: Agreement,
+) -> Whole | None:
     """Gathers the state of all blocks; a collective of all ranks that hold the parameters.
 
     Args:
@@ -45,45 +49,98 @@ def consolidate(
         state: what this rank owns.
         group: the ranks that hold the parameters.
         to: the global rank that receives.
+        agreement: of the same ranks.
 
     Returns:
         The whole state, copied to the host, on rank ``to``; None on the others.
+
+    Raises:
+        ShampooDistributedError: on all ranks if one of them has failed, for want of memory, say.
     """
-    outgoing: list[tuple[Entry, Tensor]] = []
-    if dist.get_rank() != to:
-        outgoing = [
-            (Entry(index, key, value.dtype, tuple(value.shape)), value)
-            for index, (member, param) in enumerate(zip(plan.members, params, strict=True))
-            if to in member.team.ranks  # other teams own copies of the same blocks
-            for key, value in state[param].items()
-            if key != "step"  # which every rank has
-        ]
+    is_receiver = dist.get_rank() == to
+    attempt = Attempt(is_shared=True)
+    outgoing = [] if is_receiver else attempt.run(_outgoing, plan, params, state, to) or []
     manifest = [entry for entry, _ in outgoing]
     manifests: list[Any] = [None] * dist.get_world_size(group)
-    dist.gather_object(manifest, manifests if dist.get_rank() == to else None, to, group)
+    dist.gather_object(manifest, manifests if is_receiver else None, to, group)
     # gloo sends from the host only.
-    host = torch.device("cpu")
-    device = host if dist.get_backend(group) == "gloo" else plan.arenas[0].device
-    if dist.get_rank() != to:
+    is_gloo = dist.get_backend(group) == "gloo"
+    device = torch.device("cpu") if is_gloo else plan.arenas[0].device
+    # All memory is asked for before the first message: nobody is left to wait for one.
+    whole = attempt.run(_room, params, state, manifests) if is_receiver else None
+    buffer = attempt.run(_buffer, manifests if is_receiver else [manifest], device)
+    agreement.check(attempt)
+    assert buffer is not None
+    # Whatever else fails, a device perhaps, messages keep their number and lengths.
+    if whole is None:
         for start, stop in _batches(manifest):
-            values = [value.reshape(-1).view(torch.uint8) for _, value in outgoing[start:stop]]
-            dist.send(torch.cat([value.to(device) for value in values]), to, group)
-        return None
+            message = buffer[: _nbytes(manifest[start:stop])]
+            attempt.run(_pack, message, [value for _, value in outgoing[start:stop]])
+            dist.send(message, to, group)
+    else:
+        for source, entries in zip(dist.get_process_group_ranks(group), manifests, strict=True):
+            for start, stop in _batches(entries):
+                message = buffer[: _nbytes(entries[start:stop])]
+                dist.recv(message, source, group)
+                places = [whole[params[e.member]][e.key] for e in entries[start:stop]]
+                attempt.run(_unpack, message, places)
+    agreement.check(attempt)
+    return whole
+
+
+def _outgoing(
+    plan: Plan, params: Sequence[Tensor], state: Mapping[Tensor, dict[str, Any]], to: int
+) -> list[tuple[Entry, Tensor]]:
+    """What this rank sends."""
+    return [
+        (Entry(index, key, value.dtype, tuple(value.shape)), value)
+        for index, (member, param) in enumerate(zip(plan.members, params, strict=True))
+        if to in member.team.ranks  # other teams own copies of the same blocks
+        for key, value in state[param].items()
+        if key != "step"  # which every rank has
+    ]
+
+
+def _room(
+    params: Sequence[Tensor],
+    state: Mapping[Tensor, dict[str, Any]],
+    manifests: Sequence[Sequence[Entry]],
+) -> Whole:
+    """A copy of what this rank owns, with room for what comes."""
+    host = torch.device("cpu")
     whole = {
         param: {key: value.to(host, copy=True) for key, value in state[param].items()}
         for param in params
     }
-    for source, entries in zip(dist.get_process_group_ranks(group), manifests, strict=True):
-        for start, stop in _batches(entries):
-            sizes = [entry.nbytes for entry in entries[start:stop]]
-            buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-            dist.recv(buffer, source, group)
-            pieces = torch.split(buffer.to(host), sizes)
-            for entry, piece in zip(entries[start:stop], pieces, strict=True):
-                # A tensor of its own: a view would be saved with all of its message.
-                value = piece.clone().view(entry.dtype).view(entry.shape)
-                whole[params[entry.member]][entry.key] = value
+    for entry in itertools.chain(*manifests):
+        # A tensor of its own: a view would be saved with all of its message.
+        room = torch.empty(entry.shape, dtype=entry.dtype, device=host)
+        whole[params[entry.member]][entry.key] = room
     return whole
+
+
+def _buffer(manifests: Sequence[Sequence[Entry]], device: torch.device) -> Tensor:
+    """Room for the longest message."""
+    lengths = [
+        _nbytes(entries[start:stop]) for entries in manifests for start, stop in _batches(entries)
+    ]
+    return torch.empty(max(lengths, default=0), dtype=torch.uint8, device=device)
+
+
+def _nbytes(entries: Sequence[Entry]) -> int:
+    return sum(entry.nbytes for entry in entries)
+
+
+def _pack(message: Tensor, values: Sequence[Tensor]) -> None:
+    pieces = torch.split(message, [value.nbytes for value in values])
+    for piece, value in zip(pieces, values, strict=True):
+        piece.copy_(value.reshape(-1).view(torch.uint8))
+
+
+def _unpack(message: Tensor, places: Sequence[Tensor]) -> None:
+    pieces = torch.split(message, [place.nbytes for place in places])
+    for piece, place in zip(pieces, places, strict=True):
+        place.view(-1).view(torch.uint8).copy_(piece)
 
 
 def _batches(entries: Sequence[Entry]) -> Iterator[tuple[int, int]]:

@@ -357,6 +357,8 @@ class Shampoo(Persistent):
         for exchange in exchanges.values():
             exchange.fetch()
         selections = attempt.run(self._select, plan, step) or [None] * len(plan.arenas)
+        if self._on_device is not None:
+            self._on_device.keep(selections, self._exchanges.squares)
         for arena, selection, squares in zip(
             plan.arenas, selections, self._exchanges.squares, strict=True
         ):
@@ -391,10 +393,7 @@ class Shampoo(Persistent):
         plan.add_missing_moments(self.param_groups, step.hyper, self.state)
         plan.assign_slots(self.param_groups, step.hyper)
         capture.check_warm(plan.has_selected(step.present))
-        selections = plan.select(step.present)
-        if self._on_device is not None:
-            self._on_device.keep(selections)
-        return selections
+        return plan.select(step.present)
 
     def _scalars(self, arena: Arena, hyper: Hyperparameters, accepted: Tensor | None) -> Scalars:
         """The numbers that move an arena in the step that has just been counted."""

@@ -116,7 +116,7 @@ class Persistent(Optimizer):
 
         Raises:
             ValueError: if ``to`` does not hold the parameters.
-            ShampooDistributedError: on all ranks if one of them cannot take part.
+            ShampooDistributedError: on all ranks if one of them has failed; nothing was gathered.
         """
         params = [param for group in self.param_groups for param in group["params"]]
         holders = self._workers.holders(params)
@@ -124,14 +124,15 @@ class Persistent(Optimizer):
             return  # the state is whole
         if to not in holders.ranks:
             raise ValueError(f"Invalid to={to!r}. Must be one of the ranks {holders.ranks}.")
+        self._consolidated = None  # its memory is free before as much is asked for
         attempt = Attempt(is_shared=True)
         plan = attempt.run(self._current_plan)
         agreement = self._workers.agreement(holders, params[0].device)
         agreement.check(attempt)
         assert plan is not None
-        self._consolidated = consolidate(
-            plan, plan.planned(self.param_groups), self.state, self._workers.group(holders), to
-        )
+        params = plan.planned(self.param_groups)
+        group = self._workers.group(holders)
+        self._consolidated = consolidate(plan, params, self.state, group, to, agreement)
 
     def load_state_dict(self, state_dict: dict[str, Any], *, strict: bool = True) -> None:
         """Loads what ``state_dict()`` returned; training continues bit for bit.

@@ -11,7 +11,7 @@ before the others, or before there are others.
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -80,30 +80,32 @@ def match(
                 "shampoo: the checkpoint lacks %s; using the defaults", ", ".join(absent)
             )
     if found:
-        _check_blocks(groups, trial, found)
+        check_blocks(groups, trial, found)
         _check_complete(trial, found, workers, kept, strict)
     return found
 
 
-def signed(state_dict: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
-    """The same with the word of who saved it, for the error about what is missing."""
-    for group in state_dict["param_groups"]:
-        group["extra"] = {**group["extra"], "rank": rank, "ranks": ranks}
-    return state_dict
-
-
-def _check_blocks(
+def check_blocks(
     groups: Sequence[dict[str, Any]],
-    trial: Sequence[dict[str, Any]],
-    found: Mapping[Tensor, dict[str, Any]],
+    saved_groups: Sequence[dict[str, Any]],
+    params: Container[Tensor],
 ) -> None:
-    """Refuses state that was cut otherwise than this optimizer was built to cut."""
-    for index, (group, saved) in enumerate(zip(groups, trial, strict=True)):
+    """Refuses state that was cut otherwise than this optimizer was built to cut.
+
+    Args:
+        groups: the optimizer's parameter groups.
+        saved_groups: as many of the checkpoint; what a :class:`Geometry` has is looked at.
+        params: those that have state in the checkpoint.
+
+    Raises:
+        BlockGridMismatchError: with the values of both.
+    """
+    for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         ours, theirs = Geometry.of(group), Geometry.of(saved)
         if ours == theirs:
             continue
         for position, param in enumerate(group["params"]):
-            if param in found and Layout.of(param.shape, ours) != Layout.of(param.shape, theirs):
+            if param in params and Layout.of(param.shape, ours) != Layout.of(param.shape, theirs):
                 name = parameter_name(group, index, position)
                 differences = "; ".join(
                     f"{field.name}={getattr(theirs, field.name)!r},"
@@ -115,6 +117,13 @@ def _check_blocks(
                     f"{name} was saved with {differences}. Build the optimizer with the values of"
                     " the checkpoint: statistics of other blocks cannot be converted."
                 )
+
+
+def signed(state_dict: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
+    """The same with the word of who saved it, for the error about what is missing."""
+    for group in state_dict["param_groups"]:
+        group["extra"] = {**group["extra"], "rank": rank, "ranks": ranks}
+    return state_dict
 
 
 def _check_complete(

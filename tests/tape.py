@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -87,6 +88,11 @@ class Tape(TorchDispatchMode):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in self._made:
                 self._before.setdefault(storage.data_ptr(), (storage, storage.clone()))
+
+    def borrowed(self) -> list[StorageWeakRef]:
+        """The memory that a replay works on and that was there before, which no graph keeps."""
+        read = [t.untyped_storage() for call in self._calls for t in _tensors(call[1:3])]
+        return [StorageWeakRef(s) for s in read if s.data_ptr() not in self._made]
 
     @torch.no_grad()
     def replay(self) -> None:

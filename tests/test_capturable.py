@@ -4,6 +4,7 @@ The tape (``tape.py``) stands for a CUDA graph: what is not on the device is fro
 """
 
 import copy
+import gc
 import pickle
 from typing import Any
 
@@ -343,6 +344,33 @@ def test_graphs_are_dropped_with_the_memory_they_know():
         twin.step()
     assert not set(map(id, recorded.values())) & set(map(id, replay._recorded.values()))
     assert_same_bits(snapshot(opt), snapshot(twin))
+
+
+def test_what_a_graph_works_on_lives_as_long_as_the_plan():
+    """Whatever makes the optimizer ask for other buffers, tables or state."""
+    ours, opt = make(True, grafting="lamb")
+    opt.add_param_group({"params": [Parameter(torch.ones(9, 8))], "grafting": "adam"})
+    [added] = opt.param_groups[1]["params"]
+    params = [*ours, added]
+    added.grad = torch.ones_like(added)
+    put(ours, gradients(ours, 1)[0])
+    for _ in range(3):
+        opt.step()
+    with Tape() as tape:
+        opt.step()
+    borrowed, kept = tape.borrowed(), [param.grad for param in params]
+    del tape
+    changes = {"weight_decay": 0.1, "momentum": 0.9, "decoupled_weight_decay": False}
+    for name, value in changes.items():
+        opt.param_groups[1][name] = value
+        opt.step()
+    for pattern in range(1, 20):  # more than are remembered
+        for bit, (param, grad) in enumerate(zip(params, kept, strict=True)):
+            param.grad = grad if pattern >> bit & 1 else None
+        opt.step()
+    gc.collect()
+    assert len(borrowed) > 100
+    assert not any(memory.expired() for memory in borrowed)
 
 
 def test_a_cold_step_cannot_be_captured():

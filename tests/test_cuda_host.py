@@ -49,7 +49,7 @@ def tensors(shapes, dtypes):
     return [torch.randn(shape).to(dtype) for shape, dtype in zip(shapes, dtypes, strict=False)]
 
 
-@pytest.mark.parametrize("limit", [8, 13, 4096])
+@pytest.mark.parametrize("limit", [6, 8, 13, 4096])
 @pytest.mark.parametrize("dtype", PARAM, ids=str)
 @pytest.mark.parametrize("flat", [torch.float32, torch.float64], ids=str)
 def test_tensors_of_every_order_in_one_launch(impl, flat, dtype, limit):
@@ -207,3 +207,20 @@ def test_a_tensor_of_too_many_separate_dimensions_is_refused(impl):
     tiles, _, numel = table([(source.numel(),)], 4096)
     with pytest.raises(ValueError, match=r"dimensions that do not join.*make it contiguous"):
         impl.gather_blocks_(torch.empty(numel), [source], tiles, 1.0, False)
+
+
+@pytest.mark.parametrize("dtype", PARAM, ids=str)
+def test_four_elements_are_moved_at_once_where_they_may_be(impl, dtype):
+    """One at a time would be right too, and slow."""
+    param = torch.randn(64, 96).to(dtype)
+    tiles, boxes, numel = table([(64, 96)], 16)
+    out, momentum = torch.empty(numel), torch.zeros(numel)
+    counts = [impl.module.wide_accesses()]
+    impl.gather_blocks_(out, [param], tiles, 1.0, False)
+    counts.append(impl.module.wide_accesses())
+    impl.update_blocks_([param], momentum, out, torch.ones(len(boxes)), tiles, 1.0, 0.0, 0.9, True)
+    counts.append(impl.module.wide_accesses())
+    reads_and_writes = [
+        (after - before) * 4 / numel for before, after in itertools.pairwise(counts)
+    ]
+    assert reads_and_writes == [2, 5]

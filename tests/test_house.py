@@ -67,7 +67,7 @@ LAYERS = {
     "step_plan": "agreement blocking division errors gradients grafting hyperparameters layout"
     " patterns regions segments solver stacks workers",
     "state_dict": "division errors hyperparameters layout stacks step_plan workers",
-    "consolidation": "step_plan",
+    "consolidation": "agreement step_plan",
     # what travels
     "exchange": "averages hyperparameters layout ops scalars segments stacks",
     "allgather": "agreement exchange hyperparameters ops patterns scalars segments stacks",
@@ -91,7 +91,7 @@ LAYERS = {
     " layout ops persistence proposal regions replicas scalars segments solver stacks step_plan"
     " workers",
     "replay": "optimizer",
-    "checkpoint": "",
+    "checkpoint": "hyperparameters optimizer state_dict",
     # before the step
     "architectures": "",
     "traffic": "layout",

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
-from shampoo import Shampoo, checkpoint
+from shampoo import BlockGridMismatchError, Shampoo, checkpoint
 
 
 @pytest.fixture
@@ -79,6 +79,34 @@ def test_a_damaged_file_is_an_error(run, tmp_path):
     os.truncate(data, data.stat().st_size // 2)
     with pytest.raises(CheckpointException, match="corrupted"):
         loaded(tmp_path)
+
+
+def _load_into(rank: int, folder: Path, limit: int) -> tuple[str, bool]:
+    model, optimizer = runs.build("replicated", seed=1, max_preconditioner_dim=limit)
+    before = runs.digest(model)
+    try:
+        checkpoint.load(folder, model, optimizer)
+    except BlockGridMismatchError as error:
+        return str(error), before == runs.digest(model)
+    return "", before == runs.digest(model)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_other_blocks_are_refused_with_both_values(ranks, run, tmp_path, world):
+    checkpoint.save(tmp_path, *run, step=1)
+    for message, is_untouched in ranks.returns(_load_into, world, tmp_path, 4):
+        assert message.startswith(
+            "0.weight was saved with max_preconditioner_dim=5, this optimizer"
+        )
+        assert "uses 4. Build the optimizer with the values of the checkpoint" in message
+        assert is_untouched
+
+
+def test_another_limit_that_cuts_the_same_blocks_is_none(tmp_path):
+    model, optimizer = runs.build("replicated", max_preconditioner_dim=64)
+    runs.train(model, optimizer, range(runs.SAVED))
+    checkpoint.save(tmp_path, model, optimizer, step=1)
+    assert _load_into(0, tmp_path, 80) == ("", False)
 
 
 def test_the_newest_are_kept(run, tmp_path):

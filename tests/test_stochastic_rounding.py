@@ -131,6 +131,18 @@ def test_every_nan_stays_one(impl):
     assert weight.isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_without_it_the_nearest_is_taken_and_the_even_one_of_two(impl, dtype):
+    """Of values of all signs and exponents, those halfway between two and beside it among them."""
+    high = torch.randint(-(2**15), 2**15, (2**11, 1), dtype=torch.int32) << 16
+    low = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF, 0x1000, 0x3000], dtype=torch.int32)
+    values = (high | low).flatten().view(torch.float32)
+    tiles, _, _ = table([(len(values),)], 1 << 20)
+    weight = torch.zeros(len(values), dtype=dtype)
+    impl.update_blocks_([weight], None, -values, torch.ones(1), tiles, 1.0, 0.0, 0.0, False)
+    torch.testing.assert_close(weight, values.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
 def make(**arguments):
     torch.manual_seed(1)
     params = [Parameter(torch.ones(16, 12).bfloat16()), Parameter(torch.ones(40).bfloat16())]

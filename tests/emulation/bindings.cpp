@@ -132,6 +132,7 @@ PYBIND11_MODULE(EMULATION_NAME, module) {
   module.def("set_order", [](bool backward) {
     emulation::order = backward ? emulation::Order::kBackward : emulation::Order::kForward;
   });
+  module.def("wide_accesses", [] { return emulation::wide_accesses; });
   module.def("small_root_", &small_root_);
   module.def("gather_blocks_", &gather_blocks_);
   module.def("magnitudes_", &magnitudes_);

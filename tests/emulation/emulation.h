@@ -45,6 +45,7 @@ constexpr unsigned char kFenceByte = 0xa5;
 
 enum class Order { kForward, kBackward };
 inline Order order = Order::kForward;  // of the warps of a block, and of the blocks of a grid
+inline int64_t wide_accesses = 0;  // to several elements at once, since the program started
 
 enum class State { kReady, kInCollective, kAtBarrier, kDone };
 
@@ -291,6 +292,7 @@ void launch(void (*kernel)(Params...), unsigned blocks, unsigned threads, size_t
 inline void set_zero(void* memory, size_t bytes, ::CUstream_st*) { std::memset(memory, 0, bytes); }
 
 inline void expect_aligned(const void* address, size_t bytes) {
+  ++emulation::wide_accesses;
   if (reinterpret_cast<uintptr_t>(address) % bytes)
     emulation::current->fail("an access of " + std::to_string(bytes) + " bytes is not aligned");
 }
