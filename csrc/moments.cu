@@ -22,7 +22,7 @@ struct PartTable {
   BoxTable boxes;
   Divisor parts[BoxTable::kBoxes];  // of a block
   uint32_t count, blocks;           // parts and blocks of this launch
-  int64_t first_part, first_block;  // of this launch, among all
+  int64_t first_block;              // of this launch
 };
 static_assert(sizeof(PartTable) <= 32000, "a launch takes 32764 bytes of arguments");
 
@@ -71,7 +71,7 @@ struct Step {
   bool accumulates;       // onto `grad`
   bool is_there;          // in `grad`, gathered already
   const double* lengths;  // of the gradient's blocks, if they are to be normalized
-  double* sums;           // [parts]
+  double* sums;           // [parts] of a launch, read by the next one
   Weights<Flat> weights;
   const Weights<Flat>* live;  // in their place, if not null
 
@@ -165,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     }
   });
   sum = over_warp(sum);
-  if (lane == 0) step.sums[table.first_part + part] = sum;
+  if (lane == 0) step.sums[part] = sum;
 }
 
 template <class Norm>
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kThreads)
   const Box& box = table.boxes.boxes[which];
   const int64_t inside = table.first_block + block - box.first_block;
   const uint32_t parts = table.parts[which].divisor;
-  const double* first = sums + table.first_part + box.first_chunk + inside * parts;
+  const double* first = sums + box.first_chunk + inside * parts;
   double sum = 0.0;
   for (uint32_t part = lane; part < parts; part += 32) sum += first[part];
   sum = over_warp(sum);
@@ -206,7 +206,6 @@ void for_each_part_table(const std::vector<Tile>& tiles, const std::vector<Sourc
     }
     table.boxes.count = static_cast<int32_t>(end - begin);
     start(table);
-    table.first_part += table.count;
   }
 }
 

@@ -13,6 +13,7 @@ from test_graft_moments import (  # noqa: F401 - the same
     test_graft_moments_keeps_a_nan_in_its_block,
     test_graft_moments_may_gather_a_segment_from_itself,
     test_graft_moments_may_write_the_direction_over_the_gradient,
+    test_graft_moments_takes_nothing_of_a_nan,
     test_graft_moments_without_a_memory_is_exact,
 )
 from test_op_numbers import (  # noqa: F401 - the same

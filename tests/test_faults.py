@@ -72,7 +72,8 @@ REDUNDANT = (  # teams that work out the same; of the last, since there are few 
 )
 POINTS = {
     **BEFORE,
-    "packing for the wire": "shampoo.ops:gather_blocks_",
+    "gathering, for the wire or where gradients are": "shampoo.ops:gather_blocks_"
+    " shampoo.ops:graft_moments_",
     "choosing blocks": "shampoo.step_plan:Plan.select",
     "a root": "shampoo.refresh:solve_",
     "a direction": "shampoo.advance:precondition",
@@ -130,7 +131,7 @@ def test_2_a_rank_raises_and_lingers(ranks: Ranks, layout: str) -> None:
 LAYERWISE = {
     "norms": "shampoo.layerwise:measure",
     "ratios": "shampoo.layerwise:rescale",
-    "packing for the wire": "shampoo.ops:gather_blocks_",
+    "gathering, for the wire or for the norms": "shampoo.ops:gather_blocks_",
 }
 
 

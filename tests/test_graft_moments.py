@@ -153,6 +153,27 @@ def test_graft_moments_without_a_memory_is_exact(impl):
     assert torch.equal(direction, grad)
 
 
+@pytest.mark.parametrize("as_tensors", [False, True])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_graft_moments_takes_nothing_of_a_nan(impl, accumulate, as_tensors):
+    """What a captured step does with gradients that are not finite: alpha = 0."""
+    source = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30, 1.0]).repeat(NUMEL // 5 + 1)
+    numbers = [0.0, 1.0, 1.0, 1.0, 0.0, 1.0]
+    if as_tensors:
+        numbers = [torch.tensor(number, dtype=torch.float64) for number in numbers]
+    alpha, *scalars = numbers
+    start = [torch.randn(NUMEL), torch.randn(NUMEL), torch.rand(NUMEL) + 0.1]
+    grad, average, square = (tensor.clone() for tensor in start)
+    direction, norm = torch.full((NUMEL,), torch.nan), torch.full((15,), torch.nan)
+    state, tiles = (grad, average, square, direction, norm), packed(RUNS)
+    impl.graft_moments_(*state, [source[:NUMEL]], tiles, alpha, accumulate, *scalars, 1e-8, False)
+    assert torch.equal(grad, start[0] if accumulate else torch.zeros(NUMEL))
+    assert torch.equal(average, start[1])
+    assert torch.equal(square, start[2])
+    assert direction.isfinite().all()
+    assert norm.isfinite().all()
+
+
 def test_graft_moments_keeps_a_nan_in_its_block(impl):
     grad, norm = torch.randn(NUMEL), torch.empty(15)
     grad[0] = torch.nan
