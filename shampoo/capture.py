@@ -116,6 +116,7 @@ class DeviceState:
         self._has_stepped = torch.stack([arena.taken[0] > 0 for arena in plan.arenas]).any()
         neutral = [*_NEUTRAL.values(), *_NEUTRAL_MOMENT.values()]
         self._neutral = torch.tensor(neutral, dtype=torch.float64, device=self.device)
+        self._zeros = torch.zeros_like(self._neutral).unbind()
         # Never dropped, since a graph may read them: by the pattern of present gradients, and what
         # was captured, of which plan and exchanges keep only the latest.
         self._limits: dict[tuple[bool, ...], Tensor] = {}
@@ -177,13 +178,10 @@ class DeviceState:
         plain = Scalars.of(hyper, arena.rule, arena.taken[0].double())
         numbers = [getattr(plain, name) for name in _NEUTRAL]
         numbers += [getattr(plain.moment, name) for name in _NEUTRAL_MOMENT]
-        # A fill for every number of the host: a copy of it could not be captured.
-        tensors = [
-            number
-            if isinstance(number, Tensor)
-            else torch.full((), number, dtype=torch.float64, device=self.device)
-            for number in numbers
-        ]
+        # Those of the host go into the arguments of one launch: a copy could not be captured.
+        host = [float(number) for number in numbers if not isinstance(number, Tensor)]
+        moved_in = iter(torch._foreach_add(self._zeros[: len(host)], host))
+        tensors = [n if isinstance(n, Tensor) else next(moved_in) for n in numbers]
         gated = torch.where(accepted, torch.stack(tensors), self._neutral).unbind()
         moved: dict[str, Any] = dict(zip(_NEUTRAL, gated, strict=False))
         moment: dict[str, Any] = dict(zip(_NEUTRAL_MOMENT, gated[len(_NEUTRAL) :], strict=True))
