@@ -228,9 +228,9 @@ void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction,
   for (const Tile& tile : tiles) blocks += tile.blocks;
   double *lengths = scratch + kWeights, *sums = lengths + blocks;
   const auto move = [&](const Step<Flat>& step, auto* to) {
-    uintptr_t memory = 0;
-    for (const Flat* flat : {step.grad, step.exp_avg, step.exp_avg_sq, step.direction})
-      memory |= reinterpret_cast<uintptr_t>(flat);
+    const uintptr_t memory =
+        reinterpret_cast<uintptr_t>(step.grad) | reinterpret_cast<uintptr_t>(step.exp_avg) |
+        reinterpret_cast<uintptr_t>(step.exp_avg_sq) | reinterpret_cast<uintptr_t>(step.direction);
     const bool aligned = memory % sizeof(Quad<Flat>) == 0;
     const auto blocks_for = [](uint32_t warps) { return (warps + kWarps - 1) / kWarps; };
     for_each_part_table(tiles, sources, aligned, [&](const PartTable& table) {
