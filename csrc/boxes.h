@@ -4,7 +4,7 @@
 // CUDA 12.1 and later allow: no copy to the device, no memory that must outlive the call, and a
 // CUDA graph keeps what it was captured with. Gradients are new tensors in every step, so a table
 // kept on the device would be copied there again each time. Models of 100 parameters need one or
-// two launches.
+// two tables.
 #pragma once
 
 #include <algorithm>
@@ -12,6 +12,8 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "blocks.h"
 #include "device.h"
@@ -190,22 +192,23 @@ inline Box box_of(const Tile& tile, const Source& source, bool flat_aligned) {
   return box;
 }
 
-// Calls `start(table, chunks)` for the launches that cover all tiles.
+// Calls `start(table, chunks)` for the launches that cover all tiles. All tables are made before the
+// first launch: where one cannot be, nothing has moved.
 template <class Start>
 void for_each_table(const std::vector<Tile>& tiles, const std::vector<Source>& sources,
                     bool flat_aligned, const Start& start) {
-  BoxTable table;
+  std::vector<std::pair<BoxTable, uint32_t>> tables;
   for (size_t begin = 0; begin < tiles.size(); begin += BoxTable::kBoxes) {
     const size_t end = std::min(begin + BoxTable::kBoxes, tiles.size());
-    uint32_t chunks = 0;
+    auto& [table, chunks] = tables.emplace_back();
     for (size_t t = begin; t < end; ++t) {
       Box& box = table.boxes[t - begin] = box_of(tiles[t], sources[tiles[t].source], flat_aligned);
       box.first_chunk = chunks;
       chunks += (box.numel + kChunk - 1) / kChunk;
     }
     table.count = static_cast<int32_t>(end - begin);
-    start(table, chunks);
   }
+  for (const auto& [table, chunks] : tables) start(table, chunks);
 }
 
 // Calls `use(place, at, quad)` for the elements of this thread: `at` as in Box::place; `quad` is

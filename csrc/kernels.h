@@ -1,5 +1,6 @@
 // The kernels: raw pointers and sizes, no tensors. Arguments are checked by bindings.cpp.
-// Names and meanings are those of kernels/reference.py; every kernel passes once over its memory.
+// Names and meanings are those of kernels/reference.py; kernels pass once over memory that no cache
+// holds.
 #pragma once
 
 #include <cmath>

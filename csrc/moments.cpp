@@ -1,5 +1,5 @@
 // Replaces, for every tile, torch's strided copy_ of a gradient, and lerp_, mul_, addcmul_, sqrt, div
-// and vector_norm over flat moments: nine passes in one.
+// and vector_norm over flat moments: nine passes in one, or two where gradients are normalized.
 #include <ATen/Parallel.h>
 
 #include "gather.h"

@@ -1,7 +1,8 @@
 // Replaces, for every tile, torch's strided copy_ of a gradient, and lerp_, mul_, addcmul_, sqrt, div
-// and vector_norm over flat moments: nine passes in one. Norms are sums of squares in double, of 512
-// elements by a warp and then of those sums by another, in an order that follows the size of a block
-// alone: not its place, its alignment, nor what lies beside it.
+// and vector_norm over flat moments: nine passes in one, or two where gradients are normalized.
+// Norms are sums of squares in double, of 512 elements by a warp and then of those sums by another,
+// in an order that follows the size of a block alone: not its place, its alignment, nor what lies
+// beside it.
 #include <algorithm>
 
 #include "boxes.h"
@@ -187,14 +188,12 @@ __global__ void __launch_bounds__(kThreads)
   if (lane == 0) norm[table.first_block + block] = static_cast<Norm>(sqrt(sum));
 }
 
-// Calls `start(table)` for the launches that cover all tiles.
-template <class Start>
-void for_each_part_table(const std::vector<Tile>& tiles, const std::vector<Source>& sources,
-                         bool flat_aligned, const Start& start) {
-  PartTable table{};
+std::vector<PartTable> part_tables(const std::vector<Tile>& tiles,
+                                   const std::vector<Source>& sources, bool flat_aligned) {
+  std::vector<PartTable> tables;
   for (size_t begin = 0; begin < tiles.size(); begin += BoxTable::kBoxes) {
     const size_t end = std::min(begin + BoxTable::kBoxes, tiles.size());
-    table.count = table.blocks = 0;
+    PartTable& table = tables.emplace_back();
     table.first_block = tiles[begin].first_block;
     for (size_t t = begin; t < end; ++t) {
       const Tile& tile = tiles[t];
@@ -205,8 +204,8 @@ void for_each_part_table(const std::vector<Tile>& tiles, const std::vector<Sourc
       table.blocks += static_cast<uint32_t>(tile.blocks);
     }
     table.boxes.count = static_cast<int32_t>(end - begin);
-    start(table);
   }
+  return tables;
 }
 
 }  // namespace
@@ -227,17 +226,18 @@ void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction,
   int64_t blocks = 0;
   for (const Tile& tile : tiles) blocks += tile.blocks;
   double *lengths = scratch + kWeights, *sums = lengths + blocks;
+  uintptr_t memory = 0;
+  for (const Flat* flat : std::vector<const Flat*>{grad, exp_avg, exp_avg_sq, direction})
+    memory |= reinterpret_cast<uintptr_t>(flat);
+  // All of them before the first launch: where one cannot be made, nothing has moved.
+  const auto tables = part_tables(tiles, sources, memory % sizeof(Quad<Flat>) == 0);
   const auto move = [&](const Step<Flat>& step, auto* to) {
-    const uintptr_t memory =
-        reinterpret_cast<uintptr_t>(step.grad) | reinterpret_cast<uintptr_t>(step.exp_avg) |
-        reinterpret_cast<uintptr_t>(step.exp_avg_sq) | reinterpret_cast<uintptr_t>(step.direction);
-    const bool aligned = memory % sizeof(Quad<Flat>) == 0;
     const auto blocks_for = [](uint32_t warps) { return (warps + kWarps - 1) / kWarps; };
-    for_each_part_table(tiles, sources, aligned, [&](const PartTable& table) {
+    for (const PartTable& table : tables) {
       launch(moments_kernel<Flat>, blocks_for(table.count), kThreads, 0, stream, table, step);
       launch(lengths_kernel<std::remove_pointer_t<decltype(to)>>, blocks_for(table.blocks),
              kThreads, 0, stream, table, static_cast<const double*>(sums), to);
-    });
+    }
   };
   Step<Flat> step{grad, nullptr, nullptr, nullptr, alpha, accumulate};
   step.sums = sums;

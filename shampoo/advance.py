@@ -27,7 +27,8 @@ def advance(
         slot = hyper.due_slot(arena.step + int(capture.is_capturing()))
         due = [] if slot is None else selection.factors.get(slot, [])
         # Roots see the factors of all blocks, so these move first. Segments share a workspace: if
-        # there are several, their gradients are gathered again.
+        # there are several, their gradients are gathered again. If there is one, moments move
+        # before the roots are refreshed, which do not depend on each other.
         is_ahead = bool(due) and len(selection.segments) > 1
         if is_ahead:
             for segment in selection.segments:

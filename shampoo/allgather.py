@@ -106,12 +106,9 @@ class AllGather(Exchange):
         part = bisect.bisect_right(self._edges[me], start) - 1
         self._launch(part, word=0)
 
-        def weights(out: Tensor) -> None:
-            self.weights(segment, out, 1.0, False)
-
         offset = _HEADER + start - self._edges[me][part]
         out = self._buffers[part][me, offset : offset + segment.direction.numel()]
-        out.copy_(search_direction(arena, segment, hyper, weights))
+        out.copy_(search_direction(arena, segment, hyper, self.weights))
 
     def sum_(self, values: Tensor) -> None:
         """Adds up what the ranks of the team know, in place."""

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -154,7 +154,7 @@ def load(
     saved = _on_first_rank(read)  # a rank that alone failed here would leave the others waiting
     states = _states(model, optimizer)
     if isinstance(optimizer, Shampoo):
-        _check_blocks(optimizer, place)
+        _check_blocks(optimizer, states["optimizer"]["param_groups"], place)
     _transfer(state_dict_loader.load, states, place)
     set_state_dict(
         model,
@@ -167,11 +167,23 @@ def load(
     return _step_of(place)
 
 
-def _check_blocks(optimizer: Shampoo, place: Path) -> None:
-    """Compares what decides the shapes of blocks; DCP could only say that some size differs."""
-    saved = [asdict(Geometry.of(group)) for group in optimizer.param_groups]
+def _check_blocks(optimizer: Shampoo, named: Sequence[Mapping[str, Any]], place: Path) -> None:
+    """Compares what decides the shapes of blocks; DCP could only say that some size differs.
+
+    Args:
+        named: the optimizer's groups, whose ``params`` are names.
+    """
+    # DCP replaces what it finds in these by what was saved.
+    saved = [{"params": [], **asdict(Geometry.of(group))} for group in optimizer.param_groups]
     _transfer(state_dict_loader.load, {"optimizer": {"param_groups": saved}}, place)
-    check_blocks(optimizer.param_groups, saved, optimizer.state)
+    group_of = {name: group for group in saved for name in group["params"]}
+    for group, names in zip(
+        optimizer.param_groups, (each["params"] for each in named), strict=True
+    ):
+        for param, name in zip(group["params"], names, strict=True):
+            if name in group_of:  # if not, DCP says so
+                alone = {**group, "params": [param], "param_names": [name]}
+                check_blocks([alone], [group_of[name]], optimizer.state)
 
 
 def _transfer(move: Callable[..., Any], states: dict[str, Any], place: Path) -> None:

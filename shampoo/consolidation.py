@@ -72,12 +72,13 @@ def consolidate(
     agreement.check(attempt)
     assert buffer is not None
     # Whatever else fails, a device perhaps, messages keep their number and lengths.
-    if whole is None:
+    if not is_receiver:
         for start, stop in _batches(manifest):
             message = buffer[: _nbytes(manifest[start:stop])]
             attempt.run(_pack, message, [value for _, value in outgoing[start:stop]])
             dist.send(message, to, group)
     else:
+        assert whole is not None
         for source, entries in zip(dist.get_process_group_ranks(group), manifests, strict=True):
             for start, stop in _batches(entries):
                 message = buffer[: _nbytes(entries[start:stop])]

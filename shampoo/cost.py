@@ -28,7 +28,7 @@ Curve = tuple[tuple[int, float], ...]
 
 _FLOP = 1 / 150e12  # seconds of a FLOP in the nominal model
 
-# Numbers that move for each element of a block: gradient read and packed, direction written,
+# Numbers that move for each element of a block: gradient read and gathered, direction written,
 # gradient average and second moment read and written. The moments are counted whether or not the
 # group keeps them: betas may change while training, and owners must not change with them.
 _ELEMENT_NUMBERS = 7

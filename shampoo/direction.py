@@ -1,6 +1,7 @@
 """The search direction of a segment: moments, preconditioned gradient, grafted length."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,36 +17,42 @@ from shampoo.segments import Part, Segment
 _TINY = 1e-16  # keeps the ratio of the two lengths finite where the preconditioned one is zero
 
 
-# Sources, tiles, alpha, accumulate: the gradients of a segment as the ops take them.
-Gradients = tuple[Sequence[Tensor], Tensor, Number, bool]
+class Gradients(NamedTuple):
+    """``G = alpha * blocks``, with ``accumulate`` added to what the segment holds as ``grad``."""
+
+    sources: Sequence[Tensor]
+    tiles: Tensor
+    alpha: Number
+    accumulate: bool
 
 
 def gradients(
     segment: Segment, hyper: Hyperparameters, scalars: Scalars, exchange: Exchange
 ) -> Gradients:
     """Where ``G = sign * gradient (+ weight_decay W)`` comes from (steps 1 and 2)."""
-    is_coupled = hyper.coupled_decay != 0.0
-    sources, tiles = exchange.gradients(segment)
-    if is_coupled:
-        exchange.weights(segment, segment.grad, scalars.coupled_decay, False)
-    return sources, tiles, scalars.sign, is_coupled
+    plain = Gradients(*exchange.gradients(segment), scalars.sign, False)
+    if hyper.coupled_decay == 0.0:
+        return plain
+    ops.gather_blocks_(segment.grad, *plain)
+    return Gradients(*exchange.weights(segment), scalars.coupled_decay, True)
 
 
-def graft(segment: Segment, gradients: Gradients, scalars: Scalars) -> None:
+def graft(segment: Segment, source: Gradients, scalars: Scalars) -> None:
     """Moves the moments and measures the grafted D, in one pass over gradients and moments.
 
-    Leaves a private copy of G in the segment if there are factors to move by it, and D unless all
-    of it is about to be preconditioned.
+    Leaves a private copy of G in the segment if there are factors to move by it, and D unless it is
+    known, without asking a device, that all of it will be preconditioned.
     """
     has_factors = any(part.factors for part in segment.parts)
+    needs_no_direction = scalars.started is True and all(part.all_rooted for part in segment.parts)
     moment = scalars.moment
     ops.graft_moments_(
-        segment.grad if has_factors or gradients[-1] else None,
+        segment.grad if has_factors or source.accumulate else None,
         segment.moments.get("exp_avg"),
         segment.moments.get("exp_avg_sq"),
-        None if all(_are_rooted(segment, scalars)) else segment.direction,
+        None if needs_no_direction else segment.direction,
         segment.norm,
-        *gradients,
+        *source,
         scalars.beta1,
         scalars.correction1,
         moment.beta,
@@ -63,10 +70,12 @@ def precondition(segment: Segment, hyper: Hyperparameters, scalars: Scalars) -> 
     Steps 5 and 6 of algorithm.md 1.3: ``P = D`` before ``start_preconditioning_step`` and for a
     block without a root, else ``P = M x_1 X_1 ... x_o X_o`` with the norm of D.
     """
-    segment.scale.fill_(1.0)
     if scalars.started is False:
+        segment.scale.fill_(1.0)
         return
-    rooted = _are_rooted(segment, scalars)
+    # The host does not know whether a step that is replayed has started, or has its roots.
+    is_known = scalars.started is True
+    rooted = [is_known and part.is_rooted() for part in segment.parts]
     norm = torch.empty_like(segment.norm)
     has_root = torch.ones_like(norm, dtype=torch.bool)
     for part, is_rooted in zip(segment.parts, rooted, strict=True):
@@ -87,13 +96,6 @@ def precondition(segment: Segment, hyper: Hyperparameters, scalars: Scalars) -> 
     else:
         scale = segment.norm / (norm / correction + _TINY) / correction
     segment.scale.copy_(scale if all(rooted) else torch.where(has_root, scale, 1.0))
-
-
-def _are_rooted(segment: Segment, scalars: Scalars) -> list[bool]:
-    """By part, whether all of its blocks are known to use their roots."""
-    # The host does not know whether a step that is replayed has started, or has its roots.
-    is_started = scalars.started is True
-    return [is_started and part.is_rooted() for part in segment.parts]
 
 
 def _roots(part: Part, hyper: Hyperparameters, scalars: Scalars) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """How a team moves gradients to the owners of blocks and search directions back.
 
-The step asks an exchange for packed gradients and weights, and hands it the direction of every
+The step asks an exchange where gradients and weights lie, and hands it the direction of every
 segment; what happens in between depends on who holds what. :class:`Alone` is one rank that owns all
 it holds; the others are in :mod:`shampoo.allgather` and :mod:`shampoo.router`.
 """
@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from shampoo import ops
-from shampoo.averages import Number
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.layout import RULES
 from shampoo.scalars import Scalars
 from shampoo.segments import Segment
 from shampoo.stacks import Arena
+
+Blocks = tuple[Sequence[Tensor], Tensor]  # tensors, and the tiles of a segment's blocks in them
 
 
 @dataclass(frozen=True)
@@ -68,18 +69,14 @@ class Exchange(ABC):
     def fetch(self) -> None:  # noqa: B027, to do nothing is right where gradients are whole
         """Brings gradients to the owners of their blocks, where they do not have them."""
 
-    def gradients(self, segment: Segment) -> tuple[Sequence[Tensor], Tensor]:
-        """Where the gradients of a segment's blocks lie: tensors, and the tiles in them.
-
-        They may lie in the segment's directions, which must be gathered before others are.
-        """
+    def gradients(self, segment: Segment) -> Blocks:
+        """Where the gradients of a segment lie: perhaps where its directions will be."""
         grads = (self.round.grads[member] for member in segment.members)
         return [grad for grad in grads if grad is not None], segment.tiles  # all of them are
 
-    def weights(self, segment: Segment, out: Tensor, factor: Number, accumulate: bool) -> None:
-        """``out <- factor W (+ out)``."""
-        sources = [self.round.params[member] for member in segment.members]
-        ops.gather_blocks_(out, sources, segment.tiles, factor, accumulate)
+    def weights(self, segment: Segment) -> Blocks:
+        """Where the weights of a segment lie: perhaps where those of the one before did."""
+        return [self.round.params[member] for member in segment.members], segment.tiles
 
     @abstractmethod
     def deliver(
@@ -146,7 +143,7 @@ def _seed(arena: Arena, segment: Segment) -> int:
 
 
 def search_direction(
-    arena: Arena, segment: Segment, hyper: Hyperparameters, weights: Callable[[Tensor], None]
+    arena: Arena, segment: Segment, hyper: Hyperparameters, weights: Callable[[Segment], Blocks]
 ) -> Tensor:
     """D of steps 8 and 9, ``P <- P + weight_decay W``, ``M <- mu M + P``, for another to apply.
 
@@ -154,7 +151,7 @@ def search_direction(
     also moves its parameter.
 
     Args:
-        weights: writes the weights of the segment's blocks to a tensor.
+        weights: says where those of a segment lie.
 
     Returns:
         [numel] of the segment, in the dtype of momentum, else of the direction; state, perhaps.
@@ -170,7 +167,7 @@ def search_direction(
         return direction
     if hyper.decoupled_decay != 0.0 and not arena.is_layerwise:
         weight = torch.empty_like(direction)
-        weights(weight)
+        ops.gather_blocks_(weight, *weights(segment), 1.0, False)
         direction.add_(weight.mul_(hyper.decoupled_decay))
     momentum.mul_(hyper.momentum).add_(direction)
     # Without alpha: torch would fuse the product into the sum and round once.

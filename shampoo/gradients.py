@@ -21,8 +21,8 @@ def check_dense(grad: Tensor, name: str) -> None:
 def largest_magnitudes(grads: Sequence[Tensor]) -> Tensor:
     """``max |g|`` of every gradient, [m] float64: NaN or Inf if it holds one, 0 if it is zero.
 
-    One pass over the gradients. It must end before the first of them moves anything, so the packing
-    of gradients, segment after segment, comes too late to do this on the way.
+    One pass over the gradients. It must end before the first of them moves anything, so the pass
+    that gathers them, segment after segment, comes too late to do this on the way.
     """
     magnitudes = torch.empty(len(grads), dtype=torch.float64, device=grads[0].device)
     ops.magnitudes_(magnitudes, grads)

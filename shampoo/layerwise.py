@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from shampoo import ops
 from shampoo.exchange import Exchange
 from shampoo.segments import Segment
 from shampoo.stacks import Arena
@@ -28,7 +29,7 @@ def measure(
     """
     for segment in segments:
         weights = segment.grad
-        exchange.weights(segment, weights, 1.0, False)
+        ops.gather_blocks_(weights, *exchange.weights(segment), 1.0, False)
         for part in segment.parts:
             scale = segment.scale[part.blocks]
             part.direction.mul_(scale.view(-1, *[1] * (part.direction.dim() - 1)))

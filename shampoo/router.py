@@ -16,8 +16,8 @@ from torch import Tensor
 
 from shampoo import ops
 from shampoo.agreement import FAILED
-from shampoo.averages import Number
 from shampoo.exchange import (
+    Blocks,
     Exchange,
     Round,
     search_direction,
@@ -137,28 +137,22 @@ class Router(Exchange):
         # No word: ranks have agreed before, and what goes wrong from here on is said in send().
         self._incoming.wire.exchange(self._group, 0)
 
-    def gradients(self, segment: Segment) -> tuple[Sequence[Tensor], Tensor]:
+    def gradients(self, segment: Segment) -> Blocks:
         """The pieces that came, put together where directions will be."""
         self._incoming.copies(segment, segment.direction, is_weight=False).run()
         return [segment.direction], segment.packed
 
-    def weights(self, segment: Segment, out: Tensor, factor: Number, accumulate: bool) -> None:
-        """``out <- factor W (+ out)``, with the roundings of weights that are here."""
+    def weights(self, segment: Segment) -> Blocks:
+        """The pieces that came, put together in memory that all segments share."""
         space = self._weights[: segment.grad.numel()]
         self._incoming.copies(segment, space, is_weight=True).run()
-        whole = [[0, 0, len(space), 0, 1, len(space)]]
-        table = torch.tensor(whole, dtype=torch.int64, device="cpu")
-        ops.gather_blocks_(out, [space], table, factor, accumulate)
+        return [space], segment.packed
 
     def deliver(
         self, arena: Arena, segment: Segment, hyper: Hyperparameters, scalars: Scalars
     ) -> None:
         """Puts the pieces of D on the wire."""
-
-        def weights(out: Tensor) -> None:
-            self.weights(segment, out, 1.0, False)
-
-        direction = search_direction(arena, segment, hyper, weights)
+        direction = search_direction(arena, segment, hyper, self.weights)
         space = self._space[: len(direction)]
         space.copy_(direction)  # rounded to what travels, and where views of it have been made
         if segment not in self._departures:

@@ -27,7 +27,7 @@ class Part:
     factors: list[Tensor]  # a mode: [B, d_k, d_k] or, diagonal, [B, d_k]
     roots: list[Tensor | None]  # a mode: [B, d_k, d_k], None where the factor is diagonal
     rooted: list[Tensor]  # a mode with a root: [B] bool
-    _all_rooted: bool = False
+    all_rooted: bool = False  # known to be, and then for ever
 
     def is_rooted(self) -> bool:
         """Whether every factor of every block has a valid root.
@@ -35,8 +35,8 @@ class Part:
         A root is never lost, so the answer yes is final: a GPU is asked at the first root step,
         and at ordinary steps only while some block is still without a root.
         """
-        self._all_rooted = self._all_rooted or all(bool(rooted.all()) for rooted in self.rooted)
-        return self._all_rooted
+        self.all_rooted = self.all_rooted or all(bool(rooted.all()) for rooted in self.rooted)
+        return self.all_rooted
 
 
 @dataclass(frozen=True, eq=False)  # known by identity: exchanges keep tables for each

@@ -225,3 +225,23 @@ def test_four_elements_are_moved_at_once_where_they_may_be(impl, dtype):
         (after - before) * 4 / numel for before, after in itertools.pairwise(counts)
     ]
     assert reads_and_writes == [2, 5]
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_a_tile_that_cannot_be_described_leaves_everything_as_it_was(impl, normalized):
+    """The last of more than one launch: those before it must not have started."""
+    good = [torch.randn(4) for _ in range(96)]
+    bad = torch.randn([3] * 14)[(slice(0, 3, 2), slice(None)) * 7]
+    tiles, boxes, numel = table([(4,)] * 96 + [(bad.numel(),)], 1 << 20)
+    weights = [weight.clone() for weight in good]
+    flat, scale = torch.randn(3, numel), torch.ones(len(boxes))
+    average, square, direction = (tensor.clone() for tensor in flat)
+    scalars = (1.0, False, 0.9, 0.1, 0.99, 0.01, 0.01, 1e-8, normalized)
+    with pytest.raises(ValueError, match="make it contiguous"):
+        impl.graft_moments_(
+            None, average, square, direction, scale.clone(), [*good, bad], tiles, *scalars
+        )
+    with pytest.raises(ValueError, match="make it contiguous"):
+        impl.update_blocks_([*weights, bad], average, direction, scale, tiles, 0.1, 0.0, 0.9, False)
+    assert torch.equal(torch.stack([average, square, direction]), flat)
+    assert all(torch.equal(*pair) for pair in zip(weights, good, strict=True))

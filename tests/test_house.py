@@ -82,7 +82,7 @@ LAYERS = {
     "capture": "gradients hyperparameters scalars segments stacks step_plan",
     "proposal": "agreement capture errors exchange exchanges gradients regions replicas step_plan",
     "direction": "averages exchange hyperparameters kernels.norms ops scalars segments",
-    "layerwise": "exchange segments stacks",
+    "layerwise": "exchange ops segments stacks",
     "advance": "agreement capture direction exchange hyperparameters layerwise ops precision"
     " refresh scalars segments stacks",
     "persistence": "agreement capture consolidation division exchanges state_dict step_plan"

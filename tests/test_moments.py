@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from trajectory import apply, assert_relative, compare, directions, double_shampoo, random_grads
 
+from shampoo import Shampoo, jit
+
 
 def randn(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
@@ -297,3 +299,17 @@ def test_d2_is_not_vacuous():
     """The history that the identities run on has directions of different length."""
     lengths = [P.norm().item() for P in directions([g[0] for g in random_grads([randn(4, 3)], 3)])]
     assert max(lengths) > 1.01 * min(lengths)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_coupled_decay_is_rounded_once(maximize):
+    if not jit.compiler_version():
+        pytest.skip("no C++ compiler: the reference rounds twice")
+    param = Parameter(torch.randn(300, 200))
+    param.grad = torch.randn(300, 200)
+    grad, weight = -param.grad if maximize else param.grad, param.detach().clone()
+    decayed = grad.double() + torch.tensor(0.1).double() * weight.double()
+    hyper = {"betas": (0.0, 0.99), "grafting": "sgd", "precondition": False, "maximize": maximize}
+    opt = Shampoo([param], lr=1.0, weight_decay=0.1, decoupled_weight_decay=False, **hyper)
+    opt.step()
+    assert torch.equal(param.detach(), weight - decayed.float())

@@ -109,6 +109,39 @@ def test_another_limit_that_cuts_the_same_blocks_is_none(tmp_path):
     assert _load_into(0, tmp_path, 80) == ("", False)
 
 
+def test_groups_may_come_in_another_order(tmp_path):
+    """DCP knows them by the names of their parameters."""
+
+    def build(order: int) -> tuple[nn.Module, Shampoo]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 12))
+        groups = [
+            {"params": list(layer.parameters()), "max_preconditioner_dim": limit}
+            for layer, limit in zip(model, (8, 16), strict=True)
+        ]
+        return model, Shampoo(groups[::order], lr=0.1, precondition_frequency=1)
+
+    def train(model: nn.Module, optimizer: Shampoo) -> None:
+        for seed in range(3):
+            batch = torch.randn(5, 12, generator=torch.Generator().manual_seed(seed))
+            optimizer.zero_grad()
+            model(batch).square().mean().backward()
+            optimizer.step()
+
+    model, optimizer = build(1)
+    train(model, optimizer)
+    checkpoint.save(tmp_path, model, optimizer, step=3)
+    train(model, optimizer)
+    other, loader = build(-1)
+    checkpoint.load(tmp_path, other, loader)
+    assert [group["max_preconditioner_dim"] for group in loader.param_groups] == [16, 8]
+    train(other, loader)
+    assert runs.digest(other) == runs.digest(model)
+    loader.param_groups[0]["max_preconditioner_dim"] = 8
+    with pytest.raises(BlockGridMismatchError, match=r"1.weight was saved.*=16, this .* uses 8"):
+        checkpoint.load(tmp_path, other, loader)
+
+
 def test_the_newest_are_kept(run, tmp_path):
     for step in (9, 10, 11, 100):
         checkpoint.save(tmp_path, *run, step=step, keep=2)
