@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 HOPPER = 90
+BLACKWELL = 100
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
 """Kernels run in Triton's interpreter. It knows nothing of bf16: there, tiles are widened first."""

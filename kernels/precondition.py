@@ -131,12 +131,14 @@ def apply_root_kernel(
     target = out + matrix * out_stride_b + cols[None, :] * out_stride_size
     target += offsets(rows, after, out_stride_before, out_stride_after, LAYOUT)[:, None]
     tl.store(target, value, mask=(rows < others)[:, None] & (cols < size)[None, :])
+    # Without an axis, not along axis 0: Triton 3.6 follows a tile out of tensor memory (sm_100)
+    # through its users, and dies of one that reduces a vector unless that is reshaped before.
     if LAST:
         wide = value.to(tl.float64)  # the square of a float32 may leave its range
-        tl.store(squares + matrix * count + tile, tl.sum(tl.sum(wide * wide, axis=1), axis=0))
+        tl.store(squares + matrix * count + tile, tl.sum(tl.sum(wide * wide, axis=1)))
     else:
         bits = tl.abs(value).to(tl.int32, bitcast=True)
-        tl.atomic_max(out_peak + matrix, tl.max(tl.max(bits, axis=1), axis=0), sem="relaxed")
+        tl.atomic_max(out_peak + matrix, tl.max(tl.max(bits, axis=1)), sem="relaxed")
 
 
 @triton.jit

@@ -24,18 +24,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shampoo.kernels.chip import HOPPER, capability, mirrored, triangle
+from shampoo.kernels.chip import BLACKWELL, HOPPER, capability, mirrored, triangle
 
 PLANES, ROOT, SQUARE = 0, 1, 2  # what a product writes
 
 
 class Tiles(NamedTuple):
-    """How one product is cut: ``block`` x ``block`` tiles, ``block_k`` of k at a time."""
+    """How one product is cut: ``block`` x ``block`` tiles, ``block_k`` of k at a time.
+
+    ``promote`` bounds the k that three products add up in one accumulator.
+    """
 
     block: int
     block_k: int
     warps: int
     stages: int
+    promote: int = 256
 
 
 def tiles(n: int, device: torch.device) -> Tiles:
@@ -43,11 +47,16 @@ def tiles(n: int, device: torch.device) -> Tiles:
 
     64 x 64 tiles where 128 x 128 ones would be mostly padding, and on the A100, whose fragments of
     four planes leave no registers for larger ones. A stage of the large cut holds 64 KiB.
+
+    On the B200, Triton 3.6 copies some of those tiles, which leaves no room for a third stage, and
+    where not every step of k starts a fresh accumulator it keeps one more than tensor memory holds.
     """
     if capability(device) < HOPPER:
         return Tiles(64, 32, 4, 3)
     if n <= 320 and padded(n, 64) < padded(n, 128):
         return Tiles(64, 64, 4, 3)
+    if capability(device) >= BLACKWELL:
+        return Tiles(128, 64, 8, 2, promote=64)
     return Tiles(128, 64, 8, 3)
 
 
@@ -216,7 +225,7 @@ def symmetric_gemm_(
         kind: What ``out`` is.
         products: 3, 1 (leading planes only) or 0 (no product).
         doubled: Adds ``right left`` to ``left right``: symmetric to the last bit before mirroring.
-        promote: k after which three products start a fresh accumulator.
+        promote: k after which three products start a fresh accumulator; ``cut`` may say fewer.
         add_left: Whether b is not zero.
         add_right: Whether c is not zero.
         cut: The tiles.
@@ -236,7 +245,7 @@ def symmetric_gemm_(
         count,
         PRODUCTS=products,
         DOUBLED=doubled,
-        PROMOTE=promote,
+        PROMOTE=min(promote, cut.promote),
         ADD_LEFT=add_left,
         ADD_RIGHT=add_right,
         KIND=kind,
