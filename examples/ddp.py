@@ -7,6 +7,7 @@ GPUs. Started again with the same folder, on any number of ranks, it goes on fro
 checkpoint; with ``torchrun --max-restarts=1`` it does so by itself.
 """
 
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from training import VisionTransformer, arguments, optimizer_of, start, train
 
@@ -16,6 +17,10 @@ def main() -> None:
     device = start()
     model = DistributedDataParallel(VisionTransformer().to(device))
     train(model, optimizer_of(model), device, args)
+    # DDP goes first. If it were the last to hold the process group, that would end under Python's
+    # lock, and wait for threads of gloo that may be waiting for it.
+    del model
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

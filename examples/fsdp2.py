@@ -21,6 +21,8 @@ def main() -> None:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     train(model, optimizer_of(model), device, args)
+    del model  # as in ddp.py
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -117,7 +117,6 @@ def train(
     if rank == 0:
         print(f"{world} ranks, steps {done} to {args.steps}: test accuracy {accuracy:.3f}")
         print(f"SHA-256 of the parameters: {digests[0]}", flush=True)
-    dist.destroy_process_group()
 
 
 def digest(params: Iterable[Tensor]) -> str:
