@@ -6,10 +6,14 @@ Where ``CI=true``, only a missing GPU excuses a test that is skipped.
 import logging
 import os
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import pytest
 import torch
 from ranks import Ranks
+
+from shampoo import ops
+from shampoo.kernels import reference
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -42,6 +46,17 @@ def ranks() -> Iterator[Ranks]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["reference", "compiled"])
+def impl(request: pytest.FixtureRequest) -> ModuleType:
+    """The ops twice. What has no CPU kernel goes to its reference through the table."""
+    from test_ops import load_compiled  # not before pytest has rewritten its assertions
+
+    if request.param == "reference":
+        return reference
+    load_compiled()
+    return ops
 
 
 @pytest.fixture

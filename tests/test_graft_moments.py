@@ -5,18 +5,9 @@ import math
 
 import pytest
 import torch
-from test_ops import FLAT, LAYOUTS, assert_as_good, load_compiled, make, table
+from test_ops import FLAT, LAYOUTS, assert_as_good, make, table
 
-from shampoo import ops
 from shampoo.kernels import reference
-
-
-@pytest.fixture(params=["reference", "compiled"])
-def impl(request):
-    if request.param == "reference":
-        return reference
-    load_compiled()
-    return ops
 
 
 def packed(runs):

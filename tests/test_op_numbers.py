@@ -9,15 +9,6 @@ from torch import Tensor
 from shampoo import ops
 from shampoo.kernels import reference
 
-
-@pytest.fixture(params=["reference", "compiled"])
-def impl(request):
-    if request.param == "reference":
-        return reference
-    load_compiled()
-    return ops
-
-
 NUMBERS = {
     "gather_blocks_": ("alpha",),
     "graft_moments_": ("alpha", "beta1", "correction1", "beta2", "weight2", "correction2"),

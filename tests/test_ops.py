@@ -21,15 +21,6 @@ def load_compiled() -> None:
     ops.load_kernels(required=True)
 
 
-@pytest.fixture(params=["reference", "compiled"])
-def impl(request):
-    """The same functions twice. What has no CPU kernel goes to its reference through the table."""
-    if request.param == "reference":
-        return reference
-    load_compiled()
-    return ops
-
-
 @pytest.fixture
 def compiled():
     load_compiled()
