@@ -17,10 +17,8 @@ from shampoo.blocking import Tile
 from shampoo.layout import FACTORED
 from shampoo.refresh import is_root
 from shampoo.slots import aligned_slots
+from shampoo.state_keys import FACTOR_STATE
 from shampoo.workers import Team
-
-MOMENTS = ("exp_avg", "exp_avg_sq", "momentum")  # the elementwise state an arena may have
-FACTOR_STATE = ("factor", "root", "failures", "slot")  # of a factor; a diagonal one has the first
 
 
 @dataclass

@@ -10,7 +10,6 @@ before the others, or before there are others.
 """
 
 import logging
-import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -22,13 +21,12 @@ from shampoo.division import Owners
 from shampoo.errors import BlockGridMismatchError, IncompleteCheckpointError
 from shampoo.hyperparameters import Geometry, Hyperparameters
 from shampoo.layout import Layout
-from shampoo.stacks import MOMENTS
+from shampoo.state_keys import MOMENTS, parse
 from shampoo.step_plan import Member, Plan, parameter_name
 from shampoo.workers import Workers
 
 logger = logging.getLogger(__name__)
 
-_BLOCK_KEY = re.compile(r"block(\d+)\..+")
 Found = dict[Tensor, dict[str, Any]]
 
 
@@ -211,7 +209,7 @@ def _keys_of_all_owners(plan: Plan) -> list[list[str]]:
 
 
 def _is_of_another_owner(member: Member, key: str) -> bool:
-    block = _BLOCK_KEY.fullmatch(key)
-    if block is None or int(block[1]) >= len(member.owners):
+    named = parse(key)
+    if named is None or named.block >= len(member.owners):
         return False
-    return member.owners[int(block[1])] != member.team.me
+    return member.owners[named.block] != member.team.me

@@ -27,7 +27,8 @@ from shampoo.patterns import Pattern, Patterns
 from shampoo.regions import check_placements, local_tensor
 from shampoo.segments import Selection, select
 from shampoo.solver import check_method
-from shampoo.stacks import MOMENTS, Arena
+from shampoo.stacks import Arena
+from shampoo.state_keys import LASTING, MOMENTS, kinds_in, parse
 from shampoo.workers import Team, Workers
 
 logger = logging.getLogger(__name__)
@@ -161,7 +162,7 @@ class Plan:
             group = groups[arena.group]
             arena.allocate(_moments_of(arena, group, params, state))
             views = self._fill(arena, params, state, MOMENTS)
-            if arena.is_staggered and _brings(arena, params, state, "slot"):
+            if arena.is_staggered and "slot" in _kinds(arena, params, state):
                 arena.period = group.get("extra", {}).get("refresh_period")
             for factors in arena.factor_stacks:
                 factors.mark_rooted()
@@ -463,7 +464,8 @@ class Plan:
         }
         for param, key, _ in published:
             # What else is missing may be new, called for by a change of betas or momentum.
-            is_lasting = key.split(".")[-1].startswith(("exp_avg_sq", "factor", "root"))
+            named = parse(key)
+            is_lasting = named is not None and named.kind in LASTING
             if param in names and key not in state[param] and is_lasting:
                 raise IncompleteCheckpointError(
                     f"{key} of {names[param]} is missing: the ranks that divide the blocks are not"
@@ -485,11 +487,10 @@ def _moments_of(
         "exp_avg_sq": arena.rule == ADAGRAD or GRAFTING[group["grafting"]].second_moment,
         "momentum": float(group["momentum"]) > 0,
     }
-    return [
-        name for name in MOMENTS if is_needed[name] or _brings(arena, params, state, f".{name}")
-    ]
+    brought = _kinds(arena, params, state)
+    return [name for name in MOMENTS if is_needed[name] or name in brought]
 
 
-def _brings(arena: Arena, params: Sequence[Tensor], state: State, part: str) -> bool:
-    """Whether the state of some parameter of the arena has a key that contains ``part``."""
-    return any(part in key for member in arena.members for key in state.get(params[member], {}))
+def _kinds(arena: Arena, params: Sequence[Tensor], state: State) -> set[str]:
+    """The kinds of state that the parameters of an arena bring."""
+    return kinds_in(key for member in arena.members for key in state.get(params[member], {}))

@@ -60,13 +60,14 @@ LAYERS = {
     "cost": "layout",
     "ownership": "",
     "slots": "",
+    "state_keys": "",
     "division": "cost layout ownership workers",
-    "stacks": "blocking layout refresh slots workers",
+    "stacks": "blocking layout refresh slots state_keys workers",
     "segments": "refresh stacks",
     "replicas": "errors regions workers",
     "step_plan": "agreement blocking division errors gradients grafting hyperparameters layout"
-    " patterns regions segments solver stacks workers",
-    "state_dict": "division errors hyperparameters layout stacks step_plan workers",
+    " patterns regions segments solver stacks state_keys workers",
+    "state_dict": "division errors hyperparameters layout state_keys step_plan workers",
     "consolidation": "agreement step_plan",
     # what travels
     "exchange": "averages hyperparameters layout ops scalars segments stacks",
