@@ -136,6 +136,18 @@ inline double number_of(const char* name, const at::Tensor& tensor) {
   return *static_cast<const double*>(tensor.const_data_ptr());
 }
 
+// Numbers that an overload `Tensor` takes for its blocks, read on the host.
+inline Numbers numbers_of(const char* name, const at::Tensor& tensor, int64_t blocks) {
+  check_numbers(name, tensor, blocks, at::kCPU);
+  const double* values = static_cast<const double*>(tensor.const_data_ptr());
+  return tensor.dim() == 0 ? Numbers{*values} : Numbers{0.0, values};
+}
+
+// How many blocks a table describes.
+inline int64_t blocks_of(const std::vector<Tile>& tiles) {
+  return tiles.empty() ? 0 : tiles.back().first_block + tiles.back().blocks;
+}
+
 // What graft_moments_ takes beside its table of gradients.
 inline std::vector<Tile> moments_of(const std::optional<at::Tensor>& grad,
                                     const std::optional<at::Tensor>& exp_avg,
@@ -156,17 +168,20 @@ inline std::vector<Tile> moments_of(const std::optional<at::Tensor>& grad,
   check("exp_avg_sq", exp_avg_sq);
   check("direction", direction);
   TORCH_CHECK(grad || !accumulate, "accumulate=True without a grad to add to. Give one.");
-  if (!table.empty())
-    check_length("norm", norm, "tiles", table.back().first_block + table.back().blocks);
+  if (!table.empty()) check_length("norm", norm, "tiles", blocks_of(table));
   return table;
 }
 
-// What the moments are divided by.
+// What the moments are divided by, for each of some blocks.
 inline void check_corrections(const std::optional<at::Tensor>& exp_avg,
-                              const std::optional<at::Tensor>& exp_avg_sq, double correction1,
-                              double correction2) {
-  if (exp_avg) check_positive("correction1", correction1);
-  if (exp_avg_sq) check_positive("correction2", correction2);
+                              const std::optional<at::Tensor>& exp_avg_sq,
+                              const Numbers& correction1, const Numbers& correction2,
+                              int64_t blocks) {
+  for (int64_t block = 0; block < blocks; ++block) {
+    if (exp_avg) check_positive("correction1", correction1.of(block));
+    if (exp_avg_sq) check_positive("correction2", correction2.of(block));
+    if (!correction1.each && !correction2.each) return;
+  }
 }
 
 // What magnitudes_ takes.
@@ -185,7 +200,7 @@ inline void check_magnitudes(const at::Tensor& out, at::TensorList tensors,
 // What update_blocks_ takes beside its table of parameters.
 inline void check_update(const std::optional<at::Tensor>& momentum, const at::Tensor& direction,
                          const at::Tensor& scale, const std::vector<Tile>& table) {
-  check_length("scale", scale, "tiles", table.back().first_block + table.back().blocks);
+  check_length("scale", scale, "tiles", blocks_of(table));
   if (!momentum) return;
   check_same("momentum", *momentum, "direction", direction);
   check_length("momentum", *momentum, "direction", direction.numel());

@@ -3,6 +3,7 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "arguments.h"
@@ -30,17 +31,19 @@ void gather_blocks_live_(const at::Tensor& out, at::TensorList sources, const at
   gather_blocks_(out, sources, tiles, number_of("alpha", alpha), accumulate);
 }
 
-void graft_moments_(const std::optional<at::Tensor>& grad,
-                    const std::optional<at::Tensor>& exp_avg,
-                    const std::optional<at::Tensor>& exp_avg_sq,
-                    const std::optional<at::Tensor>& direction, const at::Tensor& norm,
-                    at::TensorList sources, const at::Tensor& tiles, double alpha, bool accumulate,
-                    double beta1, double correction1, double beta2, double weight2,
-                    double correction2, double eps, bool normalized) {
-  const Moments moments{beta1, correction1, beta2, weight2, correction2, eps, normalized};
+// `moments_for(blocks)`: the numbers of a table that describes so many.
+template <class MomentsFor>
+void move_moments(const std::optional<at::Tensor>& grad, const std::optional<at::Tensor>& exp_avg,
+                  const std::optional<at::Tensor>& exp_avg_sq,
+                  const std::optional<at::Tensor>& direction, const at::Tensor& norm,
+                  at::TensorList sources, const at::Tensor& tiles, double alpha, bool accumulate,
+                  const MomentsFor& moments_for) {
   const auto table =
       moments_of(grad, exp_avg, exp_avg_sq, direction, norm, sources, tiles, accumulate);
-  check_corrections(exp_avg, exp_avg_sq, correction1, correction2);
+  const int64_t blocks = blocks_of(table);
+  const Moments moments = moments_for(blocks);
+  check_corrections(exp_avg, exp_avg_sq, moments.correction1, moments.correction2,
+                    std::max<int64_t>(blocks, 1));
   if (table.empty()) return;
   const auto memory = sources_of("sources", sources);
   with_flat(norm, [&](auto flat) {
@@ -51,6 +54,20 @@ void graft_moments_(const std::optional<at::Tensor>& grad,
   });
 }
 
+void graft_moments_(const std::optional<at::Tensor>& grad,
+                    const std::optional<at::Tensor>& exp_avg,
+                    const std::optional<at::Tensor>& exp_avg_sq,
+                    const std::optional<at::Tensor>& direction, const at::Tensor& norm,
+                    at::TensorList sources, const at::Tensor& tiles, double alpha, bool accumulate,
+                    double beta1, double correction1, double beta2, double weight2,
+                    double correction2, double eps, bool normalized) {
+  move_moments(grad, exp_avg, exp_avg_sq, direction, norm, sources, tiles, alpha, accumulate,
+               [&](int64_t) {
+                 return Moments{beta1, {correction1}, beta2,     weight2,
+                                {correction2},        eps,       normalized};
+               });
+}
+
 void graft_moments_live_(const std::optional<at::Tensor>& grad,
                          const std::optional<at::Tensor>& exp_avg,
                          const std::optional<at::Tensor>& exp_avg_sq,
@@ -59,26 +76,31 @@ void graft_moments_live_(const std::optional<at::Tensor>& grad,
                          bool accumulate, const at::Tensor& beta1, const at::Tensor& correction1,
                          const at::Tensor& beta2, const at::Tensor& weight2,
                          const at::Tensor& correction2, double eps, bool normalized) {
-  graft_moments_(grad, exp_avg, exp_avg_sq, direction, norm, sources, tiles,
-                 number_of("alpha", alpha), accumulate, number_of("beta1", beta1),
-                 number_of("correction1", correction1), number_of("beta2", beta2),
-                 number_of("weight2", weight2), number_of("correction2", correction2), eps,
-                 normalized);
+  move_moments(grad, exp_avg, exp_avg_sq, direction, norm, sources, tiles,
+               number_of("alpha", alpha), accumulate, [&](int64_t blocks) {
+                 return Moments{number_of("beta1", beta1),
+                                numbers_of("correction1", correction1, blocks),
+                                number_of("beta2", beta2),
+                                number_of("weight2", weight2),
+                                numbers_of("correction2", correction2, blocks),
+                                eps,
+                                normalized};
+               });
 }
 
-void update_blocks_(at::TensorList params, const std::optional<at::Tensor>& momentum,
-                    const at::Tensor& direction, const at::Tensor& scale, const at::Tensor& tiles,
-                    double lr, double weight_decay, double mu, bool nesterov,
-                    std::optional<int64_t> seed, double step) {
+// `step_for(blocks)`: the counts of a table that describes so many.
+template <class StepFor>
+void move_weights(at::TensorList params, const std::optional<at::Tensor>& momentum,
+                  const at::Tensor& direction, const at::Tensor& scale, const at::Tensor& tiles,
+                  const Move& move, std::optional<int64_t> seed, const StepFor& step_for) {
   check_flat("direction", direction);
   check_same("scale", scale, "direction", direction);
   const auto table = tiles_of(tiles, "params", params, "direction", direction);
   if (table.empty()) return;
   check_update(momentum, direction, scale, table);
   const auto memory = sources_of("params", params);
-  const Move move{lr, weight_decay, mu, nesterov};
   const Rounding rounding{seed.has_value(), static_cast<uint64_t>(seed.value_or(0)),
-                          static_cast<uint64_t>(step)};
+                          step_for(blocks_of(table))};
   with_flat(direction, [&](auto flat) {
     using Flat = decltype(flat);
     update_blocks(memory, pointer<Flat>(momentum), const_pointer<Flat>(direction),
@@ -86,14 +108,24 @@ void update_blocks_(at::TensorList params, const std::optional<at::Tensor>& mome
   });
 }
 
+void update_blocks_(at::TensorList params, const std::optional<at::Tensor>& momentum,
+                    const at::Tensor& direction, const at::Tensor& scale, const at::Tensor& tiles,
+                    double lr, double weight_decay, double mu, bool nesterov,
+                    std::optional<int64_t> seed, double step) {
+  move_weights(params, momentum, direction, scale, tiles, {lr, weight_decay, mu, nesterov}, seed,
+               [&](int64_t) { return Numbers{step}; });
+}
+
 void update_blocks_live_(at::TensorList params, const std::optional<at::Tensor>& momentum,
                          const at::Tensor& direction, const at::Tensor& scale,
                          const at::Tensor& tiles, const at::Tensor& lr,
                          const at::Tensor& weight_decay, const at::Tensor& mu, bool nesterov,
                          std::optional<int64_t> seed, const std::optional<at::Tensor>& step) {
-  update_blocks_(params, momentum, direction, scale, tiles, number_of("lr", lr),
-                 number_of("weight_decay", weight_decay), number_of("mu", mu), nesterov, seed,
-                 step ? number_of("step", *step) : 0.0);
+  const Move move{number_of("lr", lr), number_of("weight_decay", weight_decay),
+                  number_of("mu", mu), nesterov};
+  move_weights(params, momentum, direction, scale, tiles, move, seed, [&](int64_t blocks) {
+    return step ? numbers_of("step", *step, blocks) : Numbers{};
+  });
 }
 
 void gram_ema_(const at::Tensor& factor, const at::Tensor& grad, int64_t k, double beta,

@@ -32,9 +32,18 @@ cuda::Number number_of(const char* name, const at::Tensor& number, const at::Ten
   return cuda::Number(static_cast<const double*>(number.const_data_ptr()));
 }
 
-cuda::Number number_of(const char* name, const std::optional<at::Tensor>& number,
-                       const at::Tensor& beside) {
-  return number ? number_of(name, *number, beside) : cuda::Number(0.0);
+
+// The same for numbers of which each of some blocks may have its own.
+cuda::Number numbers_of(const char*, double number, int64_t, const at::Tensor&) { return number; }
+cuda::Number numbers_of(const char* name, const at::Tensor& number, int64_t blocks,
+                        const at::Tensor& beside) {
+  check_numbers(name, number, blocks, beside.device());
+  return cuda::Number(static_cast<const double*>(number.const_data_ptr()), number.dim() == 1);
+}
+
+cuda::Number numbers_of(const char* name, const std::optional<at::Tensor>& number, int64_t blocks,
+                        const at::Tensor& beside) {
+  return number ? numbers_of(name, *number, blocks, beside) : cuda::Number(0.0);
 }
 
 // Every op twice, with `Scalar` a double or a tensor.
@@ -76,23 +85,24 @@ void graft_moments_(const std::optional<at::Tensor>& grad,
                     bool accumulate, Given<Scalar> beta1, Given<Scalar> correction1,
                     Given<Scalar> beta2, Given<Scalar> weight2, Given<Scalar> correction2,
                     double eps, bool normalized) {
-  const cuda::Number factor = number_of("alpha", alpha, norm);
-  const cuda::Moments moments{number_of("beta1", beta1, norm),
-                              number_of("correction1", correction1, norm),
-                              number_of("beta2", beta2, norm),
-                              number_of("weight2", weight2, norm),
-                              number_of("correction2", correction2, norm),
-                              eps,
-                              normalized};
   const auto table = moments_of(grad, exp_avg, exp_avg_sq, direction, norm, sources, tiles,
                                 accumulate, norm.device());
+  const int64_t blocks = blocks_of(table);
+  const cuda::Number factor = number_of("alpha", alpha, norm);
+  const cuda::Moments moments{number_of("beta1", beta1, norm),
+                              numbers_of("correction1", correction1, blocks, norm),
+                              number_of("beta2", beta2, norm),
+                              number_of("weight2", weight2, norm),
+                              numbers_of("correction2", correction2, blocks, norm),
+                              eps,
+                              normalized};
   if constexpr (std::is_same_v<Scalar, double>)
-    check_corrections(exp_avg, exp_avg_sq, correction1, correction2);
+    check_corrections(exp_avg, exp_avg_sq, {correction1}, {correction2}, 1);
   if (table.empty()) return;
   const auto memory = sources_of("sources", sources, norm.device());
   const OnDeviceOf current(norm);
   const at::Tensor scratch =
-      at::empty({cuda::moments_scratch(table)}, norm.options().dtype(at::kDouble));
+      at::empty({cuda::moments_scratch(table, moments)}, norm.options().dtype(at::kDouble));
   with_flat(norm, [&](auto flat) {
     using Flat = decltype(flat);
     cuda::graft_moments(pointer<Flat>(grad), pointer<Flat>(exp_avg), pointer<Flat>(exp_avg_sq),
@@ -116,7 +126,7 @@ void update_blocks_(at::TensorList params, const std::optional<at::Tensor>& mome
                         number_of("weight_decay", weight_decay, direction),
                         number_of("mu", mu, direction), nesterov};
   const cuda::Rounding rounding{seed.has_value(), static_cast<uint64_t>(seed.value_or(0)),
-                                number_of("step", step, direction)};
+                                numbers_of("step", step, blocks_of(table), direction)};
   const OnDeviceOf current(direction);
   with_flat(direction, [&](auto flat) {
     using Flat = decltype(flat);

@@ -52,6 +52,17 @@ inline void check_number(const char* name, const at::Tensor& tensor, const at::D
               tensor.device(), ". Must be one number, float64 on ", place_of(device), ".");
 }
 
+// One number, or one for each of some blocks, in the memory of a device.
+inline void check_numbers(const char* name, const at::Tensor& tensor, int64_t blocks,
+                          const at::Device& device) {
+  if (tensor.dim() == 0) return check_number(name, tensor, device);
+  TORCH_CHECK(tensor.device() == device && tensor.scalar_type() == at::kDouble &&
+                  tensor.dim() == 1 && tensor.size(0) == blocks && tensor.is_contiguous(),
+              name, " is ", tensor.scalar_type(), " of shape ", tensor.sizes(), " on ",
+              tensor.device(), ". Must be one number or ", blocks,
+              ", one for each block, contiguous float64 on ", place_of(device), ".");
+}
+
 // A table of int64 rows, read on the host.
 inline void check_table(const char* name, const at::Tensor& table, int64_t least_columns) {
   TORCH_CHECK(table.device().is_cpu(), name, " is on ", table.device(),

@@ -31,9 +31,24 @@ inline double fused(double a, double b, double c) {
 #endif
 }
 
+// One number for all blocks of a call or, where the blocks have taken different numbers of steps, one
+// for each.
+struct Numbers {
+  double shared = 0.0;
+  const double* each = nullptr;
+
+  double of(int64_t block) const { return each ? each[block] : shared; }
+};
+
 struct Moments {
-  double beta1, correction1, beta2, weight2, correction2, eps;
+  double beta1;
+  Numbers correction1;
+  double beta2, weight2;
+  Numbers correction2;
+  double eps;
   bool normalized;
+
+  bool is_shared() const { return !correction1.each && !correction2.each; }
 };
 
 struct Move {
@@ -46,7 +61,7 @@ struct Move {
 struct Rounding {
   bool stochastic = false;
   uint64_t seed = 0;
-  uint64_t step = 0;
+  Numbers step;
 };
 
 template <class Flat>

@@ -37,9 +37,11 @@ void small_root(float* root, double* ridge, const float* factor, int64_t n, int6
 struct Number {
   double value = 0.0;
   const double* live = nullptr;  // if not null, where it lies
+  bool is_each = false;          // there, one for every block of a call instead of one for all
 
   Number(double of_host) : value(of_host) {}
-  explicit Number(const double* of_device) : live(of_device) {}
+  explicit Number(const double* of_device, bool one_each = false)
+      : live(of_device), is_each(one_each) {}
 };
 
 // As in kernels.h.
@@ -68,8 +70,8 @@ void gather_blocks(Flat* out, const std::vector<Source>& sources, const std::vec
 void magnitudes(double* out, const std::vector<Source>& sources, Stream stream);
 
 // Doubles of scratch memory that graft_moments needs on the device: for all sums of blocks, as if it
-// took one launch.
-int64_t moments_scratch(const std::vector<Tile>& tiles);
+// took one launch, and for the numbers of every block, or of all.
+int64_t moments_scratch(const std::vector<Tile>& tiles, const Moments& moments);
 
 template <class Flat>
 void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction, Flat* norm,

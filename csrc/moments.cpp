@@ -65,12 +65,12 @@ struct Step {
   Flat coefficient, correction1, beta2, weight2, scale2, eps;
   bool from_gradient;
 
-  explicit Step(const Moments& moments)
+  Step(const Moments& moments, int64_t block)
       : coefficient(static_cast<Flat>(1.0 - moments.beta1)),
-        correction1(static_cast<Flat>(moments.correction1)),
+        correction1(static_cast<Flat>(moments.correction1.of(block))),
         beta2(static_cast<Flat>(moments.beta2)),
         weight2(static_cast<Flat>(moments.weight2)),
-        scale2(static_cast<Flat>(1.0 / moments.correction2)),
+        scale2(static_cast<Flat>(1.0 / moments.correction2.of(block))),
         eps(static_cast<Flat>(moments.eps)),
         from_gradient(coefficient >= Flat(0.5)) {
     // As torch's lerp: from the nearer end, so that a weight of 1 gives exactly the gradient.
@@ -157,7 +157,7 @@ void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction,
     lengths.resize(tiles.back().first_block + tiles.back().blocks);
     chunks.lengths(sums, lengths.data());
   }
-  const Step<Flat> step(moments);
+  const Step<Flat> shared(moments, 0);
   at::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
     if (!normalized) gather(begin, end);
     alignas(64) Flat space[kChunk], grafted[kChunk], unit[kChunk];
@@ -169,6 +169,7 @@ void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction,
         normalize(unit, own, lengths[block], count);
         raw = unit;
       }
+      const Step<Flat> step = moments.is_shared() ? shared : Step<Flat>(moments, block);
       step(grafted, exp_avg ? exp_avg + start : nullptr, exp_avg_sq ? exp_avg_sq + start : nullptr,
            own, raw, count);
       sums[chunk] = sum_of_squares(grafted, count);

@@ -75,6 +75,7 @@ struct Step {
   double* sums;           // [parts] of a launch, read by the next one
   Weights<Flat> weights;
   const Weights<Flat>* live;  // in their place, if not null
+  bool is_each;               // there, one for every block
 
   // G of kCount elements, at `from` in their tensor and `at` in the segment.
   template <int kCount, class Element>
@@ -124,12 +125,15 @@ struct Step {
   }
 };
 
-// One thread for all: the division costs more than a thread of moments_kernel has to spare.
+// One thread for all of a block, or of all blocks: the division costs more than a thread of
+// moments_kernel has to spare.
 template <class Flat>
-__global__ void weights_kernel(Moments moments, Weights<Flat>* to) {
-  if (threadIdx.x == 0)
-    *to = Weights<Flat>::of(read(moments.beta1), read(moments.correction1), read(moments.beta2),
-                            read(moments.weight2), read(moments.correction2), moments.eps);
+__global__ void weights_kernel(Moments moments, int64_t count, Weights<Flat>* to) {
+  const int64_t block = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (block < count)
+    to[block] = Weights<Flat>::of(read(moments.beta1), read(moments.correction1, block),
+                                  read(moments.beta2), read(moments.weight2),
+                                  read(moments.correction2, block), moments.eps);
 }
 
 template <class Flat>
@@ -147,7 +151,8 @@ __global__ void __launch_bounds__(kThreads, 3)
   const uint32_t end = min(begin + kPart, start + numel);
   const Flat length =
       step.lengths ? static_cast<Flat>(step.lengths[box.first_block + block]) : Flat(0);
-  const Weights<Flat> weights = step.live ? *step.live : step.weights;
+  const Weights<Flat> weights =
+      step.live ? step.live[step.is_each ? box.first_block + block : 0] : step.weights;
   const Flat factor = static_cast<Flat>(read(step.alpha));
   double sum = 0.0;
   with_type(box.data, box.dtype, [&](auto* data) {
@@ -210,10 +215,25 @@ std::vector<PartTable> part_tables(const std::vector<Tile>& tiles,
 
 }  // namespace
 
-constexpr int64_t kWeights = sizeof(Weights<double>) / sizeof(double);  // in front of the scratch
+namespace {
 
-int64_t moments_scratch(const std::vector<Tile>& tiles) {
-  int64_t doubles = kWeights;
+constexpr int64_t kWeights = sizeof(Weights<double>) / sizeof(double);
+
+int64_t blocks_of(const std::vector<Tile>& tiles) {
+  int64_t blocks = 0;
+  for (const Tile& tile : tiles) blocks += tile.blocks;
+  return blocks;
+}
+
+// How many Weights lie in front of the scratch.
+int64_t weights_of(const std::vector<Tile>& tiles, const Moments& moments) {
+  return moments.correction1.is_each || moments.correction2.is_each ? blocks_of(tiles) : 1;
+}
+
+}  // namespace
+
+int64_t moments_scratch(const std::vector<Tile>& tiles, const Moments& moments) {
+  int64_t doubles = kWeights * weights_of(tiles, moments);
   for (const Tile& tile : tiles) doubles += tile.blocks * (parts_of(tile.block_numel) + 1);
   return doubles;
 }
@@ -223,9 +243,8 @@ void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction,
                    const std::vector<Source>& sources, const std::vector<Tile>& tiles,
                    Number alpha, bool accumulate, const Moments& moments, double* scratch,
                    Stream stream) {
-  int64_t blocks = 0;
-  for (const Tile& tile : tiles) blocks += tile.blocks;
-  double *lengths = scratch + kWeights, *sums = lengths + blocks;
+  const int64_t count = weights_of(tiles, moments);
+  double *lengths = scratch + count * kWeights, *sums = lengths + blocks_of(tiles);
   uintptr_t memory = 0;
   for (const Flat* flat : std::vector<const Flat*>{grad, exp_avg, exp_avg_sq, direction})
     memory |= reinterpret_cast<uintptr_t>(flat);
@@ -243,8 +262,10 @@ void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction,
   step.sums = sums;
   if (moments.beta1.live) {  // and so are the others
     auto* live = reinterpret_cast<Weights<Flat>*>(scratch);
-    launch(weights_kernel<Flat>, 1, 32, 0, stream, moments, live);
+    launch(weights_kernel<Flat>, (count + kThreads - 1) / kThreads, kThreads, 0, stream, moments,
+           count, live);
     step.live = live;
+    step.is_each = count > 1;
   } else {
     step.weights = Weights<Flat>::of(moments.beta1.value, moments.correction1.value,
                                      moments.beta2.value, moments.weight2.value,

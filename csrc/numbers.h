@@ -6,8 +6,10 @@
 
 namespace shampoo::cuda {
 
-__device__ __forceinline__ double read(const Number& number) {
-  return number.live ? *number.live : number.value;
+// `block` counts through the table of a call, over all of its launches.
+__device__ __forceinline__ double read(const Number& number, int64_t block = 0) {
+  if (!number.live) return number.value;
+  return number.live[number.is_each ? block : 0];
 }
 
 }  // namespace shampoo::cuda

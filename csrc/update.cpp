@@ -50,12 +50,13 @@ struct Step {
 // `place`: of the first element in the segment.
 template <class Wide>
 void store_randomly(BFloat16* to, const Wide* from, int64_t stride, int64_t place, int64_t count,
-                    const Rounding& rounding) {
+                    const Rounding& rounding, int64_t block) {
+  const auto drawn = static_cast<uint64_t>(rounding.step.of(block));
   RandomWords random{};
   for (int64_t i = 0; i < count; ++i) {
     const int64_t at = place + i;
     if (i == 0 || at % 4 == 0)
-      random = philox(rounding.seed, rounding.step, static_cast<uint64_t>(at) / 4);
+      random = philox(rounding.seed, drawn, static_cast<uint64_t>(at) / 4);
     to[i * stride] = BFloat16::narrow(static_cast<float>(from[i]), random.words[at % 4]);
   }
 }
@@ -88,7 +89,8 @@ void update_blocks(const std::vector<Source>& params, Flat* momentum, const Flat
                    length);
               if constexpr (std::is_same_v<Param, BFloat16>) {
                 if (rounding.stochastic) {
-                  store_randomly(weight + i * stride, chunk, stride, flat + i, length, rounding);
+                  store_randomly(weight + i * stride, chunk, stride, flat + i, length, rounding,
+                                 block);
                   continue;
                 }
               }

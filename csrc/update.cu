@@ -55,7 +55,6 @@ __global__ void __launch_bounds__(kThreads)
     update_kernel(const __grid_constant__ BoxTable table, Update<Flat> update) {
   const Box& box = table.find(blockIdx.x);
   const Pace pace(update.move);
-  const uint64_t drawn = static_cast<uint64_t>(read(update.rounding.step));
   with_type(box.data, box.dtype, [&](auto* data) {
     using Param = std::remove_pointer_t<decltype(data)>;
     using Wide = std::conditional_t<std::is_same_v<Param, double>, double, Flat>;
@@ -74,6 +73,8 @@ __global__ void __launch_bounds__(kThreads)
       if (update.momentum) store(update.momentum + flat, momentum);
       if constexpr (std::is_same_v<Param, BFloat16Bits>) {
         if (update.rounding.stochastic) {
+          const auto drawn = static_cast<uint64_t>(
+              read(update.rounding.step, box.first_block + place.block));
           const RandomWords random =
               philox(update.rounding.seed, drawn, static_cast<uint64_t>(flat) / 4);
 #pragma unroll

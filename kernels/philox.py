@@ -13,7 +13,7 @@ def philox(seed: int, high: int | Tensor, low: Tensor) -> Tensor:
 
     Args:
         seed: 64 bits of key.
-        high: upper 64 bits of the counters, one for all: an int64, 0-d if a tensor.
+        high: upper 64 bits of the counters: one for all, int64 of no dimension if a tensor, or [N].
         low: lower 64 bits of the counters, [N] int64.
     """
     upper = high.expand(low.shape) if isinstance(high, Tensor) else torch.full_like(low, high)

@@ -11,7 +11,9 @@ table says where they come from:
 
 Merged shapes are logical: tensors may have any strides, and are never asked for a view that can
 fail. Shapes: B blocks, d_1 .. d_o the sizes of one block. A *number* may be a 0-d float64 tensor on
-the device of the others, which is then read there, when a graph is replayed.
+the device of the others, which is then read there, when a graph is replayed. Numbers that depend on
+how many steps a block has taken (``correction1``, ``correction2``, ``step``) may also be [B], one
+for each block that the table describes.
 """
 
 import math
@@ -23,6 +25,19 @@ from torch import Tensor
 from shampoo.kernels.philox import philox
 
 Number = float | Tensor
+
+
+def _read(number: Number) -> Number:
+    """A number that the host may read without waiting, read: bits do not depend on where it was."""
+    is_here = isinstance(number, Tensor) and number.dim() == 0 and number.device.type == "cpu"
+    return float(number) if is_here else number
+
+
+def _for_blocks(number: Number, blocks: slice, dtype: torch.dtype) -> Number:
+    """A number as it enters into ``[count, size]`` elements of some blocks."""
+    if isinstance(number, Tensor) and number.dim() == 1:
+        return number[blocks].to(dtype)[:, None]
+    return _read(number)
 
 
 def _tile_rows(
@@ -51,6 +66,7 @@ def gather_blocks_(
 
     ``alpha = 0`` stands for blocks of zeros, whatever they hold: a NaN times zero is no zero.
     """
+    alpha = _read(alpha)
     for source, offset, dims, start, grid, extent in _tile_rows(tiles):
         blocks = _blocks_of(sources[source].reshape(dims), start, grid, extent)
         region = out.narrow(0, offset, blocks.numel()).view(blocks.shape)
@@ -109,15 +125,17 @@ def graft_moments_(
     if grad is None:
         grad = norm.new_empty(max(start + count * size for start, count, size in runs))
     gather_blocks_(grad, sources, tiles, alpha, accumulate)
+    beta1, beta2, weight2 = _read(beta1), _read(beta2), _read(weight2)
     block = 0
     for start, count, size in runs:
+        rows = slice(block, block + count)
         region = slice(start, start + count * size)
         raw = grad[region].view(count, size)
         blocks = raw
         if exp_avg is not None:
             average, share = exp_avg[region].view(count, size), 1.0 - beta1
             average.lerp_(raw, share.to(raw.dtype) if isinstance(share, Tensor) else share)
-            blocks = average / correction1
+            blocks = average / _for_blocks(correction1, rows, raw.dtype)
         if exp_avg_sq is not None:
             if normalized:
                 length = torch.linalg.vector_norm(raw, dim=1, keepdim=True, dtype=torch.float64)
@@ -128,9 +146,10 @@ def graft_moments_(
                 square.addcmul_(raw * weight2, raw)
             else:
                 square.addcmul_(raw, raw, value=weight2)
-            blocks = blocks / (square / correction2).sqrt_().add_(eps)
+            corrected = square / _for_blocks(correction2, rows, raw.dtype)
+            blocks = blocks / corrected.sqrt_().add_(eps)
         length = torch.linalg.vector_norm(blocks, dim=1, dtype=torch.float64)
-        norm[block : block + count].copy_(length)
+        norm[rows].copy_(length)
         if direction is not None:
             direction[region].view(count, size).copy_(blocks)
         block += count
@@ -167,6 +186,7 @@ def gram_ema_(factor: Tensor, grad: Tensor, mode: int, beta: Number, weight: Num
     ``[B, d_1 .. d_o]``.
     """
     unfolded = _unfold(grad, mode)
+    beta, weight = _read(beta), _read(weight)
     if isinstance(weight, Tensor):
         diagonal = factor.dim() == 2
         gram = unfolded.square().sum(2) if diagonal else torch.bmm(unfolded, unfolded.mT)
@@ -240,6 +260,7 @@ def update_blocks_(
     a ``seed``, and W is bfloat16, up or down at random with W as the mean. The random numbers
     depend on ``seed``, ``step``, a whole number, and the place in the segment alone.
     """
+    lr, weight_decay, mu = _read(lr), _read(weight_decay), _read(mu)
     block = 0
     for source, offset, dims, start, grid, extent in _tile_rows(tiles):
         param, count = params[source], math.prod(grid)
@@ -258,7 +279,11 @@ def update_blocks_(
             wide = wide - lr * (move + mu * buffer if nesterov else buffer)
         if seed is not None and weight.dtype == torch.bfloat16:
             places = torch.arange(region.start, region.stop, device=weight.device)
-            wide = _dithered(wide.float(), seed, 0.0 if step is None else step, places)
+            drawn = 0.0 if step is None else step
+            if isinstance(drawn, Tensor) and drawn.dim() == 1:
+                own = drawn[block : block + count]
+                drawn = own.repeat_interleave(len(places) // count)
+            wide = _dithered(wide.float(), seed, drawn, places)
         weight.copy_(wide)
         if merged.untyped_storage().data_ptr() != param.untyped_storage().data_ptr():
             param.copy_(merged.view(param.shape))
@@ -267,7 +292,7 @@ def update_blocks_(
 
 def _dithered(wide: Tensor, seed: int, step: Number, places: Tensor) -> Tensor:
     """float32 values of which bfloat16 loses nothing: what it would lose decides, by chance."""
-    high = step.long() if isinstance(step, Tensor) else int(step)
+    high = step.long() if isinstance(step, Tensor) else int(step)  # one for all, or for each place
     words = philox(seed, high, places // 4).gather(1, places[:, None] % 4)
     bits = wide.view(torch.int32) + (words.view(wide.shape) & 0xFFFF).int()
     return torch.where(wide.isfinite(), (bits & ~0xFFFF).view(torch.float32), wide)

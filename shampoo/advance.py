@@ -13,19 +13,19 @@ from shampoo.hyperparameters import Hyperparameters
 from shampoo.precision import full_precision
 from shampoo.refresh import refresh_roots_, refresh_roots_on_device_
 from shampoo.scalars import Scalars
-from shampoo.segments import FactorRange, Segment, Selection
+from shampoo.segments import FactorRows, Segment, Selection
 from shampoo.stacks import Arena
 
 
 def advance(
-    selection: Selection, hyper: Hyperparameters, scalars: Scalars, exchange: Exchange
+    selection: Selection, hyper: Hyperparameters, scalars: Scalars | None, exchange: Exchange
 ) -> None:
-    """Factors, roots and search directions of one arena (steps 0 to 6)."""
+    """Factors, roots and search directions of one arena (steps 0 to 6), if any of it moves."""
     arena = selection.arena
+    if scalars is None:
+        return
     with full_precision(arena.device):
-        # While a step is captured, it has not been counted.
-        slot = hyper.due_slot(arena.step + int(capture.is_capturing()))
-        due = [] if slot is None else selection.factors.get(slot, [])
+        due = due_rows(selection, hyper)
         # Roots see the factors of all blocks, so these move first. Segments share a workspace: if
         # there are several, their gradients are gathered again. If there is one, moments move
         # before the roots are refreshed, which do not depend on each other.
@@ -36,13 +36,14 @@ def advance(
                 _accumulate(segment, scalars)
             _refresh(due, hyper, scalars)
         for segment in selection.segments:
-            graft(segment, gradients(segment, hyper, scalars, exchange), scalars)
+            own = scalars.at(segment.owners)
+            graft(segment, gradients(segment, hyper, own, exchange), own)
             if not is_ahead:
-                _accumulate(segment, scalars)
+                _accumulate(segment, own)
                 _refresh(due, hyper, scalars)
-            precondition(segment, hyper, scalars)
+            precondition(segment, hyper, own)
             if not arena.is_layerwise:
-                exchange.deliver(arena, segment, hyper, scalars)
+                exchange.deliver(arena, segment, hyper, own)
 
 
 def rescale(
@@ -67,29 +68,61 @@ def rescale(
         exchange.sum_(squares)
         attempt.run(layerwise.rescale, squares, arena, segments)
         for segment in segments:
-            attempt.run(exchange.deliver, arena, segment, hyper, scalars)
+            own = None if scalars is None else scalars.at(segment.owners)
+            attempt.run(exchange.deliver, arena, segment, hyper, own)
+
+
+def due_rows(selection: Selection, hyper: Hyperparameters) -> list[FactorRows]:
+    """The factors whose roots are refreshed in this step: by a parameter's own count of steps."""
+    # While a step is captured, it has not been counted.
+    ahead = int(capture.is_capturing())
+    counts = selection.arena.counts()
+    present = {counts[rank] + ahead for rank in selection.ranks}
+    slots = {count: hyper.due_slot(count) for count in present}
+    if len(slots) == 1:
+        [slot] = slots.values()
+        return [] if slot is None else selection.rows_of_slot(slot)
+    if not any(slot is not None for slot in slots.values()):
+        return []
+    return selection.rows_by_owner([slots.get(count + ahead) for count in counts])
 
 
 def _accumulate(segment: Segment, scalars: Scalars) -> None:
     """A_k <- beta2 A_k + (1 - beta2) mat_k(G) mat_k(G)^T, from the raw gradient."""
     for part in segment.parts:
+        if not part.factors:
+            continue
+        grad = part.take(part.grad)
         for mode, factor in enumerate(part.factors):
-            ops.gram_ema_(factor, part.grad, mode, scalars.beta2, scalars.factor_weight)
+            moved = part.take(factor)
+            ops.gram_ema_(moved, grad, mode, scalars.beta2, scalars.factor_weight)
+            part.put(factor, moved)
 
 
-def _refresh(due: Sequence[FactorRange], hyper: Hyperparameters, scalars: Scalars) -> None:
+def _refresh(due: Sequence[FactorRows], hyper: Hyperparameters, scalars: Scalars) -> None:
     """X_k <- (A_k / c2 + ridge I)^(-1/p)."""
     for factors in due:
-        stack, rows = factors.stack, slice(factors.start, factors.stop)
-        state = stack.root[rows], stack.factor[rows], stack.failures[rows], stack.rooted[rows]
+        stack = factors.stack
+        root, factor, failures, rooted = (
+            factors.take(each) for each in (stack.root, stack.factor, stack.failures, stack.rooted)
+        )
+        correction = scalars.correction2
+        if scalars.counted is not None:
+            owners = stack.row_owners[factors.where].to(stack.factor.device, non_blocking=True)
+            correction = scalars.at(owners).correction2
         how: dict[str, Any] = {
             "p": hyper.root_power(stack.order),
-            "correction": scalars.correction2,
+            "correction": correction,
             "eps": hyper.eps,
             "relative_eps": hyper.relative_eps,
             "method": hyper.root_method,
         }
         if scalars.accepted is None:
-            refresh_roots_(*state, **how, pending=factors.pending)
+            how |= {"pending": stack.pending, "where": factors.where}
+            refresh_roots_(root, factor, failures, rooted, **how)
         else:
-            refresh_roots_on_device_(*state, scalars.accepted, **how)
+            refresh_roots_on_device_(root, factor, failures, rooted, scalars.accepted, **how)
+        factors.put(stack.root, root)
+        factors.put(stack.failures, failures)
+        factors.put(stack.rooted, rooted)
+        stack.mark_seen()

@@ -20,11 +20,13 @@ from shampoo.exchange import Exchange, Round, search_direction
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.patterns import Pattern, Patterns
 from shampoo.scalars import Scalars
-from shampoo.segments import Segment
+from shampoo.segments import Segment, count_blocks
 from shampoo.stacks import Arena
 
 _HEADER = 16  # elements in front of a slice: its rank's word, and what keeps slices aligned
 _PARTS = 4  # of a buffer that is sent while the rest is computed
+
+_Entry = tuple[int, Tensor, Tensor]  # a part, tiles, scales of 1
 
 
 def slice_length(numel: int) -> int:
@@ -55,7 +57,7 @@ class AllGather(Exchange):
         self._group = group
         self._team = crews[0][0].team
         self._index = {id(crew[self._team.me]): index for index, crew in enumerate(crews)}
-        self._tables: Patterns[list[list[tuple[int, list[int], Tensor, Tensor]]]] = Patterns()
+        self._tables: Patterns[list[list[_Entry]]] = Patterns()
         # Where arenas begin among the elements of a rank, and where the parts of its slice do.
         self._bases = [
             [0, *accumulate(crew[position].numel for crew in crews)]
@@ -76,6 +78,7 @@ class AllGather(Exchange):
         for base, crew in zip(self._bases[self._team.me], crews, strict=False):
             crew[self._team.me].cuts = frozenset(edge - base for edge in own)
         self._works: list[dist.Work | None] = []
+        self._rows = [self._rows_of(index) for index in range(len(crews))]
 
     def _edges_of(self, position: int, parts: int) -> list[int]:
         """Cuts a rank's elements at the starts of blocks into parts of about equal length."""
@@ -148,50 +151,50 @@ class AllGather(Exchange):
             arena = self._crews[index][self._team.me]
             hyper = self.round.hyper[arena.group]
             dtype = arena.update_dtype if hyper.momentum > 0 else arena.dtype
-            for part, members, tiles, ones in entries:
+            members = list(arena.first)
+            for part, tiles, ones in entries:
                 self.move(arena, members, wide(part, arena.device, dtype), tiles, ones)
 
-    def _table(self) -> list[list[tuple[int, list[int], Tensor, Tensor]]]:
-        """For every arena, the parts in which present blocks lie: members, tiles, scales of 1."""
+    def _table(self) -> list[list[_Entry]]:
+        """For every arena, the parts in which present blocks lie: tiles, scales of 1."""
 
-        def make(present: Pattern) -> list[list[tuple[int, list[int], Tensor, Tensor]]]:
+        def make(present: Pattern) -> list[list[_Entry]]:
             return [self._entries(index, present) for index in range(len(self._crews))]
 
         return self._tables.get(self.round.present, make)
 
-    def _entries(
-        self, index: int, present: tuple[bool, ...]
-    ) -> list[tuple[int, list[int], Tensor, Tensor]]:
+    def _entries(self, index: int, present: Pattern) -> list[_Entry]:
+        own = self._crews[index][self._team.me]
+        is_here = torch.tensor([present[member] for member in own.first], device="cpu")
+        entries = []
+        for part, rows in enumerate(self._rows[index]):
+            tiles = rows[is_here[rows[:, 0]]]
+            if len(tiles) > 0:
+                ones = torch.ones(count_blocks(tiles), dtype=own.dtype, device=own.device)
+                entries.append((part, tiles, ones))
+        return entries
+
+    def _rows_of(self, index: int) -> list[Tensor]:
+        """The tiles of an arena's blocks in each part of the buffer, by the places of members."""
         crew = self._crews[index]
-        members = [member for member in crew[0].members if present[member]]
-        sources = {member: source for source, member in enumerate(members)}
-        rows: list[list[list[int]]] = [[] for _ in self._buffers]
+        ranks = {member: rank for rank, member in enumerate(crew[0].first)}
         placed = [
             (position, placement)
             for position, arena in enumerate(crew)
             for stack in arena.stacks
             for placement in stack.placements
-            if placement.member in sources
         ]
-        order = max((len(placement.tile.dims) for _, placement in placed), default=0)
-        counts = [0] * len(self._buffers)
+        order = max((len(placement.tile.dims) for _, placement in placed), default=1)
+        rows: list[list[list[int]]] = [[] for _ in self._buffers]
         for position, placement in placed:
             start = self._bases[position][index] + placement.element
             edges = self._edges[position]
             part = bisect.bisect_right(edges, start) - 1
             offset = position * self._buffers[part].shape[1] + _HEADER + start - edges[part]
-            row = placement.tile.row(sources[placement.member], offset, order)
-            rows[part].append(row)
-            counts[part] += placement.tile.blocks
+            rows[part].append(placement.tile.row(ranks[placement.member], offset, order))
         return [
-            (
-                part,
-                members,
-                torch.tensor(rows[part], dtype=torch.int64, device="cpu"),
-                torch.ones(counts[part], dtype=crew[0].dtype, device=crew[0].device),
-            )
-            for part in range(len(self._buffers))
-            if rows[part]
+            torch.tensor(part, dtype=torch.int64, device="cpu").view(-1, 2 + 4 * order)
+            for part in rows
         ]
 
 

@@ -9,7 +9,7 @@ it has asked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.optim.optimizer import Optimizer
 
 from shampoo.gradients import largest_magnitudes
 from shampoo.hyperparameters import Hyperparameters
-from shampoo.scalars import Scalars
+from shampoo.scalars import Counted, Scalars
 from shampoo.segments import Selection
 from shampoo.stacks import Arena
 from shampoo.step_plan import Plan
@@ -78,14 +78,28 @@ def check_warm(is_warm: bool) -> None:
         )
 
 
-def coming_refresh(plan: Plan, values: Sequence[Hyperparameters]) -> tuple[int | None, ...]:
-    """For every arena the slot whose roots its next step refreshes, None without a refresh."""
-    slots = [values[arena.group].due_slot(arena.step + 1) for arena in plan.arenas]
-    has_roots = [
-        any(slot in stack.slot.tolist() for stack in arena.factor_stacks if not stack.diagonal)
-        for arena, slot in zip(plan.arenas, slots, strict=True)
+def coming_refresh(plan: Plan, values: Sequence[Hyperparameters]) -> tuple[Hashable, ...]:
+    """For every arena the slot whose roots its next step refreshes, None without a refresh.
+
+    A tuple of them where parameters differ in how many steps they have taken.
+    """
+    return tuple(_coming_slot(plan, arena, values[arena.group]) for arena in plan.arenas)
+
+
+def _coming_slot(plan: Plan, arena: Arena, hyper: Hyperparameters) -> Hashable:
+    counts = arena.counts()
+    # Of parameters that had a gradient: a graph repeats a step in which the same ones have.
+    moving = [
+        count
+        for member, count in zip(arena.first, counts, strict=True)
+        if not plan.present or plan.present[member]
     ]
-    return tuple(slot if any_due else None for slot, any_due in zip(slots, has_roots, strict=True))
+    slots = [hyper.due_slot(count + 1) for count in moving]
+    if len(set(slots)) > 1:
+        return tuple(slots)
+    slot = slots[0] if slots else None
+    has_roots = any(slot in stack.slot.tolist() for stack in arena.rooted_stacks())
+    return slot if has_roots else None
 
 
 class DeviceState:
@@ -113,7 +127,7 @@ class DeviceState:
             )
         self.device = plan.arenas[0].device
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._has_stepped = torch.stack([arena.taken[0] > 0 for arena in plan.arenas]).any()
+        self._has_stepped = torch.stack([arena.taken.max() > 0 for arena in plan.arenas]).any()
         neutral = [*_NEUTRAL.values(), *_NEUTRAL_MOMENT.values()]
         self._neutral = torch.tensor(neutral, dtype=torch.float64, device=self.device)
         self._zeros = torch.zeros_like(self._neutral).unbind()
@@ -158,7 +172,7 @@ class DeviceState:
         if is_capturing():
             self._captured.append((selections, squares))
 
-    def scalars(self, hyper: Hyperparameters, arena: Arena, accepted: Tensor) -> Scalars:
+    def scalars(self, hyper: Hyperparameters, selection: Selection, accepted: Tensor) -> Scalars:
         """Counts a step of an arena; its numbers, 0-d float64 on the device.
 
         Raises:
@@ -174,8 +188,12 @@ class DeviceState:
                     f"Invalid {name} on {number.device}. Must be on {self.device}, as the"
                     " parameters are: a graph cannot follow it elsewhere."
                 )
-        arena.taken += accepted
-        plain = Scalars.of(hyper, arena.rule, arena.taken[0].double())
+        arena, ranks = selection.arena, selection.ranks
+        is_whole = len(ranks) == len(selection.present)
+        arena.taken += accepted if is_whole else selection.is_here & accepted
+        # The host cannot see which of the steps that it has asked for were taken.
+        arena.is_uniform = arena.is_uniform and is_whole
+        plain = Scalars.of(hyper, arena.rule, arena.taken[ranks[0]].double())
         numbers = [getattr(plain, name) for name in _NEUTRAL]
         numbers += [getattr(plain.moment, name) for name in _NEUTRAL_MOMENT]
         # Those of the host go into the arguments of one launch: a copy could not be captured.
@@ -186,4 +204,17 @@ class DeviceState:
         moved: dict[str, Any] = dict(zip(_NEUTRAL, gated, strict=False))
         moment: dict[str, Any] = dict(zip(_NEUTRAL_MOMENT, gated[len(_NEUTRAL) :], strict=True))
         moved["moment"] = replace(plain.moment, **moment)
-        return replace(plain, **moved, accepted=accepted)
+        counted = None if arena.is_uniform else _counted(hyper, arena, accepted)
+        return replace(plain, **moved, accepted=accepted, counted=counted)
+
+
+def _counted(hyper: Hyperparameters, arena: Arena, accepted: Tensor) -> Counted:
+    """The numbers of parameters that may have taken different numbers of steps."""
+    steps = arena.taken.clamp(min=1).double()  # one that has taken none has nothing to correct
+    plain = Scalars.of(hyper, arena.rule, steps)
+    one = torch.ones_like(steps)
+    numbers = [
+        torch.where(accepted, one * number, 1.0)
+        for number in (plain.correction1, plain.correction2, plain.moment.correction)
+    ]
+    return Counted(torch.stack([*numbers, steps]), plain.started)

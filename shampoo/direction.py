@@ -79,37 +79,51 @@ def precondition(segment: Segment, hyper: Hyperparameters, scalars: Scalars) -> 
     norm = torch.empty_like(segment.norm)
     has_root = torch.ones_like(norm, dtype=torch.bool)
     for part, is_rooted in zip(segment.parts, rooted, strict=True):
+        direction = part.take(part.direction)
         # Without a root everywhere, the grafted direction must stay where a root is missing.
-        out = part.direction if is_rooted else torch.empty_like(part.direction)
-        filtered = part.grad if part.exp_avg is None else part.exp_avg
+        out = direction if is_rooted else torch.empty_like(direction)
+        filtered = part.take(part.grad if part.exp_avg is None else part.exp_avg)
         ops.precondition_(out, norm[part.blocks], filtered, _roots(part, hyper, scalars))
         if not is_rooted:
             mask = has_root[part.blocks]
-            for each in (*part.rooted, scalars.started):
+            for each in map(part.take, part.rooted):
                 mask &= each
+            mask &= _of(scalars.started, part)
             shape = (-1, *[1] * len(part.factors))
-            part.direction.copy_(torch.where(mask.view(shape), out, part.direction))
+            direction.copy_(torch.where(mask.view(shape), out, direction))
+        part.put(part.direction, direction)
     # The bias correction of the gradient average is a factor of the direction: it joins the scale.
     correction = scalars.correction1
     if hyper.geometry.grafting == "none":
         scale = torch.ones_like(norm).mul_(1.0 / correction)
     else:
-        scale = segment.norm / (norm / correction + _TINY) / correction
+        divisor = correction.to(norm.dtype) if isinstance(correction, Tensor) else correction
+        scale = segment.norm / (norm / divisor + _TINY) / divisor
     segment.scale.copy_(scale if all(rooted) else torch.where(has_root, scale, 1.0))
 
 
 def _roots(part: Part, hyper: Hyperparameters, scalars: Scalars) -> list[Tensor]:
     exponent = -1.0 / hyper.root_power(len(part.factors))
+    correction = _of(scalars.correction2, part)
     return [
-        _diagonal_root(factor, exponent, hyper, scalars.correction2) if root is None else root
+        _diagonal_root(part.take(factor), exponent, hyper, correction)
+        if root is None
+        else part.take(root)
         for factor, root in zip(part.factors, part.roots, strict=True)
     ]
+
+
+def _of(number: Number, part: Part) -> Number:
+    """A number of a segment as it concerns a part: each of its blocks may have its own."""
+    return number[part.blocks] if isinstance(number, Tensor) and number.dim() else number
 
 
 def _diagonal_root(
     factor: Tensor, exponent: float, hyper: Hyperparameters, correction: Number
 ) -> Tensor:
     """``(a / c2 + ridge)^(-1/p)`` of a diagonal factor ``[B, d]``, by the ridge of full factors."""
+    if isinstance(correction, Tensor):
+        correction = correction.to(factor.dtype).view(-1, 1)
     diagonal = factor / correction
     largest = diagonal.amax(1, keepdim=True)
     unit = torch.where(largest > 0, largest, 1.0)  # keeps the fourth powers in range

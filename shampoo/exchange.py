@@ -71,8 +71,12 @@ class Exchange(ABC):
 
     def gradients(self, segment: Segment) -> Blocks:
         """Where the gradients of a segment lie: perhaps where its directions will be."""
-        grads = (self.round.grads[member] for member in segment.members)
-        return [grad for grad in grads if grad is not None], segment.tiles  # all of them are
+        params, grads = self.round.params, self.round.grads
+        # Where there is no gradient, something that no tile names keeps the others in their places.
+        return [
+            params[member] if (grad := grads[member]) is None else grad
+            for member in segment.members
+        ], segment.tiles
 
     def weights(self, segment: Segment) -> Blocks:
         """Where the weights of a segment lie: perhaps where those of the one before did."""
@@ -132,8 +136,7 @@ class Alone(Exchange):
             scalars.decay * 0.0 if arena.is_layerwise else scalars.decay,
             scalars.momentum,
             hyper.nesterov,
-            _seed(arena, segment) if hyper.stochastic_rounding else None,
-            scalars.step,
+            *((_seed(arena, segment), scalars.step) if hyper.stochastic_rounding else ()),
         )
 
 
@@ -158,17 +161,21 @@ def search_direction(
     """
     momentum = segment.moments.get("momentum") if hyper.momentum > 0 else None
     direction = segment.direction.to(arena.dtype if momentum is None else momentum.dtype)
-    start = block = 0
-    for count, size in segment.runs:
-        blocks = direction[start : start + count * size].view(count, size)
-        blocks.mul_(segment.scale[block : block + count, None].to(direction.dtype))
-        start, block = start + count * size, block + count
-    if momentum is None:
-        return direction
-    if hyper.decoupled_decay != 0.0 and not arena.is_layerwise:
+    weight = None
+    if momentum is not None and hyper.decoupled_decay != 0.0 and not arena.is_layerwise:
         weight = torch.empty_like(direction)
         ops.gather_blocks_(weight, *weights(segment), 1.0, False)
-        direction.add_(weight.mul_(hyper.decoupled_decay))
-    momentum.mul_(hyper.momentum).add_(direction)
-    # Without alpha: torch would fuse the product into the sum and round once.
-    return direction.add_(momentum * hyper.momentum) if hyper.nesterov else momentum
+    for part in segment.parts:
+        blocks = part.of(direction)
+        moved = part.take(blocks).mul_(segment.scale[part.blocks, None].to(direction.dtype))
+        if momentum is not None:
+            if weight is not None:
+                moved.add_(part.take(part.of(weight)).mul_(hyper.decoupled_decay))
+            buffer = part.take(part.of(momentum))
+            buffer.mul_(hyper.momentum).add_(moved)
+            part.put(part.of(momentum), buffer)
+            if hyper.nesterov:
+                # Without alpha: torch would fuse the product into the sum and round once.
+                moved.add_(buffer * hyper.momentum)
+        part.put(blocks, moved)
+    return direction if momentum is None or hyper.nesterov else momentum

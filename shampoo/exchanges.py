@@ -16,6 +16,7 @@ from shampoo.hyperparameters import Geometry, Hyperparameters
 from shampoo.regions import Region, regions_of
 from shampoo.router import Router
 from shampoo.routes import Routed
+from shampoo.segments import longest_segment
 from shampoo.stacks import Arena
 from shampoo.step_plan import Plan
 from shampoo.workers import Team, Workers
@@ -115,7 +116,7 @@ def _exchanges_of(
                 workers.group(team),
                 functools.reduce(torch.promote_types, (param.dtype for _, param in members)),
                 dtype,
-                max(plan.longest_segment(arena) for arena in arenas),
+                max(longest_segment(arena) for arena in arenas),
                 frozenset(index for index, arena in enumerate(arenas) if weighted[id(arena)]),
             )
         else:

@@ -31,9 +31,10 @@ def measure(
         weights = segment.grad
         ops.gather_blocks_(weights, *exchange.weights(segment), 1.0, False)
         for part in segment.parts:
-            scale = segment.scale[part.blocks]
-            part.direction.mul_(scale.view(-1, *[1] * (part.direction.dim() - 1)))
-        segment.direction.add_(weights, alpha=weight_decay)
+            blocks, scale = part.of(segment.direction), segment.scale[part.blocks, None]
+            moved = part.take(blocks).mul_(scale)
+            moved.add_(part.take(part.of(weights)), alpha=weight_decay)
+            part.put(blocks, moved)
         for side, flat in enumerate((weights, segment.direction)):
             squares[side].index_copy_(0, segment.places, _block_squares(flat, segment))
 
@@ -53,9 +54,8 @@ def rescale(squares: Tensor, arena: Arena, segments: Sequence[Segment]) -> None:
 
 def _block_squares(flat: Tensor, segment: Segment) -> Tensor:
     """Squared norm of every block, [B] float64."""
-    squares, start = [], 0
-    for count, size in segment.runs:
-        blocks = flat[start : start + count * size].view(count, size)
-        squares.append(torch.linalg.vector_norm(blocks, dim=1, dtype=torch.float64).square())
-        start += count * size
+    squares = [
+        torch.linalg.vector_norm(part.take(part.of(flat)), dim=1, dtype=torch.float64).square()
+        for part in segment.parts
+    ]
     return torch.cat(squares)

@@ -47,19 +47,37 @@ def _define_twice(schema: str, numbers: str, meaning: Callable[..., None]) -> Ca
 
     A step that a graph replays cannot take its moving numbers from the host: there they are 0-d
     float64 tensors beside the others. The choice is made here, since the dispatcher's own would
-    turn such a tensor into a float, and wait for the device.
+    turn such a tensor into a float, and wait for the device. Where one of them is a tensor, all
+    become tensors.
     """
     names = numbers.split()
     plain = _define(schema, meaning)
     replayed = re.sub(rf"float ({'|'.join(names)})\b", r"Tensor \1", schema)
     replayed = re.sub(r"Tensor (\w+)=[\d.]+", r"Tensor? \1=None", replayed)
     on_device = _define(replayed.replace("(", ".Tensor(", 1), meaning)
-    arguments = [part.split()[-1] for part in schema[schema.index("(") :].split(",")]
-    first = arguments.index(names[0])
+    inside = schema[schema.index("(") + 1 : schema.index(") ->")]
+    arguments = [re.sub(r"=.*", "", part.split()[-1]) for part in inside.split(",")]
+    places = [arguments.index(each) for each in names]
 
     def choose(*given: Any, **named: Any) -> None:
-        number = given[first] if first < len(given) else named[names[0]]
-        (on_device if isinstance(number, Tensor) else plain)(*given, **named)
+        numbers = [given[place] for place in places if place < len(given)]
+        numbers += [named[each] for each in names if each in named]
+        living = next((number for number in numbers if isinstance(number, Tensor)), None)
+        if living is None:
+            plain(*given, **named)
+            return
+
+        def live(number: Any) -> Tensor:
+            if isinstance(number, Tensor):
+                return number
+            # Not torch.tensor, whose copy to a GPU waits for it.
+            return torch.full((), float(number), dtype=torch.float64, device=living.device)
+
+        positional = [live(value) if at in places else value for at, value in enumerate(given)]
+        on_device(
+            *positional,
+            **{key: live(value) if key in names else value for key, value in named.items()},
+        )
 
     return choose
 

@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from shampoo.exchange import Round
 from shampoo.exchanges import Exchanges, Purpose, join_groups
 from shampoo.hyperparameters import Hyperparameters, dtype_name, warn_about
 from shampoo.layout import FACTORED, Layout
+from shampoo.parameters import check_parameter, parameter_name
 from shampoo.persistence import Persistent
 from shampoo.proposal import Proposal, local_gradients, propose
 from shampoo.regions import local_tensor
@@ -24,8 +25,7 @@ from shampoo.replicas import Copies, copies_of
 from shampoo.scalars import Scalars
 from shampoo.segments import Selection
 from shampoo.solver import check_method
-from shampoo.stacks import Arena
-from shampoo.step_plan import Plan, check_parameter, parameter_name
+from shampoo.step_plan import Plan
 from shampoo.workers import Team, Workers
 
 logger = logging.getLogger(__name__)
@@ -350,8 +350,8 @@ class Shampoo(Persistent):
         exchanges = self._exchanges.by_team
         attempt = Attempt(is_shared=not plan.holders.is_alone)
         if not capture.is_capturing():
-            for arena in plan.arenas:
-                arena.count_step()  # now: a rank that fails must not fall a step behind the others
+            plan.count_step(step.present)  # now: a rank that fails must not fall a step behind
+        plan.present = step.present
         for exchange in exchanges.values():
             attempt.run(exchange.open, step)
         for exchange in exchanges.values():
@@ -363,7 +363,7 @@ class Shampoo(Persistent):
             plan.arenas, selections, self._exchanges.squares, strict=True
         ):
             exchange, hyper = exchanges[arena.team], step.hyper[arena.group]
-            scalars = attempt.run(self._scalars, arena, hyper, proposal.accepted)
+            scalars = attempt.run(self._scalars, selection, hyper, proposal.accepted)
             attempt.run(advance, selection, hyper, scalars, exchange)
             if squares is not None:
                 segments = [] if selection is None else selection.segments
@@ -395,13 +395,19 @@ class Shampoo(Persistent):
         capture.check_warm(plan.has_selected(step.present))
         return plan.select(step.present)
 
-    def _scalars(self, arena: Arena, hyper: Hyperparameters, accepted: Tensor | None) -> Scalars:
-        """The numbers that move an arena in the step that has just been counted."""
-        if accepted is None or self._on_device is None:
-            return Scalars.of(hyper, arena.rule, arena.step)
-        return self._on_device.scalars(hyper, arena, accepted)
+    def _scalars(
+        self, selection: Selection, hyper: Hyperparameters, accepted: Tensor | None
+    ) -> Scalars | None:
+        """The numbers that move an arena in the step that has just been counted, if it moves."""
+        if not selection.ranks:
+            return None
+        if accepted is not None and self._on_device is not None:
+            return self._on_device.scalars(hyper, selection, accepted)
+        arena = selection.arena
+        counts, ranks = arena.counts(), selection.ranks
+        return Scalars.of_counts(hyper, arena.rule, counts, ranks, arena.device)
 
-    def coming_refresh(self) -> tuple[int | None, ...]:
+    def coming_refresh(self) -> tuple[Hashable, ...]:
         """Names the roots that the next step refreshes: what a graph of it can be used for again.
 
         All None for an ordinary step. The schedule follows the steps that were asked for; the host
@@ -414,8 +420,8 @@ class Shampoo(Persistent):
 
     def replayed(self) -> None:
         """Says that a graph with one step was replayed, for which ``step()`` was not called."""
-        for arena in self._current_plan().arenas:
-            arena.count_step()
+        assert self._plan is not None
+        self._plan.count_replayed()
 
     def _count_skipped(self, complaint: str) -> None:
         for group in self.param_groups:

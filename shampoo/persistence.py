@@ -18,6 +18,7 @@ from shampoo.consolidation import consolidate
 from shampoo.division import Owners
 from shampoo.exchanges import Exchanges
 from shampoo.state_dict import match, signed
+from shampoo.state_keys import is_own
 from shampoo.step_plan import Plan
 from shampoo.workers import Workers
 
@@ -42,11 +43,19 @@ class Persistent(Optimizer):
         raise NotImplementedError
 
     def _current_plan(self) -> Plan:
-        """The plan, rebuilt if parameters were added, swapped, unfrozen or moved since."""
-        if self._plan is None or not self._plan.is_current(self.param_groups, self._workers):
+        """The plan, of what ``state`` shows: what was put there since is what trains.
+
+        Rebuilt if parameters were added, swapped, unfrozen or moved since.
+        """
+        plan = self._plan
+        is_current = plan is not None and plan.is_current(self.param_groups, self._workers)
+        if plan is None or not is_current or not plan.is_intact(self.state):
             capture.check_warm(False)
+            if plan is not None and is_current and plan.take_in(self.state):
+                return plan
             live = {param for group in self.param_groups for param in group["params"]}
-            if dead := [param for param in self.state if param not in live]:
+            tensors = [param for param in self.state if isinstance(param, Tensor)]
+            if dead := [param for param in tensors if param not in live]:
                 logger.warning(
                     "shampoo: %d parameters were replaced; their state is dropped", len(dead)
                 )
@@ -57,7 +66,7 @@ class Persistent(Optimizer):
             is_capturable = bool(plan.arenas) and capture.is_capturable(self.param_groups)
             self._on_device = capture.DeviceState(plan) if is_capturable else None
             self._plan = plan  # only now: what could not be captured must not be taken for it
-        return self._plan
+        return plan
 
     def _owners(self) -> dict[Tensor, Owners] | None:
         """Who owns the blocks that have state, on this rank or another."""
@@ -80,7 +89,12 @@ class Persistent(Optimizer):
         state = super().__getstate__()
         state["_workers"], state["_kept"] = self._workers, self._owners()
         state["state"] = {
-            param: {key: view.clone() for key, view in entries.items()}
+            param: {
+                key: value.clone() if is_own(key) and isinstance(value, Tensor) else value
+                for key, value in entries.items()
+            }
+            if isinstance(entries, dict)
+            else entries
             for param, entries in self.state.items()
         }
         return state

@@ -48,10 +48,9 @@ class Proposal:
             terms: arguments of the optimizer that belong to no group.
         """
         plan, hyper, present = self.plan, self.round.hyper, self.round.present
-        # A rank that alone has loaded a checkpoint, or planned anew, is some steps off, which bias
-        # corrections count, or has its blocks in other arenas: others would read its part of a
-        # buffer at the wrong places.
-        steps = [(arena.group, arena.step) for arena in plan.arenas]
+        # A rank that alone has loaded a checkpoint, or lost its state, is some steps off: its bias
+        # corrections would be others.
+        steps = plan.counts()
 
         def values() -> list[dict[str, str]]:
             found = []
@@ -70,18 +69,15 @@ class Proposal:
 
         def counts() -> list[dict[str, str]]:
             return [
-                {
-                    "name": f"group {index}",
-                    "steps": str([n for group, n in steps if group == index]),
-                }
-                for index in range(len(hyper))
+                {"name": member.name, "steps": str(count)}
+                for member, count in zip(plan.members, steps, strict=True)
             ]
 
         self.topics = (
             Topic("parameter groups", digest(repr((terms, hyper))), values),
             Topic("parameters to train", plan.digest, plan.entries),
             Topic("parameters to train", digest(repr(present)), gradients),
-            Topic("parameter groups", digest(repr(steps)), counts),
+            Topic("parameters to train", digest(repr(steps)), counts),
         )
 
 

@@ -25,40 +25,44 @@ _EIGH = 2  # the last rung; rung 1 is the larger ridge
 _RIDGE_GROWTH = 10.0
 
 
+Where = slice | Tensor  # rows of a stack; a tensor, [R] int64, is on the host
+
+
 class PendingFlags:
-    """Outcomes of one stack's last refresh on their way to the host. Not part of any checkpoint."""
+    """Outcomes of one stack's refreshes on their way to the host. Not part of any checkpoint.
 
-    def __init__(self) -> None:
-        self._outcome: Tensor | None = None
-        self._arrived: torch.cuda.Event | None = None
-        self._rung: Tensor | None = None  # [K], on the host
+    Args:
+        count: K, matrices of the stack.
+    """
 
-    def send(self, outcome: Tensor) -> None:
-        """Starts the copy of the outcomes, [K] uint8, without waiting for them."""
+    def __init__(self, count: int) -> None:
+        self._rung = torch.zeros(count, dtype=torch.int64, device="cpu")
+        self._sent: list[tuple[Where, Tensor, torch.cuda.Event | None]] = []
+
+    def send(self, where: Where, outcome: Tensor) -> None:
+        """Starts the copy of the outcomes of some rows, [R] uint8, without waiting for them."""
         if outcome.device.type != "cuda":
-            self._outcome, self._arrived = outcome.clone(), None
+            self._sent.append((where, outcome.clone(), None))
             return
-        self._outcome = torch.empty(
-            outcome.shape, dtype=outcome.dtype, device="cpu", pin_memory=True
-        )
-        self._outcome.copy_(outcome, non_blocking=True)
-        self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._arrived.record()
+        copy = torch.empty(outcome.shape, dtype=outcome.dtype, device="cpu", pin_memory=True)
+        copy.copy_(outcome, non_blocking=True)
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record()
+        self._sent.append((where, copy, arrived))
 
-    def receive(self, count: int) -> Tensor:
-        """The rung on which each of ``count`` matrices must be retried, [K] on the host."""
-        if self._rung is None or len(self._rung) != count:
-            self._rung = torch.zeros(count, dtype=torch.int64, device="cpu")
-        outcome = self._outcome
-        if outcome is None or len(outcome) != count:
-            return self._rung
-        if self._arrived is not None and not self._arrived.query():  # type: ignore[no-untyped-call]
-            return self._rung
-        self._outcome = None
-        _warn(int((outcome == _FAILED).sum()), count)
-        climbed = (self._rung + (outcome == _FAILED).long()).clamp(min=1, max=_EIGH)
-        self._rung = torch.where(outcome == _PASSED, 0, climbed)
-        return self._rung
+    def receive(self, where: Where) -> Tensor:
+        """The rung on which each of some rows must be retried, [R] on the host."""
+        waiting: list[tuple[Where, Tensor, torch.cuda.Event | None]] = []
+        for rows, outcome, arrived in self._sent:
+            if arrived is not None and not arrived.query():  # type: ignore[no-untyped-call]
+                waiting.append((rows, outcome, arrived))
+                continue
+            _warn(int((outcome == _FAILED).sum()), len(outcome))
+            rung = self._rung[rows]
+            climbed = (rung + (outcome == _FAILED).long()).clamp(min=1, max=_EIGH)
+            self._rung[rows] = torch.where(outcome == _PASSED, 0, climbed)
+        self._sent = waiting
+        return self._rung[where]
 
 
 def is_root(root: Tensor) -> Tensor:
@@ -77,11 +81,12 @@ def refresh_roots_(
     rooted: Tensor,
     *,
     p: float,
-    correction: float,
+    correction: Number,
     eps: float,
     relative_eps: float,
     method: str,
     pending: PendingFlags | None = None,
+    where: Where = slice(None),
 ) -> None:
     """``root = (factor / correction + ridge I)^(-1/p)``, where that gives a root fit for use.
 
@@ -93,12 +98,13 @@ def refresh_roots_(
         failures: [K] int32, in and out: consecutive refreshes that failed.
         rooted: [K] bool, in and out: whether there is a root.
         p: The root, > 0.
-        correction: Divides the factor; the bias correction of its average.
+        correction: Divides the factor; the bias correction of its average. [K] if they differ.
         eps: Absolute ridge.
         relative_eps: Relative ridge.
         method: As in ``inverse_root``.
         pending: On a GPU, the object that remembers this stack's flags between refreshes; without
             one a failing matrix is not retried there. Not used on the CPU.
+        where: Which rows of that stack these are.
 
     """
     if factor.numel() == 0:
@@ -106,7 +112,7 @@ def refresh_roots_(
     count, on_cpu = len(factor), factor.device.type == "cpu"
     outcome = torch.empty(count, dtype=torch.uint8, device=factor.device)
     for rows in chunks(factor):
-        how = p, correction, eps, relative_eps, method
+        how = p, _of(correction, rows), eps, relative_eps, method
         ok = _attempt(root[rows], factor[rows], *how, reads=on_cpu)
         outcome[rows] = torch.where(ok, _PASSED, _FAILED).to(torch.uint8)
 
@@ -118,7 +124,7 @@ def refresh_roots_(
         for part in torch.split(which, step):
             candidate = root[part]
             ridges = eps * growth, relative_eps * growth
-            how = p, correction, *ridges, solver
+            how = p, _of(correction, part), *ridges, solver
             ok = _attempt(candidate, factor[part], *how, reads=on_cpu)
             ok &= outcome[part] == _FAILED
             root[part] = torch.where(ok[:, None, None], candidate, root[part])
@@ -132,12 +138,12 @@ def refresh_roots_(
             retry(failed, rung)
         _warn(int((outcome == _FAILED).sum()), count)
     elif pending is not None:
-        rungs = pending.receive(count)
+        rungs = pending.receive(where)
         for rung in range(1, _EIGH + 1):
             flagged = (rungs == rung).nonzero()[:, 0]
             if len(flagged) > 0:
                 retry(flagged.to(factor.device), rung)
-        pending.send(outcome)
+        pending.send(where, outcome)
 
     failed = outcome == _FAILED
     failures.copy_(torch.where(failed, failures + 1, 0))
@@ -167,12 +173,17 @@ def refresh_roots_on_device_(
     """
     for rows in chunks(factor):
         candidate = root[rows].clone()
-        how = p, correction, eps, relative_eps, method
+        how = p, _of(correction, rows), eps, relative_eps, method
         ok = _attempt(candidate, factor[rows], *how, reads=False)
         root[rows] = torch.where(accepted, candidate, root[rows])
         failed = torch.where(ok, 0, failures[rows] + 1)
         failures[rows] = torch.where(accepted, failed, failures[rows])
     rooted.copy_(is_root(root))
+
+
+def _of(correction: Number, rows: slice | Tensor) -> Number:
+    """The corrections of some matrices, if each has its own."""
+    return correction[rows] if isinstance(correction, Tensor) and correction.dim() else correction
 
 
 def _attempt(
@@ -186,7 +197,9 @@ def _attempt(
     reads: bool,
 ) -> Tensor:
     """Solves a chunk and writes the roots that pass the probe; which, [B] bool."""
-    if isinstance(correction, Tensor) or correction != 1.0:
+    if isinstance(correction, Tensor):
+        factor = factor / correction.to(factor.dtype).view(-1, 1, 1)
+    elif correction != 1.0:
         factor = factor / correction
     candidate = torch.empty_like(root)
     ridge = torch.empty(len(factor), dtype=torch.float64, device=factor.device)

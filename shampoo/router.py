@@ -124,7 +124,8 @@ class Router(Exchange):
         members = {member for index in weighted for member in arenas[index].members}
         self._incoming = _Incoming(self._routes, members, gradient_dtype, self._device)
         self._departures: WeakKeyDictionary[Segment, _Copies] = WeakKeyDictionary()
-        self._applied: Patterns[list[tuple[Arena, list[int], Tensor, Tensor]]] = Patterns()
+        self._applied: Patterns[list[tuple[Arena, Tensor, Tensor]]] = Patterns()
+        self._rows = self._rows_of()
 
     def open(self, step: Round) -> None:
         """Packs the pieces of this rank's gradients, and of weights where owners need them."""
@@ -155,14 +156,14 @@ class Router(Exchange):
         direction = search_direction(arena, segment, hyper, self.weights)
         space = self._space[: len(direction)]
         space.copy_(direction)  # rounded to what travels, and where views of it have been made
-        if segment not in self._departures:
+        if segment.key not in self._departures:
             copies = _Copies()
             for block, view in _block_views(segment, space):
                 for offset, piece in self._out_places.get(block, ()):
                     copies.to.append(_piece_view(self._directions.outgoing, offset, piece))
                     copies.source.append(_inside(view, piece))
-            self._departures[segment] = copies
-        self._departures[segment].run()
+            self._departures[segment.key] = copies
+        self._departures[segment.key].run()
 
     def sum_(self, values: Tensor) -> None:
         """Adds up what the ranks of the team know, in place."""
@@ -176,30 +177,38 @@ class Router(Exchange):
     def apply(self) -> None:
         """W <- W - lr D on this rank's shards, by the bits that travelled."""
         wide = functools.cache(self._directions.incoming.to)
-        for arena, members, tiles, ones in self._table():
+        for arena, tiles, ones in self._table():
             hyper = self.round.hyper[arena.group]
             dtype = arena.update_dtype if hyper.momentum > 0 else arena.dtype
-            self.move(arena, members, wide(dtype), tiles, ones)
+            self.move(arena, list(arena.first), wide(dtype), tiles, ones)
 
-    def _table(self) -> list[tuple[Arena, list[int], Tensor, Tensor]]:
-        """For every arena with present pieces here: members, tiles, scales of 1."""
+    def _table(self) -> list[tuple[Arena, Tensor, Tensor]]:
+        """For every arena with present pieces here: tiles, scales of 1."""
 
-        def make(present: Pattern) -> list[tuple[Arena, list[int], Tensor, Tensor]]:
-            by_arena: dict[int, list[tuple[int, Piece]]] = {}
-            for offset, piece in spans(self._routes.directions_in, _HEADER):
-                if present[piece.member]:
-                    by_arena.setdefault(self._arena_of[piece.member], []).append((offset, piece))
-            return [
-                (
-                    self._arenas[index],
-                    members := sorted({piece.member for _, piece in found}),
-                    _tiles(found, {member: place for place, member in enumerate(members)}),
-                    torch.ones(len(found), dtype=self._arenas[index].dtype, device=self._device),
-                )
-                for index, found in sorted(by_arena.items())
-            ]
+        def make(present: Pattern) -> list[tuple[Arena, Tensor, Tensor]]:
+            tables = []
+            for arena, rows in self._rows:
+                is_here = torch.tensor([present[member] for member in arena.first], device="cpu")
+                tiles = rows[is_here[rows[:, 0]]]
+                if len(tiles) > 0:  # each is one piece of one block
+                    ones = torch.ones(len(tiles), dtype=arena.dtype, device=self._device)
+                    tables.append((arena, tiles, ones))
+            return tables
 
         return self._applied.get(self.round.present, make)
+
+    def _rows_of(self) -> list[tuple[Arena, Tensor]]:
+        """The tiles of all pieces that come here, by arena and the places of members in it."""
+        by_arena: dict[int, list[tuple[int, Piece]]] = {}
+        for offset, piece in spans(self._routes.directions_in, _HEADER):
+            by_arena.setdefault(self._arena_of[piece.member], []).append((offset, piece))
+        return [
+            (
+                self._arenas[index],
+                _tiles(found, {member: at for at, member in enumerate(self._arenas[index].first)}),
+            )
+            for index, found in sorted(by_arena.items())
+        ]
 
 
 class _Incoming:
@@ -223,16 +232,21 @@ class _Incoming:
         self.wire = _Wire.of(outgoing, incoming, dtype, device)
         self._sent = _halves(routes.gradients_out, outgoing)
         self._came = tuple(_by_block(half) for half in _halves(routes.gradients_in, incoming))
-        self._tables: Patterns[tuple[list[int], Tensor]] = Patterns()
+        self._tables: Patterns[Tensor] = Patterns()
+        self._packed = sorted({piece.member for _, piece in self._sent[0]})
+        self._rows = self._rows_of()
         self._copies: WeakKeyDictionary[Segment, dict[bool, _Copies]] = WeakKeyDictionary()
 
     def pack(self, step: Round) -> None:
         """Copies this rank's pieces of what is present to the wire, in its own dtype."""
-        members, table = self._tables.get(step.present, self._table)
-        if not members:
+        table = self._tables.get(step.present, self._table)
+        if len(table) == 0:
             return
-        sources = [step.grads[member] for member in members]
-        sources += [step.params[member] for member in members]
+        params = [step.params[member] for member in self._packed]
+        grads = [step.grads[member] for member in self._packed]
+        # Where there is no gradient, something that no tile names keeps the others in their places.
+        sources = [p if grad is None else grad for p, grad in zip(params, grads, strict=True)]
+        sources += params
         # The op writes float32 and float64; what is narrower comes out of float32 as it went in.
         wide = torch.promote_types(self.wire.outgoing.dtype, torch.float32)
         out = self.wire.outgoing.to(wide)
@@ -240,19 +254,25 @@ class _Incoming:
         if out is not self.wire.outgoing:
             self.wire.outgoing.copy_(out)
 
-    def _table(self, present: tuple[bool, ...]) -> tuple[list[int], Tensor]:
-        """Which parameters to pack, and the tiles: sources are their gradients, then they."""
-        halves = [[entry for entry in half if present[entry[1].member]] for half in self._sent]
-        members = sorted({piece.member for _, piece in halves[0]})
-        places = {member: place for place, member in enumerate(members)}
-        order = max((len(piece.shape) for _, piece in halves[0]), default=0)
-        gradients = _rows(halves[0], places, order)
-        weights = _rows(halves[1], {m: len(members) + at for m, at in places.items()}, order)
-        return members, torch.tensor(gradients + weights, dtype=torch.int64, device="cpu")
+    def _table(self, present: Pattern) -> Tensor:
+        """The tiles of what has a gradient."""
+        is_here = torch.tensor([present[member] for member in self._packed] * 2, device="cpu")
+        return self._rows[is_here[self._rows[:, 0]]] if len(self._rows) else self._rows
+
+    def _rows_of(self) -> Tensor:
+        """The tiles of all that is packed: sources are gradients, then their parameters."""
+        places = {member: place for place, member in enumerate(self._packed)}
+        order = max((len(piece.shape) for _, piece in self._sent[0]), default=1)
+        gradients = _rows(self._sent[0], places, order)
+        weights = {member: len(places) + at for member, at in places.items()}
+        table = torch.tensor(
+            gradients + _rows(self._sent[1], weights, order), dtype=torch.int64, device="cpu"
+        )
+        return table.view(-1, 2 + 4 * order)
 
     def copies(self, segment: Segment, to: Tensor, is_weight: bool) -> _Copies:
         """From the wire into the blocks of a segment, which lie one after another in ``to``."""
-        known = self._copies.setdefault(segment, {})
+        known = self._copies.setdefault(segment.key, {})
         if is_weight not in known:
             copies = _Copies()
             for block, view in _block_views(segment, to):

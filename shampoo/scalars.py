@@ -1,7 +1,8 @@
 """The numbers of one step of one arena, on the host or, for a step that a graph replays, not."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,6 +11,53 @@ from shampoo.averages import Number
 from shampoo.grafting import SecondMoment
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.layout import ADAGRAD, FACTORED
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What depends on how many steps a parameter has taken, where the parameters differ in it.
+
+    Attributes:
+        numbers: [4, members] float64: ``correction1``, ``correction2``, that of the second moment,
+            the count itself.
+        started: [members] bool, whether roots are used; one bool for all who have a gradient.
+    """
+
+    numbers: Tensor
+    started: bool | Tensor
+
+    @classmethod
+    def of(
+        cls,
+        hyper: Hyperparameters,
+        rule: str,
+        counts: Sequence[int],
+        ranks: Sequence[int],
+        device: torch.device,
+    ) -> "Counted":
+        """The numbers of every parameter with a gradient, by the same arithmetic as those of all.
+
+        Args:
+            counts: [members], from 1 where there is a gradient.
+            ranks: which have a gradient.
+        """
+        known: dict[int, tuple[list[float], bool]] = {}
+        nothing = [1.0, 1.0, 1.0, 1.0], False
+        columns = [nothing] * len(counts)
+        for rank in ranks:
+            count = counts[rank]
+            if count not in known:
+                plain = Scalars.of(hyper, rule, count)
+                moment = plain.moment.correction
+                each = plain.correction1, plain.correction2, moment, plain.step
+                known[count] = [float(number) for number in each], plain.started is True
+            columns[rank] = known[count]
+        numbers = torch.tensor([column for column, _ in columns], dtype=torch.float64, device="cpu")
+        started: bool | Tensor = columns[ranks[0]][1]
+        if any(is_on is not started for _, is_on in known.values()):
+            flags = torch.tensor([is_on for _, is_on in columns], device="cpu")
+            started = flags.to(device, non_blocking=True)
+        return cls(numbers.T.contiguous().to(device, non_blocking=True), started)
 
 
 @dataclass(frozen=True)
@@ -30,6 +78,7 @@ class Scalars:
     step: Number
     started: bool | Tensor  # whether roots are used: from ``start_preconditioning_step`` on
     accepted: Tensor | None = None  # 0-d bool; None where the host has already decided
+    counted: Counted | None = None  # of every parameter, where they differ
 
     @classmethod
     def of(cls, hyper: Hyperparameters, rule: str, step: Number) -> "Scalars":
@@ -50,6 +99,46 @@ class Scalars:
             moment=hyper.diagonal_moment(step) if is_adagrad else hyper.grafting_moment(step),
             step=step if isinstance(step, Tensor) else float(step),
             started=rule == FACTORED and start < math.inf and step >= start,
+        )
+
+    @classmethod
+    def of_counts(
+        cls,
+        hyper: Hyperparameters,
+        rule: str,
+        counts: Sequence[int],
+        ranks: Sequence[int],
+        device: torch.device,
+    ) -> "Scalars":
+        """The numbers of a step of parameters that have taken ``counts`` steps, this one included.
+
+        Args:
+            counts: [members].
+            ranks: which of them have a gradient, at least one.
+        """
+        plain = cls.of(hyper, rule, counts[ranks[0]])
+        if all(counts[rank] == counts[ranks[0]] for rank in ranks):
+            return plain
+        return replace(plain, counted=Counted.of(hyper, rule, counts, ranks, device))
+
+    def at(self, owners: Tensor) -> "Scalars":
+        """The numbers of some blocks, each of which may have its own.
+
+        Args:
+            owners: [R], of every block the parameter, by its place in the arena.
+        """
+        if self.counted is None:
+            return self
+        first, second, moment, step = self.counted.numbers[:, owners].unbind()
+        started = self.counted.started
+        return replace(
+            self,
+            correction1=first,
+            correction2=second,
+            moment=replace(self.moment, correction=moment),
+            step=step,
+            started=started[owners] if isinstance(started, Tensor) else started,
+            counted=None,
         )
 
     def gate(self, values: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """Where state lives: an arena per update rule, in it one stack per block shape.
 
-An *arena* holds all blocks of one parameter group that share a rule, a device and a step count. Its
+An *arena* holds all blocks of one parameter group that share a rule and a device. Its
 elementwise state is flat, block after block, so that one call moves all of it; a *stack* is the
 run of its blocks that have one shape. Factors of one size and order sit in one
 :class:`FactorStack` across all block shapes, so that one batched solver call refreshes them all.
 What ``optimizer.state`` publishes are views of these tensors.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from shampoo.blocking import Tile
 from shampoo.layout import FACTORED
-from shampoo.refresh import is_root
+from shampoo.refresh import PendingFlags, is_root
 from shampoo.slots import aligned_slots
 from shampoo.state_keys import FACTOR_STATE
 from shampoo.workers import Team
@@ -37,6 +38,8 @@ class FactorStack:
     failures: Tensor = field(init=False)  # [K] int32, refreshes in a row without a valid root
     rooted: Tensor = field(init=False)  # [K] bool, derived from root
     slot: Tensor = field(init=False)  # [K] int32 on the host, when in a period roots are refreshed
+    owners: list[int] = field(default_factory=list)  # [K], the parameter by its place in the arena
+    pending: PendingFlags = field(init=False)  # verdicts on roots that are on their way to the host
 
     def allocate(self, dtype: torch.dtype, device: torch.device) -> None:
         """Makes the state, zero, once ``count`` is final."""
@@ -47,11 +50,30 @@ class FactorStack:
             self.failures = torch.zeros(self.count, dtype=torch.int32, device=device)
             self.rooted = torch.zeros(self.count, dtype=torch.bool, device=device)
             self.slot = torch.zeros(self.count, dtype=torch.int32, device="cpu")
+            self.pending = PendingFlags(self.count)
+            self._seen = self._versions()
 
     def mark_rooted(self) -> None:
         """Derives ``rooted`` from ``root``."""
         if not self.diagonal:
             self.rooted.copy_(is_root(self.root))
+            self.mark_seen()
+
+    @functools.cached_property
+    def row_owners(self) -> Tensor:
+        """``owners`` as a tensor on the host."""
+        return torch.tensor(self.owners, dtype=torch.int64, device="cpu")
+
+    def mark_seen(self) -> None:
+        """Says that what has been written into roots and slots so far is known."""
+        self._seen = self._versions()
+
+    def is_edited(self) -> bool:
+        """Whether somebody has written into roots or slots since: what follows from them is old."""
+        return not self.diagonal and self._seen != self._versions()
+
+    def _versions(self) -> tuple[int, int]:
+        return self.root._version, self.slot._version
 
 
 @dataclass(frozen=True)
@@ -93,7 +115,6 @@ class Arena:
         rule: ``factored``, ``grafted`` or ``adagrad`` (:mod:`shampoo.layout`).
         dtype: of statistics and directions.
         update_dtype: of momentum, at least as wide as the parameters.
-        step: steps these blocks have taken.
         is_staggered: whether the slots of the factors are state.
         is_layerwise: whether directions are rescaled over whole parameters: LARS and LAMB.
         is_capturable: whether the device counts the steps, and the host only what it asked for.
@@ -107,7 +128,6 @@ class Arena:
         dtype: torch.dtype,
         update_dtype: torch.dtype,
         device: torch.device,
-        step: int,
         is_staggered: bool,
         is_layerwise: bool,
         is_capturable: bool,
@@ -118,7 +138,6 @@ class Arena:
         self.dtype = dtype
         self.update_dtype = update_dtype
         self.device = device
-        self.step = step
         self.is_staggered = is_staggered
         self.is_layerwise = is_layerwise
         self.is_capturable = is_capturable
@@ -130,8 +149,11 @@ class Arena:
         self.numel = 0
         self.cuts: frozenset[int] = frozenset()  # elements at which a segment must end
         self.period: int | None = None  # over which the slots of the factors are spread
-        self.steps = torch.empty(0)  # [members], what state publishes of ``step``
+        # [members] int64 on the host: steps that each parameter has taken or, if capturable, asked
+        # for. State shows them, so what is written there counts.
+        self.steps = torch.empty(0, dtype=torch.int64)
         self.taken = torch.empty(0)  # [members], if capturable: on the device, without skipped ones
+        self.is_uniform = True  # if capturable: whether all of ``taken`` are known to be equal
         self.moments: dict[str, Tensor] = {}
         self.factor_stacks: list[FactorStack] = []
         self._stacks: dict[tuple[tuple[int, ...], tuple[bool, ...]], BlockStack] = {}
@@ -161,15 +183,16 @@ class Arena:
         self.period = period
         costs = [arena.root_costs() for arena in crew]
         slots = torch.tensor(aligned_slots(costs, period), dtype=torch.int32, device="cpu")
-        for stack in self._rooted_stacks():
+        for stack in self.rooted_stacks():
             stack.slot.copy_(slots[: stack.count])
+            stack.mark_seen()
             slots = slots[stack.count :]
 
     def root_costs(self) -> list[int]:
         """Of every root, d^3, the dearest first."""
-        return [stack.size**3 for stack in self._rooted_stacks() for _ in range(stack.count)]
+        return [stack.size**3 for stack in self.rooted_stacks() for _ in range(stack.count)]
 
-    def _rooted_stacks(self) -> list[FactorStack]:
+    def rooted_stacks(self) -> list[FactorStack]:
         """The stacks that have roots, largest first."""
         stacks = [stack for stack in self.factor_stacks if not stack.diagonal]
         return sorted(stacks, key=lambda stack: -stack.size)
@@ -177,6 +200,7 @@ class Arena:
     def place(self) -> None:
         """Lays out all blocks, once they are added."""
         by_size: dict[tuple[int, int, bool], FactorStack] = {}
+        ranks = {member: rank for rank, member in enumerate(self.first)}
         element = 0
         for stack in self.stacks:
             slot = 0
@@ -191,14 +215,16 @@ class Arena:
                     factors = by_size.setdefault(key, FactorStack(*key))
                     stack.factors.append((factors, factors.count))
                     factors.count += stack.count
+                    for member, tile in stack.tiles:
+                        factors.owners += [ranks[member]] * tile.blocks
         self.numel = element
         self.factor_stacks = list(by_size.values())
 
     def allocate(self, moments: Sequence[str]) -> None:
         """Makes the state of the blocks, zero, once they are placed."""
-        # On the host, since they decide the schedule, and one for each parameter: loaders write in
-        # place into what is published, and the parameters of a checkpoint may differ in it.
-        self.steps = torch.full((len(self.members),), self.step, dtype=torch.int64, device="cpu")
+        # On the host, since they decide the schedule, and one for each parameter: one without a
+        # gradient takes no step.
+        self.steps = torch.zeros(len(self.members), dtype=torch.int64, device="cpu")
         counts = torch.tensor([*self.first.values(), self.blocks], device="cpu").diff()
         self.block_members = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
         self.block_members = self.block_members.to(self.device)
@@ -226,10 +252,18 @@ class Arena:
         sizes = [placed.numel for stack in self.stacks for placed in stack.placements]
         return max(sizes, default=0)
 
-    def count_step(self) -> None:
-        """Every block here has taken one more step."""
-        self.step += 1
-        self.steps.add_(1)
+    def count_step(self, present: Sequence[bool]) -> None:
+        """The parameters with a gradient have taken one more step.
+
+        Args:
+            present: for every parameter of the plan.
+        """
+        here = [present[member] for member in self.first]
+        self.steps += 1 if all(here) else torch.tensor(here, device="cpu")
+
+    def counts(self) -> list[int]:
+        """[members], how many steps each parameter has taken or, if capturable, asked for."""
+        return self.steps.tolist()
 
     def views(self, moments: Sequence[str]) -> Iterator[tuple[int, str, Tensor]]:
         """Every state tensor as ``member, key, view``, the moments as named."""

@@ -7,7 +7,7 @@ local and deterministic: groups, parameters and blocks in their order decide eve
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,14 +18,23 @@ from torch.distributed.tensor import DTensor
 from shampoo.agreement import digest
 from shampoo.blocking import Tile
 from shampoo.division import Owners, Share, divide
-from shampoo.errors import BlockGridMismatchError, IncompleteCheckpointError, RootFailureError
+from shampoo.entries import check_value, is_absent
+from shampoo.errors import IncompleteCheckpointError, RootFailureError
 from shampoo.gradients import square_limit
 from shampoo.grafting import GRAFTING
 from shampoo.hyperparameters import Geometry, Hyperparameters
 from shampoo.layout import ADAGRAD, Layout
+from shampoo.parameters import Seen, check_parameter, is_trained, parameter_name
 from shampoo.patterns import Pattern, Patterns
-from shampoo.regions import check_placements, local_tensor
-from shampoo.segments import Selection, select
+from shampoo.publication import Publication, State
+from shampoo.regions import local_tensor
+from shampoo.segments import (
+    Segment,
+    Selection,
+    longest_segment,
+    segment_limit,
+    segments_of,
+)
 from shampoo.solver import check_method
 from shampoo.stacks import Arena
 from shampoo.state_keys import LASTING, MOMENTS, kinds_in, parse
@@ -33,12 +42,6 @@ from shampoo.workers import Team, Workers
 
 logger = logging.getLogger(__name__)
 
-# Elements of a segment. On a CPU the gradient, its direction and the moments of a segment should
-# stay in the last level cache between the passes over them; on a GPU launches should be few.
-CPU_SEGMENT = 1 << 20
-GPU_SEGMENT = 1 << 24
-
-State = MutableMapping[Tensor, dict[str, Any]]
 Published = list[tuple[Tensor, str, Tensor]]
 
 
@@ -46,8 +49,7 @@ Published = list[tuple[Tensor, str, Tensor]]
 class Member:
     """One planned parameter.
 
-    ``owners`` are those of its blocks: positions in its team, row-major in its grid of blocks;
-    ``step`` is what it had taken when the plan was built.
+    ``owners`` are those of its blocks: positions in its team, row-major in its grid of blocks.
     """
 
     group: int
@@ -56,64 +58,11 @@ class Member:
     layout: Layout
     team: Team
     owners: tuple[int, ...]
-    step: int
 
     def blocks(self) -> Iterator[tuple[int, Tile]]:
         """The index of every block in the grid of the parameter, and its tile, alone in it."""
         for tile in self.layout.tiles:
             yield from zip(tile.block_indices(), tile.split(1), strict=True)
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What a parameter was when the plan was built."""
-
-    param: Tensor
-    planned: bool
-    device: torch.device
-    dtype: torch.dtype
-    shape: torch.Size
-
-    def still(self, param: Tensor) -> bool:
-        if self.param is not param:
-            return False
-        if not self.planned:
-            return not _is_trained(param)
-        is_same = param.device == self.device and param.dtype == self.dtype
-        return is_same and param.shape == self.shape
-
-
-def _is_trained(param: Tensor) -> bool:
-    return param.numel() > 0 and (param.requires_grad or param.grad is not None)
-
-
-def check_parameter(param: Tensor, name: str) -> None:
-    """Refuses what cannot be cut into blocks, naming the parameter and the remedy.
-
-    Raises:
-        RuntimeError: for a complex or flat parameter, or a DTensor with Partial placements.
-    """
-    if param.is_complex():
-        raise RuntimeError(
-            f"Shampoo does not support complex parameters ({name}). Optimize"
-            " torch.view_as_real(parameter) instead."
-        )
-    check_placements(param, name)
-    if getattr(param, "_fsdp_flattened", False) or hasattr(param, "_is_flat_param"):
-        raise RuntimeError(
-            f"Shampoo got a flat parameter of {param.numel()} elements ({name}). FSDP1 and"
-            " DeepSpeed ZeRO >= 1 hide the shapes of matrices: use fully_shard (FSDP2) or"
-            " DistributedDataParallel."
-        )
-
-
-def parameter_name(group: Mapping[str, Any], group_index: int, position: int) -> str:
-    """The name a user knows the parameter by, or where it stands."""
-    names = group.get("param_names")
-    if names is not None:
-        return str(names[position])
-    shape = tuple(group["params"][position].shape)
-    return f"parameter {position} of group {group_index}, shape {shape}"
 
 
 class Plan:
@@ -145,17 +94,19 @@ class Plan:
     ) -> None:
         self.members: list[Member] = []
         self._geometries = [Geometry.of(group) for group in groups]
-        self._seen: list[list[_Seen]] = []
+        self._seen: list[list[Seen]] = []
         self._replicas = workers.replicas()
         self._workspaces: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._segments: list[list[Segment]] | None = None  # by arena
         self._selections: Patterns[list[Selection]] = Patterns()
+        self.present: Pattern = ()  # of the last step
         self._enlist(groups, state, workers, kept)
         params = self.planned(groups)
         self.holders = workers.holders([param for group in groups for param in group["params"]])
         # Whether teams may work out the same, each for itself: groups of trainers, or columns of a
         # mesh with what tensor parallelism does not divide.
         self.is_redundant = any(member.team.size < self.holders.size for member in self.members)
-        self.crews = self._place(groups, params, state, device)
+        self.crews = self._place(groups, params, device)
         self.arenas = [crew[crew[0].team.me] for crew in self.crews]
         published: Published = []
         for arena in self.arenas:
@@ -164,16 +115,17 @@ class Plan:
             views = self._fill(arena, params, state, MOMENTS)
             if arena.is_staggered and "slot" in _kinds(arena, params, state):
                 arena.period = group.get("extra", {}).get("refresh_period")
-            for factors in arena.factor_stacks:
-                factors.mark_rooted()
             published += views
         if not is_partial:
             self._check_whole(published, state)
-        # Only now, when all of it is known to fit: a plan that cannot be built leaves no trace.
-        for param in params:
-            state[param] = {}
+        self._settle_arenas()
+        views_of: dict[Tensor, dict[str, Tensor]] = {param: {} for param in params}
         for param, name, view in published:
-            state[param][name] = view
+            views_of[param][name] = view
+        names = [member.name for member in self.members]
+        self._publication = Publication(params, names, list(views_of.values()))
+        # Only now, when all of it is known to fit: a plan that cannot be built leaves no trace.
+        self._publication.publish(state)
 
     def _enlist(
         self,
@@ -187,8 +139,8 @@ class Plan:
         for index, (group, geometry) in enumerate(zip(groups, self._geometries, strict=True)):
             seen = []
             for position, param in enumerate(group["params"]):
-                planned = _is_trained(param) or (param.numel() > 0 and bool(state.get(param)))
-                seen.append(_Seen(param, planned, param.device, param.dtype, param.shape))
+                planned = is_trained(param) or (param.numel() > 0 and bool(state.get(param)))
+                seen.append(Seen(param, planned, param.device, param.dtype, param.shape))
                 if planned:
                     name = parameter_name(group, index, position)
                     check_parameter(param, name)
@@ -211,10 +163,7 @@ class Plan:
         for (index, position, name, _, layout), share, owners in zip(
             found, shares, divide(shares, kept), strict=True
         ):
-            step = int(state.get(share.param, {}).get("step", 0))
-            self.members.append(
-                Member(index, position, name, layout, share.team, tuple(owners), step)
-            )
+            self.members.append(Member(index, position, name, layout, share.team, tuple(owners)))
 
     def owners(self) -> dict[Tensor, Owners]:
         """Who owns the blocks of every planned parameter."""
@@ -228,23 +177,19 @@ class Plan:
         self,
         groups: Sequence[dict[str, Any]],
         params: Sequence[Tensor],
-        state: State,
         device: str | None,
     ) -> list[list[Arena]]:
         """One arena for every position of a team, since all must know where all directions lie.
 
         Only this rank's own will have state.
         """
-        crews: dict[tuple[int, str, torch.dtype, torch.device, int, int, Team], list[Arena]] = {}
+        crews: dict[tuple[int, str, torch.dtype, torch.device, Team], list[Arena]] = {}
         for index, (member, param) in enumerate(zip(self.members, params, strict=True)):
             geometry, team = self._geometries[member.group], member.team
             place = torch.device(device) if device else param.device
-            known = state.get(param, {})
-            # Where the device counts the steps taken, the schedule follows the calls.
-            step = int(known.get("calls", member.step)) if geometry.capturable else member.step
             wide = torch.promote_types(param.dtype, geometry.dtype)
             rule, diagonal = member.layout.rule, member.layout.diagonal
-            key = (member.group, rule, wide, place, step, member.step, team)
+            key = (member.group, rule, wide, place, team)
             if key not in crews:
                 crews[key] = [
                     Arena(
@@ -253,7 +198,6 @@ class Plan:
                         geometry.dtype,
                         wide,
                         place,
-                        step,
                         is_staggered=geometry.refresh_schedule == "staggered",
                         is_layerwise=GRAFTING[geometry.grafting].layerwise and rule != ADAGRAD,
                         is_capturable=geometry.capturable,
@@ -265,7 +209,7 @@ class Plan:
                 arena.enroll(index, member.layout.blocks)
             if team.is_alone:
                 for tile in member.layout.tiles:
-                    most = max(1, _segment_limit(place) // tile.block_numel)
+                    most = max(1, segment_limit(place) // tile.block_numel)
                     for part in tile.split(most):
                         crews[key][0].add(index, part, diagonal)
             else:
@@ -292,10 +236,67 @@ class Plan:
                 return False
         return True
 
+    def take_in(self, state: State) -> bool:
+        """Makes what ``state`` shows, whoever put it there, what trains.
+
+        Returns:
+            False, with nothing changed, if that calls for a new plan.
+
+        Raises:
+            BlockGridMismatchError: for a value of another shape or dtype. Nothing has changed.
+        """
+        taken = self._publication.take_in(state)
+        if taken is None:
+            return False
+        if taken > 0 or self._is_edited():
+            self._settle_arenas()
+            self._forget_segments()
+        return True
+
+    def is_intact(self, state: State) -> bool:
+        """Whether ``state`` shows what trains, so that :meth:`take_in` has nothing to do."""
+        return self._publication.is_intact(state) and not self._is_edited()
+
+    def _is_edited(self) -> bool:
+        return any(stack.is_edited() for arena in self.arenas for stack in arena.factor_stacks)
+
+    def _settle_arenas(self) -> None:
+        """Derives what follows from the state of arenas."""
+        for arena in self.arenas:
+            for factors in arena.factor_stacks:
+                factors.mark_rooted()
+            if arena.is_capturable and len(arena.taken) > 0 and arena.taken.device.type != "meta":
+                arena.is_uniform = bool((arena.taken == arena.taken[0]).all())
+
+    def _forget_segments(self) -> None:
+        """Lets segments be made anew: memory, roots or slots are others."""
+        self._segments = None
+        self._selections.clear()
+
     @property
     def step(self) -> int:
         """How many steps the oldest blocks have taken; 0 means that no block has taken one."""
-        return max((arena.step for arena in self.arenas), default=0)
+        return max((int(arena.steps.max()) for arena in self.arenas), default=0)
+
+    def counts(self) -> list[int]:
+        """How many steps every planned parameter has taken or, if capturable, asked for."""
+        counts = [0] * len(self.members)
+        for arena in self.arenas:
+            for member, count in zip(arena.first, arena.counts(), strict=True):
+                counts[member] = count
+        return counts
+
+    def count_step(self, present: Pattern) -> None:
+        """The parameters with a gradient have taken one more step."""
+        for arena in self.arenas:
+            arena.count_step(present)
+
+    def count_replayed(self) -> None:
+        """A graph has taken the last step once more; what it wrote into roots is known."""
+        self.count_step(self.present)
+        for arena in self.arenas:
+            for stack in arena.rooted_stacks():
+                stack.mark_seen()
 
     @functools.cached_property
     def digest(self) -> int:
@@ -350,8 +351,9 @@ class Plan:
                     arena.add_moment(name)
                     params = self.planned(groups)
                     for param, key, view in self._fill(arena, params, state, (name,)):
-                        state[param][key] = view
-                    self._selections.clear()
+                        if parse(key) is not None:  # counts are there
+                            self._publication.add(param, key, view, state)
+                    self._forget_segments()
 
     def check_methods(self, hyperparameters: Sequence[Hyperparameters]) -> None:
         """Raises ValueError if a root method cannot take the power that it would meet."""
@@ -391,18 +393,19 @@ class Plan:
                 self._selections.clear()
 
     def select(self, present: Pattern) -> list[Selection]:
-        """The segments of every arena in which some parameter has a gradient."""
+        """The segments of every arena, narrowed to parameters that have a gradient."""
+        if self._segments is None:
+            self._segments = [segments_of(arena, self._workspace(arena)) for arena in self.arenas]
+        segments = self._segments
 
         def make(present: Pattern) -> list[Selection]:
             return [
-                select(
+                Selection(
                     arena,
-                    present,
-                    self._workspace(arena),
-                    _segment_limit(arena.device),
-                    shared=not arena.is_layerwise,
+                    tuple(present[member] for member in arena.first),
+                    [narrow for each in whole if (narrow := each.narrowed(present)) is not None],
                 )
-                for arena in self.arenas
+                for arena, whole in zip(self.arenas, segments, strict=True)
             ]
 
         return self._selections.get(present, make)
@@ -415,19 +418,12 @@ class Plan:
         """What decides how a parameter is cut."""
         return self._geometries[member.group]
 
-    @staticmethod
-    def longest_segment(arena: Arena) -> int:
-        """Elements of workspace that the segments of an arena need."""
-        if arena.is_layerwise:
-            return arena.numel  # every segment has a place of its own
-        return min(arena.numel, max(_segment_limit(arena.device), arena.largest_tile))
-
     def _workspace(self, arena: Arena) -> Tensor:
         """``[2, W]``, shared by all arenas of a device and dtype."""
         key = (arena.device, arena.dtype)
         if key not in self._workspaces:
             needed = max(
-                self.longest_segment(other)
+                longest_segment(other)
                 for other in self.arenas
                 if (other.device, other.dtype) == key
             )
@@ -441,17 +437,13 @@ class Plan:
         published: Published = []
         for member, key, view in arena.views(moments):
             param = params[member]
-            value = state.get(param, {}).get(key)
-            if value is not None and value is not view:
-                if value.shape != view.shape:
-                    raise BlockGridMismatchError(
-                        f"{self.members[member].name}: {key} has shape {tuple(value.shape)}, but"
-                        f" this optimizer cuts it to {tuple(view.shape)}. The shape of the"
-                        " parameter, max_preconditioner_dim and the other arguments that decide"
-                        " the blocks cannot change once training has begun: set them back, or"
-                        " build a new optimizer."
-                    )
-                view.copy_(value)
+            known = state.get(param) or {}
+            # Where the device counts the steps taken, the schedule follows the calls.
+            value = known.get("step") if key == "calls" and key not in known else known.get(key)
+            if value is not view and not is_absent(value):
+                if key.endswith(".momentum") and isinstance(value, Tensor):
+                    value = value.to(view.dtype)  # which follows that of the parameter
+                view.copy_(check_value(self.members[member].name, key, value, view))
             published.append((param, key, view))
         return published
 
@@ -472,10 +464,6 @@ class Plan:
                     " those that divided them when this optimizer was copied or last stepped. Save"
                     " with shampoo.checkpoint before the ranks change, and load that."
                 )
-
-
-def _segment_limit(device: torch.device) -> int:
-    return CPU_SEGMENT if device.type in ("cpu", "meta") else GPU_SEGMENT
 
 
 def _moments_of(

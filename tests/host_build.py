@@ -68,11 +68,17 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _given(scalars):
-    """Numbers as floats, tensors as addresses, which are integers; flags as they are."""
-    return [
-        s if isinstance(s, bool) else _address(s) if isinstance(s, Tensor) else float(s)
-        for s in scalars
-    ]
+    """Numbers as floats, tensors as addresses, which are integers; flags as they are.
+
+    The address of one number for each block is in a list.
+    """
+
+    def given(scalar):
+        if isinstance(scalar, Tensor):
+            return [_address(scalar)] if scalar.dim() else _address(scalar)
+        return scalar if isinstance(scalar, bool) else float(scalar)
+
+    return list(map(given, scalars))
 
 
 def _memory(tensors: list[Tensor]) -> list[tuple[int, str, list[int], list[int]]]:

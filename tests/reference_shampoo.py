@@ -107,6 +107,7 @@ class ParamState:
     slices: list[tuple[slice, ...]]
     blocks: list[BlockState] = field(default_factory=list)
     M: Tensor = field(default_factory=lambda: torch.zeros(()))
+    t: int = 0  # steps it has taken: one without a gradient takes none
 
 
 class ReferenceShampoo:
@@ -118,7 +119,6 @@ class ReferenceShampoo:
         self.hyper = {**DEFAULTS, **hyper}
         self.params = [p.detach().to(torch.float64, copy=True).contiguous() for p in params]
         self.states = [self._initial(tuple(p.shape)) for p in self.params]
-        self.t = 0
 
     def _initial(self, shape: tuple[int, ...]) -> ParamState:
         h, limit = self.hyper, self.hyper["max_preconditioner_dim"]
@@ -146,11 +146,12 @@ class ReferenceShampoo:
 
     def step(self, grads: list[Tensor | None]) -> None:
         present = [g for g in grads if g is not None]
-        if not present or (self.t == 0 and all((g == 0).all() for g in present)):
+        has_stepped = any(state.t > 0 for state in self.states)
+        if not present or (not has_stepped and all((g == 0).all() for g in present)):
             return
-        self.t += 1
         for W, grad, state in zip(self.params, grads, self.states, strict=True):
             if grad is not None and W.numel() > 0:
+                state.t += 1
                 self._update(W, grad.detach().to(torch.float64), state)
 
     def _update(self, W: Tensor, grad: Tensor, state: ParamState) -> None:
@@ -163,7 +164,7 @@ class ReferenceShampoo:
         G = G.reshape(state.merged)
         P = torch.zeros_like(G)
         for part, block in zip(state.slices, state.blocks, strict=True):
-            P[part] = self._direction(G[part], block, state.method)
+            P[part] = self._direction(G[part], block, state.method, state.t)
         P = P.reshape(W.shape)
 
         layerwise = h["grafting"] in ("lars", "lamb") and state.method != "adagrad"
@@ -179,14 +180,14 @@ class ReferenceShampoo:
             P = P + h["momentum"] * state.M if h["nesterov"] else state.M
         W.sub_(lr * P)
 
-    def _direction(self, G: Tensor, block: BlockState, method: str) -> Tensor:
-        h, t = self.hyper, self.t
+    def _direction(self, G: Tensor, block: BlockState, method: str, t: int) -> Tensor:
+        h = self.hyper
         beta1, beta2 = (float(beta) for beta in h["betas"])
         c1 = 1 - beta1**t if h["bias_correction"] else 1.0
         c2 = 1 - beta2**t if h["bias_correction"] and beta2 < 1 else 1.0
 
         if method == "shampoo":
-            self._update_factors(G, block, beta2, c2)
+            self._update_factors(G, block, beta2, c2, t)
         if method == "adagrad":
             block.v = block.v + G**2 if beta2 == 1 else beta2 * block.v + (1 - beta2) * G**2
         else:
@@ -198,7 +199,7 @@ class ReferenceShampoo:
 
         if method == "adagrad":
             return Gt / ((block.v / c2).sqrt() + h["eps"])
-        grafted = self._grafted(Gt, block)
+        grafted = self._grafted(Gt, block, t)
         if method == "grafted" or t < self.start or not block.has_root:
             return grafted
         P = Gt
@@ -225,8 +226,10 @@ class ReferenceShampoo:
             override = override[order - 1] if order <= len(override) else 0
         return -self.hyper["exponent_multiplier"] / (override or 2 * order)
 
-    def _update_factors(self, G: Tensor, block: BlockState, beta2: float, c2: float) -> None:
-        h, t = self.hyper, self.t
+    def _update_factors(
+        self, G: Tensor, block: BlockState, beta2: float, c2: float, t: int
+    ) -> None:
+        h = self.hyper
         for mode, A in enumerate(block.factors):
             unfolded = unfold(G, mode)
             C = unfolded @ unfolded.T if A.ndim == 2 else (unfolded**2).sum(1)
@@ -252,11 +255,11 @@ class ReferenceShampoo:
         beta = self._graft_beta()
         block.v = block.v + G**2 if beta == 1 else beta * block.v + (1 - beta) * G**2
 
-    def _grafted(self, Gt: Tensor, block: BlockState) -> Tensor:
+    def _grafted(self, Gt: Tensor, block: BlockState, t: int) -> Tensor:
         kind = self.hyper["grafting"].removesuffix("_normalized")
         if kind in ("none", "sgd", "lars"):
             return Gt
         v, beta = block.v, self._graft_beta()
         if kind in ("adam", "lamb") and beta < 1:
-            v = v / (1 - beta**self.t)
+            v = v / (1 - beta**t)
         return Gt / (v.sqrt() + self.hyper["grafting_eps"])

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -401,7 +402,7 @@ def _differ_in_steps(rank: int) -> Any:
 def test_8_one_rank_has_loaded_a_checkpoint(ranks: Ranks) -> None:
     for (error, words), is_same in ranks.run(_differ_in_steps, 2, timeout=TIMEOUT):
         assert error == "PlanMismatchError"
-        assert "rank 1 has group 0 with steps=[1, 1], rank 0 has group 0 with steps=[3, 3]" in words
+        assert re.search(r"rank 1 has .* with steps=1, rank 0 has .* with steps=3", words)
         assert is_same
 
 

@@ -61,13 +61,17 @@ LAYERS = {
     "ownership": "",
     "slots": "",
     "state_keys": "",
+    "entries": "errors state_keys",
+    "publication": "entries state_keys",
+    "rows": "",
     "division": "cost layout ownership workers",
     "stacks": "blocking layout refresh slots state_keys workers",
-    "segments": "refresh stacks",
+    "segments": "rows stacks",
     "replicas": "errors regions workers",
-    "step_plan": "agreement blocking division errors gradients grafting hyperparameters layout"
-    " patterns regions segments solver stacks state_keys workers",
-    "state_dict": "division errors hyperparameters layout state_keys step_plan workers",
+    "parameters": "regions",
+    "step_plan": "agreement blocking division entries errors gradients grafting hyperparameters"
+    " layout parameters patterns publication regions segments solver stacks state_keys workers",
+    "state_dict": "division errors hyperparameters layout parameters state_keys step_plan workers",
     "consolidation": "agreement step_plan",
     # what travels
     "exchange": "averages hyperparameters layout ops scalars segments stacks",
@@ -76,7 +80,7 @@ LAYERS = {
     "router": "agreement averages exchange hyperparameters ops patterns routes scalars segments"
     " stacks",
     "exchanges": "allgather blocking exchange hyperparameters regions router routes stacks"
-    " step_plan workers",
+    " segments step_plan workers",
     # the step
     "gradients": "ops",
     "scalars": "averages grafting hyperparameters layout",
@@ -86,11 +90,11 @@ LAYERS = {
     "layerwise": "exchange ops segments stacks",
     "advance": "agreement capture direction exchange hyperparameters layerwise ops precision"
     " refresh scalars segments stacks",
-    "persistence": "agreement capture consolidation division exchanges state_dict step_plan"
-    " workers",
+    "persistence": "agreement capture consolidation division exchanges state_dict state_keys"
+    " step_plan workers",
     "optimizer": "advance agreement capture errors exchange exchanges hyperparameters"
-    " layout ops persistence proposal regions replicas scalars segments solver stacks step_plan"
-    " workers",
+    " layout ops parameters persistence proposal regions replicas scalars segments solver stacks"
+    " step_plan workers",
     "replay": "optimizer",
     "checkpoint": "hyperparameters optimizer state_dict",
     # before the step

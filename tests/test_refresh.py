@@ -209,14 +209,22 @@ def test_decomposition_that_does_not_converge_fails_alone(monkeypatch: pytest.Mo
 
 def test_flags_travel_and_climb_the_ladder() -> None:
     """What a GPU does between refreshes, with the copy standing in for the asynchronous one."""
-    pending = PendingFlags()
-    assert pending.receive(3).tolist() == [0, 0, 0]
+    pending = PendingFlags(3)
+    everything = slice(None)
+    assert pending.receive(everything).tolist() == [0, 0, 0]
     rungs = []
     for outcome in ([0, 2, 0], [0, 2, 0], [0, 1, 2], [0, 1, 0], [0, 0, 0]):
-        pending.send(torch.tensor(outcome, dtype=torch.uint8))
-        rungs.append(pending.receive(3).tolist())
+        pending.send(everything, torch.tensor(outcome, dtype=torch.uint8))
+        rungs.append(pending.receive(everything).tolist())
     assert rungs == [[0, 1, 0], [0, 2, 0], [0, 2, 1], [0, 2, 0], [0, 0, 0]]
-    assert pending.receive(5).tolist() == [0] * 5
+
+
+def test_flags_of_some_rows_leave_the_others() -> None:
+    pending = PendingFlags(4)
+    pending.send(slice(1, 3), torch.tensor([2, 2], dtype=torch.uint8))
+    pending.send(torch.tensor([0, 2]), torch.tensor([2, 2], dtype=torch.uint8))
+    assert pending.receive(slice(None)).tolist() == [1, 1, 2, 0]
+    assert pending.receive(torch.tensor([2, 3])).tolist() == [2, 0]
 
 
 def test_refresh_of_nothing() -> None:
@@ -234,7 +242,7 @@ def test_refresh_on_a_gpu_repairs_at_the_next_refresh() -> None:
     A[2] = spd(spectrum)
     factor = A.cuda()
     root, failures, rooted = (tensor.cuda() for tensor in state(A))
-    pending = PendingFlags()
+    pending = PendingFlags(4)
     refresh_roots_(root, factor, failures, rooted, **OPTIONS, pending=pending)
     assert rooted.tolist() == [True, True, False, True]
     for _ in range(2):

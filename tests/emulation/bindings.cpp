@@ -61,12 +61,15 @@ std::vector<Tile> tiles_of(const std::vector<std::vector<int64_t>>& rows) {
   return tiles;
 }
 
-// A number, or the address of one, which stands for the memory of a device.
-using Given = std::variant<double, uintptr_t>;
+// A number, or the address of one, which stands for the memory of a device; in a list, of one for
+// every block.
+using Given = std::variant<double, uintptr_t, std::vector<uintptr_t>>;
 
 Number number_of(const Given& given) {
   if (const auto* address = std::get_if<uintptr_t>(&given))
     return Number(at<const double>(*address));
+  if (const auto* each = std::get_if<std::vector<uintptr_t>>(&given))
+    return Number(at<const double>(each->at(0)), true);
   return std::get<double>(given);
 }
 
@@ -97,9 +100,9 @@ void graft_moments_(uintptr_t grad, uintptr_t exp_avg, uintptr_t exp_avg_sq, uin
                     Given beta1, Given correction1, Given beta2, Given weight2, Given correction2,
                     double eps, bool normalized) {
   const std::vector<Tile> tiles = tiles_of(rows);
-  std::vector<double> scratch(moments_scratch(tiles), NAN);
   const Moments moments{number_of(beta1),   number_of(correction1), number_of(beta2),
                         number_of(weight2), number_of(correction2), eps, normalized};
+  std::vector<double> scratch(moments_scratch(tiles, moments), NAN);
   with_flat(is_double, [&](auto flat) {
     using Flat = decltype(flat);
     graft_moments(at<Flat>(grad), at<Flat>(exp_avg), at<Flat>(exp_avg_sq), at<Flat>(direction),

@@ -1,0 +1,126 @@
+"""What ``optimizer.state`` shows, and whether it is still what trains.
+
+``optimizer.state`` is everybody's: it is copied, moved to the host and back, cleared, replaced and
+extended. Blocks train in the memory of arenas, of which state shows views. Where a view is missing,
+what stands in its place is taken in: what state shows when ``step()`` is called is what trains.
+"""
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from shampoo.entries import check_value
+from shampoo.state_keys import foreign, is_own, parse
+
+State = MutableMapping[Tensor, dict[str, Any]]
+Views = dict[str, Tensor]
+
+
+class _DifferentError(Exception):
+    """Two tensors were compared: they are not one and the same."""
+
+
+class _NoneIsEqual(TorchFunctionMode):
+    """Makes it an error to ask a tensor whether it equals another; the same object is not asked."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        raise _DifferentError
+
+
+class Publication:
+    """The state of the planned parameters, as ``optimizer.state`` is to show it.
+
+    Args:
+        params: the planned ones.
+        names: of the parameters, for errors.
+        views: of every parameter, by their keys.
+    """
+
+    def __init__(
+        self, params: Sequence[Tensor], names: Sequence[str], views: Sequence[Views]
+    ) -> None:
+        self._published = dict(zip(params, zip(names, views, strict=True), strict=True))
+        self._shown: dict[Any, Any] = {}  # what state was when all of it was known
+
+    def is_intact(self, state: Mapping[Any, Any]) -> bool:
+        """Whether ``state`` holds what it held when it was published, object by object.
+
+        A comparison of dictionaries, which look at identities first, costs 10 ns an entry.
+        """
+        try:
+            with _NoneIsEqual():
+                return bool(state == self._shown)
+        except Exception:  # of whatever was compared: it was not the same object
+            return False
+
+    def publish(self, state: State) -> None:
+        """Puts the views into ``state``, beside what is not this optimizer's."""
+        for param, (_, views) in self._published.items():
+            state[param] = {**foreign(state.get(param) or {}), **views}
+        self._shown = _copy(state)
+
+    def add(self, param: Tensor, key: str, view: Tensor, state: State) -> None:
+        """Publishes one more view."""
+        _, views = self._published[param]
+        views[key] = state[param][key] = self._shown[param][key] = view
+
+    def take_in(self, state: State) -> int | None:
+        """Copies what stands in the place of views into them, and puts them back.
+
+        A parameter under which nothing of ours stands starts anew, but for its place in the
+        schedule of refreshes, which it shares with others.
+
+        Returns:
+            How many values were taken in; None, with nothing changed, if other keys are there than
+            were published: that calls for other memory.
+
+        Raises:
+            BlockGridMismatchError: for a value of another shape or dtype. Nothing has changed.
+        """
+        anew: list[Tensor] = []
+        copies: list[tuple[Tensor, Tensor]] = []
+        for param, (name, views) in self._published.items():
+            entries = state.get(param) or {}
+            own = {key: value for key, value in entries.items() if is_own(key)}
+            if not own:
+                anew += [view for key, view in views.items() if not _is_slot(key)]
+            elif own.keys() != views.keys():
+                return None
+            else:
+                copies += [
+                    (view, check_value(name, key, own[key], view))
+                    for key, view in views.items()
+                    if own[key] is not view
+                ]
+        # Those that are views of ours may be overwritten by others: two that were swapped, say.
+        ours = {view.untyped_storage().data_ptr() for view, _ in copies}
+        copies = [
+            (view, value.clone() if value.untyped_storage().data_ptr() in ours else value)
+            for view, value in copies
+        ]
+        for view in anew:
+            view.zero_()
+        for view, value in copies:
+            view.copy_(value)
+        for param, (_, views) in self._published.items():
+            if not isinstance(state.get(param), dict):
+                state[param] = {}
+            state[param].update(views)
+        self._shown = _copy(state)
+        return len(anew) + len(copies)
+
+
+def _copy(state: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {
+        key: dict(entries) if isinstance(entries, dict) else entries
+        for key, entries in state.items()
+    }
+
+
+def _is_slot(key: str) -> bool:
+    named = parse(key)
+    return named is not None and named.kind == "slot"
