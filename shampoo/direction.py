@@ -79,10 +79,10 @@ def precondition(segment: Segment, hyper: Hyperparameters, scalars: Scalars) -> 
     norm = torch.empty_like(segment.norm)
     has_root = torch.ones_like(norm, dtype=torch.bool)
     for part, is_rooted in zip(segment.parts, rooted, strict=True):
-        direction = part.take(part.direction)
-        # Without a root everywhere, the grafted direction must stay where a root is missing.
-        out = direction if is_rooted else torch.empty_like(direction)
         filtered = part.take(part.grad if part.exp_avg is None else part.exp_avg)
+        # Without a root everywhere, the grafted direction must stay where a root is missing.
+        is_in_place = is_rooted and part.rows is None
+        out = part.direction if is_in_place else torch.empty_like(filtered)
         ops.precondition_(out, norm[part.blocks], filtered, _roots(part, hyper, scalars))
         if not is_rooted:
             mask = has_root[part.blocks]
@@ -90,8 +90,10 @@ def precondition(segment: Segment, hyper: Hyperparameters, scalars: Scalars) -> 
                 mask &= each
             mask &= _of(scalars.started, part)
             shape = (-1, *[1] * len(part.factors))
-            direction.copy_(torch.where(mask.view(shape), out, direction))
-        part.put(part.direction, direction)
+            out = torch.where(mask.view(shape), out, part.take(part.direction))
+            if part.rows is None:
+                part.direction.copy_(out)
+        part.put(part.direction, out)
     # The bias correction of the gradient average is a factor of the direction: it joins the scale.
     correction = scalars.correction1
     if hyper.geometry.grafting == "none":

@@ -40,9 +40,11 @@ def as_count(name: str, key: str, value: Any) -> Tensor:
         BlockGridMismatchError: if it is not one number.
         ValueError: if it is not a whole number >= 0.
     """
-    is_published = isinstance(value, Tensor) and value.shape == () and value.dtype in _INTEGERS
-    if is_published and value.device.type != "cpu":
-        return value  # as saved: nothing waits for a device
+    published: Tensor | None = None
+    if isinstance(value, Tensor) and value.shape == () and value.dtype in _INTEGERS:
+        published = value
+    if published is not None and published.device.type != "cpu":
+        return published  # as saved: nothing waits for a device
     is_one = isinstance(value, Real) or getattr(value, "shape", None) in ((), (1,))
     try:
         number = float(value) if is_one else None
@@ -52,8 +54,8 @@ def as_count(name: str, key: str, value: Any) -> Tensor:
         raise BlockGridMismatchError(f"{name}: {key} is {_described(value)}, not one number.")
     if not (number >= 0.0 and number.is_integer()):
         raise ValueError(f"Invalid {key}={number!r} of {name}. Must be a whole number >= 0.")
-    if is_published:
-        return value
+    if published is not None:
+        return published
     return torch.tensor(int(number), dtype=torch.int64, device="cpu")
 
 

@@ -5,6 +5,7 @@ segment; what happens in between depends on who holds what. :class:`Alone` is on
 it holds; the others are in :mod:`shampoo.allgather` and :mod:`shampoo.router`.
 """
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class Round:
     grads: Sequence[Tensor | None]
     hyper: Sequence[Hyperparameters]  # by parameter group
 
-    @property
+    @functools.cached_property
     def present(self) -> tuple[bool, ...]:
         """Which parameters have a gradient."""
         return tuple(grad is not None for grad in self.grads)

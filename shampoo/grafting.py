@@ -43,6 +43,11 @@ class SecondMoment:
     correction: Number
     eps: float
     normalized: bool = False
+    corrected: bool = False  # whether ``correction`` depends on the step
+
+    def correction_at(self, step: Number) -> Number:
+        """``correction`` at another step."""
+        return correction_of(self.beta, step) if self.corrected else 1.0
 
 
 def second_moment(
@@ -50,4 +55,4 @@ def second_moment(
 ) -> SecondMoment:
     """``v <- beta v + (1 - beta) g^2``, or ``v + g^2`` at beta = 1, then ``sqrt(v / c) + eps``."""
     correction = correction_of(beta, step) if corrected else 1.0
-    return SecondMoment(beta, weight_of(beta), correction, eps, normalized)
+    return SecondMoment(beta, weight_of(beta), correction, eps, normalized, corrected)

@@ -42,6 +42,12 @@ def _define(schema: str, meaning: Callable[..., None]) -> Callable[..., Any]:
     return getattr(getattr(torch.ops.shampoo, name), overload or "default")  # type: ignore[no-any-return]
 
 
+@functools.lru_cache(maxsize=256)
+def _constant(number: float) -> Tensor:
+    """A number on the host as a tensor, which nobody writes to."""
+    return torch.tensor(number, dtype=torch.float64, device="cpu")
+
+
 def _define_twice(schema: str, numbers: str, meaning: Callable[..., None]) -> Callable[..., Any]:
     """Defines an op and its overload ``Tensor``, which reads ``numbers`` on the device.
 
@@ -70,6 +76,8 @@ def _define_twice(schema: str, numbers: str, meaning: Callable[..., None]) -> Ca
         def live(number: Any) -> Tensor:
             if isinstance(number, Tensor):
                 return number
+            if living.device.type == "cpu":
+                return _constant(float(number))
             # Not torch.tensor, whose copy to a GPU waits for it.
             return torch.full((), float(number), dtype=torch.float64, device=living.device)
 

@@ -1,7 +1,7 @@
 """The numbers of one step of one arena, on the host or, for a step that a graph replays, not."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,32 +32,39 @@ class Counted:
         hyper: Hyperparameters,
         rule: str,
         counts: Sequence[int],
-        ranks: Sequence[int],
+        distinct: Iterable[int],
+        moment: SecondMoment,
         device: torch.device,
     ) -> "Counted":
         """The numbers of every parameter with a gradient, by the same arithmetic as those of all.
 
         Args:
-            counts: [members], from 1 where there is a gradient.
-            ranks: which have a gradient.
+            counts: [members].
+            distinct: the counts of those with a gradient, from 1.
+            moment: at any step.
         """
-        known: dict[int, tuple[list[float], bool]] = {}
-        nothing = [1.0, 1.0, 1.0, 1.0], False
-        columns = [nothing] * len(counts)
-        for rank in ranks:
-            count = counts[rank]
-            if count not in known:
-                plain = Scalars.of(hyper, rule, count)
-                moment = plain.moment.correction
-                each = plain.correction1, plain.correction2, moment, plain.step
-                known[count] = [float(number) for number in each], plain.started is True
-            columns[rank] = known[count]
-        numbers = torch.tensor([column for column, _ in columns], dtype=torch.float64, device="cpu")
-        started: bool | Tensor = columns[ranks[0]][1]
-        if any(is_on is not started for _, is_on in known.values()):
-            flags = torch.tensor([is_on for _, is_on in columns], device="cpu")
-            started = flags.to(device, non_blocking=True)
-        return cls(numbers.T.contiguous().to(device, non_blocking=True), started)
+        known = list(distinct)
+        each = [
+            [hyper.correction1(count) for count in known],
+            [hyper.correction2(count) for count in known],
+            [moment.correction_at(count) for count in known],
+            known,
+        ]
+        numbers = torch.tensor(each, dtype=torch.float64, device="cpu")
+        columns = {count: column for column, count in enumerate(known)}
+        # One that has no gradient is not looked at: any column does.
+        chosen = torch.tensor([columns.get(count, 0) for count in counts], device="cpu")
+        flags = [has_started(hyper, rule, count) for count in known]
+        started: bool | Tensor = all(flags)
+        if not started and any(flags):
+            started = torch.tensor(flags, device="cpu")[chosen].to(device, non_blocking=True)
+        return cls(numbers.index_select(1, chosen).to(device, non_blocking=True), started)
+
+
+def has_started(hyper: Hyperparameters, rule: str, step: Number) -> bool | Tensor:
+    """Whether roots are used at a step, if there are any."""
+    start = hyper.start_preconditioning_step
+    return rule == FACTORED and start < math.inf and step >= start
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,6 @@ class Scalars:
     def of(cls, hyper: Hyperparameters, rule: str, step: Number) -> "Scalars":
         """The numbers of ``step``, counted from 1; tensors where it or a hyper-parameter is one."""
         is_adagrad = rule == ADAGRAD
-        start = hyper.start_preconditioning_step
         return cls(
             sign=-1.0 if hyper.maximize else 1.0,
             coupled_decay=hyper.coupled_decay,
@@ -98,7 +104,7 @@ class Scalars:
             correction2=hyper.correction2(step),
             moment=hyper.diagonal_moment(step) if is_adagrad else hyper.grafting_moment(step),
             step=step if isinstance(step, Tensor) else float(step),
-            started=rule == FACTORED and start < math.inf and step >= start,
+            started=has_started(hyper, rule, step),
         )
 
     @classmethod
@@ -117,9 +123,11 @@ class Scalars:
             ranks: which of them have a gradient, at least one.
         """
         plain = cls.of(hyper, rule, counts[ranks[0]])
-        if all(counts[rank] == counts[ranks[0]] for rank in ranks):
+        distinct = {counts[rank] for rank in ranks}
+        if len(distinct) == 1:
             return plain
-        return replace(plain, counted=Counted.of(hyper, rule, counts, ranks, device))
+        counted = Counted.of(hyper, rule, counts, distinct, plain.moment, device)
+        return replace(plain, counted=counted)
 
     def at(self, owners: Tensor) -> "Scalars":
         """The numbers of some blocks, each of which may have its own.
@@ -129,7 +137,7 @@ class Scalars:
         """
         if self.counted is None:
             return self
-        first, second, moment, step = self.counted.numbers[:, owners].unbind()
+        first, second, moment, step = self.counted.numbers.index_select(1, owners).unbind()
         started = self.counted.started
         return replace(
             self,

@@ -132,6 +132,15 @@ def _runs(rows: Tensor) -> list[tuple[int, tuple[int, int]]]:
     return runs
 
 
+@dataclass(frozen=True)
+class BlockIndex:
+    """What the B blocks of a segment belong to."""
+
+    owners: Tensor  # [B], the parameter by its place in the arena
+    places: Tensor  # [B], the place among the blocks of all of the arena's parameters
+    members: Tensor  # [B] on the host, the parameter as the segment's ``tiles`` number it
+
+
 @dataclass(frozen=True, eq=False)  # known by identity: exchanges keep tables for each
 class Segment:
     """A run of blocks with the views and tables that the ops take; R of the blocks are active."""
@@ -140,21 +149,37 @@ class Segment:
     placements: tuple[Placement, ...]
     members: list[int]  # parameters, in the order in which ``tiles`` numbers them
     tiles: Tensor  # [T, 2 + 4 K], of the active blocks
-    owners: Tensor  # [R], for every block its parameter, by its place in the arena
-    places: Tensor  # [R], for every block its place among those of all of the arena's parameters
     grad: Tensor
     direction: Tensor
     norm: Tensor  # [R], of the grafted direction
     scale: Tensor  # [R]
     moments: dict[str, Tensor]
     parts: list[Part]
-    block_members: Tensor  # [R] on the host, of which parameter each is, as ``tiles`` numbers them
+    blocks: "BlockIndex"
+    active: Rows = None  # [R] on the host, which of the blocks are active; None for all
     whole: "Segment | None" = None  # what this one is a part of
 
     @property
     def key(self) -> "Segment":
         """What all narrowed forms of a segment have in common."""
         return self.whole or self
+
+    @functools.cached_property
+    def owners(self) -> Tensor:
+        """[R], for every active block its parameter, by its place in the arena."""
+        return take(self.blocks.owners, self._active_rows)
+
+    @functools.cached_property
+    def places(self) -> Tensor:
+        """[R], for every active block its place among those of all of the arena's parameters."""
+        return take(self.blocks.places, self._active_rows)
+
+    @functools.cached_property
+    def _active_rows(self) -> Rows:
+        """``active`` on the device of the segment."""
+        if self.active is None:
+            return None
+        return self.active.to(self.grad.device, non_blocking=True)
 
     @functools.cached_property
     def packed(self) -> Tensor:
@@ -185,28 +210,26 @@ class Segment:
         if not any(here):
             return None
         is_here = torch.tensor(here, device="cpu")
-        active = is_here[self.block_members]
+        active = is_here[self.blocks.members]
         parts: list[Part] = []
         count = 0
         for part in self.parts:
             narrow = part.narrowed(active[part.blocks], count)
             count = narrow[-1].blocks.stop if narrow else count
             parts += narrow
-        blocks = active.to(self.grad.device, non_blocking=True)
         return Segment(
             self.start,
             self.placements,
             self.members,
             self.tiles[is_here[self.tiles[:, 0]]],
-            self.owners[blocks],
-            self.places[blocks],
             self.grad,
             self.direction,
             self.norm[:count],
             self.scale[:count],
             self.moments,
             parts,
-            self.block_members[active],
+            self.blocks,
+            active.nonzero()[:, 0],
             self,
         )
 
@@ -391,15 +414,17 @@ def _segment(
         tuple(placed for _, placed in run),
         members,
         torch.tensor(rows, dtype=torch.int64, device="cpu"),
-        torch.tensor(owners, dtype=torch.int64, device=arena.device),
-        torch.tensor(places, dtype=torch.int64, device=arena.device),
         grad,
         direction,
         norm,
         torch.ones_like(norm),
         moments,
         parts,
-        torch.tensor(block_members, dtype=torch.int64, device="cpu"),
+        BlockIndex(
+            torch.tensor(owners, dtype=torch.int64, device=arena.device),
+            torch.tensor(places, dtype=torch.int64, device=arena.device),
+            torch.tensor(block_members, dtype=torch.int64, device="cpu"),
+        ),
     )
 
 
