@@ -9,6 +9,8 @@ purpose: every line is one formula. Legend, for one block of order o:
 """
 
 import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "grafting": "adam",
     "grafting_beta2": None,
     "grafting_eps": 1e-8,
-    "large_dim_method": "blocking",
+    "large_dim_method": "auto",
     "maximize": False,
 }
 
@@ -60,13 +62,41 @@ def merged_shape(shape: tuple[int, ...], rule: str, limit: int) -> tuple[int, ..
     return tuple(merged)
 
 
-def block_slices(shape: tuple[int, ...], limit: int, keep_long: bool) -> list[tuple[slice, ...]]:
-    """Row-major grid of chunks of `limit`; `keep_long` leaves longer dimensions whole."""
+def block_slices(
+    shape: tuple[int, ...], limit: int, whole: Sequence[bool]
+) -> list[tuple[slice, ...]]:
+    """Row-major grid of chunks of `limit`; dimensions that are to stay whole are one chunk."""
     chunks = []
-    for size in shape:
-        length = size if keep_long and size > limit else limit
+    for size, is_whole in zip(shape, whole, strict=True):
+        length = size if is_whole else limit
         chunks.append([slice(i, min(i + length, size)) for i in range(0, size, length)])
     return list(itertools.product(*chunks))
+
+
+def diagonal_modes(shape: tuple[int, ...], limit: int, method: str) -> list[bool]:
+    """Which modes keep a vector instead of a matrix and its root.
+
+    "auto" compares with AdamW, block by block: two moments, and for every mode two matrices or a
+    vector, may be 10 numbers an element. The longest mode goes first, of equal ones the first.
+    """
+    if method == "diagonal":
+        return [size > limit for size in shape]
+    whole = [False] * len(shape)
+    while method == "auto":
+        numbers = 0
+        for part in block_slices(shape, limit, whole):
+            sides = [
+                min(each.stop, size) - each.start for each, size in zip(part, shape, strict=True)
+            ]
+            numbers += 2 * math.prod(sides)
+            numbers += sum(
+                d if is_whole else 2 * d**2 for d, is_whole in zip(sides, whole, strict=True)
+            )
+        if numbers <= 10 * math.prod(shape):
+            break
+        left = [k for k in range(len(shape)) if not whole[k]]
+        whole[max(left, key=lambda k: (shape[k], -k))] = True
+    return whole
 
 
 def unfold(G: Tensor, mode: int) -> Tensor:
@@ -130,15 +160,15 @@ class ReferenceShampoo:
             method = "adagrad"
         else:
             method = "shampoo"
-        diagonal = h["large_dim_method"] == "diagonal" and method == "shampoo"
-        state = ParamState(merged, method, block_slices(merged, limit, diagonal))
+        whole = diagonal_modes(merged, limit, h["large_dim_method"] if method == "shampoo" else "")
+        state = ParamState(merged, method, block_slices(merged, limit, whole))
         zeros = torch.zeros(merged, dtype=torch.float64)
         state.M = torch.zeros(shape, dtype=torch.float64)
         for part in state.slices:
             block = zeros[part]
             factors = []
-            for size in block.shape:
-                factor_shape = (size,) if diagonal and size > limit else (size, size)
+            for size, is_diagonal in zip(block.shape, whole, strict=True):
+                factor_shape = (size,) if is_diagonal else (size, size)
                 factors.append(torch.zeros(factor_shape, dtype=torch.float64))
             roots: list[Tensor | None] = [None] * len(factors)
             state.blocks.append(BlockState(factors, roots, False, block.clone(), block.clone()))

@@ -55,8 +55,10 @@ LAYERS = {
     "blocking": "",
     "averages": "",
     "grafting": "averages",
-    "hyperparameters": "averages blocking grafting schedule solver",
+    "caller": "",
+    "hyperparameters": "averages blocking caller grafting schedule solver",
     "layout": "blocking hyperparameters",
+    "footprint": "grafting hyperparameters layout",
     "cost": "layout",
     "ownership": "",
     "slots": "",
@@ -67,6 +69,7 @@ LAYERS = {
     "replicas": "errors regions workers",
     "step_plan": "agreement blocking division errors gradients grafting hyperparameters layout"
     " patterns regions segments solver stacks state_keys workers",
+    "thin": "caller footprint hyperparameters layout step_plan",
     "state_dict": "division errors hyperparameters layout state_keys step_plan workers",
     "consolidation": "agreement step_plan",
     # what travels
@@ -90,16 +93,16 @@ LAYERS = {
     " workers",
     "optimizer": "advance agreement capture errors exchange exchanges hyperparameters"
     " layout ops persistence proposal regions replicas scalars segments solver stacks step_plan"
-    " workers",
+    " thin workers",
     "replay": "optimizer",
-    "checkpoint": "hyperparameters optimizer state_dict",
+    "checkpoint": "hyperparameters layout optimizer state_dict",
     # before the step
     "architectures": "",
     "traffic": "layout",
     "report": "",
-    "forecast": "allgather cost division grafting hyperparameters layout report slots traffic"
-    " workers",
-    "planner": "cost forecast hyperparameters layout optimizer report workers",
+    "forecast": "allgather cost division footprint grafting hyperparameters layout report slots"
+    " traffic workers",
+    "planner": "cost forecast hyperparameters layout optimizer report thin workers",
     "__init__": "errors optimizer planner replay roots",
     "__main__": "architectures backends cost grafting hyperparameters jit ops planner workers",
 }
