@@ -12,10 +12,15 @@ GRAFTED = "grafted"  # the grafted method alone
 ADAGRAD = "adagrad"  # the diagonal method of large_dim_method="adagrad"
 RULES = (FACTORED, GRAFTED, ADAGRAD)
 
-# Numbers of factors and roots an element, up to which "auto" keeps full factors. With the two
-# moments, of the gradient and of its square, they are 5 times the two numbers of AdamW. A matrix
-# with both sides above max_preconditioner_dim always has fewer: it is cut, never diagonal.
+# Numbers of factors and roots an element that "auto" may keep. With the two moments, of gradients
+# and of their squares, they are 5 times the two numbers of AdamW. A matrix with both sides above
+# max_preconditioner_dim always has fewer, cut at that.
 AFFORDABLE = 8
+
+# How many times shorter blocks "auto" makes of a long side before it keeps the diagonal alone. Both
+# sides' factors are worth much: with them, 3x3 convolutions learn as they do in whole blocks. But a
+# matrix of 8 rows would have hundreds of blocks.
+SHORTER = 8
 
 
 def factor_numbers(extent: Sequence[int], diagonal: Sequence[bool]) -> int:
@@ -69,36 +74,35 @@ class Layout:
         merged = merge_dims(shape, limit, geometry.merge_dims)
         is_vector = sum(size > 1 for size in shape) <= 1
         is_large = max(merged) > limit
-        rule, diagonal = FACTORED, [False] * len(merged)
+        rule, sizes, diagonal = FACTORED, [limit] * len(merged), [False] * len(merged)
         if not geometry.precondition or (is_vector and not geometry.precondition_1d):
             rule = ADAGRAD if geometry.grafting == "none" else GRAFTED
         elif is_large and geometry.large_dim_method == "adagrad":
             rule = ADAGRAD
         elif geometry.large_dim_method == "diagonal":
+            sizes = [max(limit, size) for size in merged]
             diagonal = [size > limit for size in merged]
         elif geometry.large_dim_method == AUTO:
-            diagonal = _unaffordable(merged, limit)
-        return cls(rule, tuple(_blocks(merged, limit, diagonal)), tuple(diagonal))
+            sizes, diagonal = _affordable(merged, limit)
+        return cls(rule, tuple(cut(merged, sizes)), tuple(diagonal))
 
 
-def _unaffordable(merged: Sequence[int], limit: int) -> list[bool]:
-    """The modes that "auto" makes diagonal: the longest ones, until the rest is affordable.
+def _affordable(merged: Sequence[int], limit: int) -> tuple[list[int], list[bool]]:
+    """How "auto" cuts: the length of blocks along every mode, and which modes are diagonal.
 
-    It always becomes so: with every mode diagonal there is at most one number an element.
+    As short as is affordable along the longest mode. Where no block is, or only such as would be
+    far too many, that mode stays whole and diagonal, and the next one is looked at. In the end
+    there is an answer: with every mode diagonal there is at most one number an element.
     """
-    diagonal = [False] * len(merged)
+    sizes, diagonal = [limit] * len(merged), [False] * len(merged)
     for mode in sorted(range(len(merged)), key=lambda mode: -merged[mode]):
-        numbers = sum(
-            tile.blocks * factor_numbers(tile.extent, diagonal)
-            for tile in _blocks(merged, limit, diagonal)
-        )
-        if numbers <= AFFORDABLE * math.prod(merged):
-            break
-        diagonal[mode] = True
-    return diagonal
-
-
-def _blocks(merged: Sequence[int], limit: int, diagonal: Sequence[bool]) -> list[Tile]:
-    """Cuts every mode at the limit but the diagonal ones, which stay whole: a vector is short."""
-    sizes = [size if alone else limit for size, alone in zip(merged, diagonal, strict=True)]
-    return cut(merged, sizes)
+        side = min(limit, merged[mode])
+        for times in range(1, SHORTER + 1):
+            sizes[mode] = -(-side // times)
+            numbers = sum(
+                tile.blocks * factor_numbers(tile.extent, diagonal) for tile in cut(merged, sizes)
+            )
+            if numbers <= AFFORDABLE * math.prod(merged):
+                return sizes, diagonal
+        sizes[mode], diagonal[mode] = merged[mode], True
+    return sizes, diagonal

@@ -95,11 +95,13 @@ class Shampoo(Persistent):
             ``"blocking"`` cuts it, ``"adagrad"`` moves the whole tensor by a diagonal method
             without grafting, ``"diagonal"`` keeps only the diagonal of that dimension's factor.
             ``"auto"`` is ``"blocking"`` while the state of a tensor, of any shape, stays within 5
-            times AdamW's two numbers an element; otherwise its longest dimension, and if need be
-            the next, stays whole and keeps only the diagonal of its factor. So do 8 x 4096, a
-            head of 10 classes, a vector of more than 4 elements; one warning names them. Counted
-            are both moments, kept or not, but no momentum, which AdamW has not. A checkpoint
-            loaded under ``"auto"`` brings the method that it was saved with.
+            times AdamW's two numbers an element. Otherwise the blocks are up to 8 times shorter
+            along its longest dimension, as for 64 x 576; where that is not enough, as for
+            8 x 4096 and any vector of more than 32 elements, that dimension stays whole and keeps
+            only the diagonal of its factor, and the next is looked at. One warning names the
+            tensors with a diagonal. Counted are both moments, kept or not, but no momentum, which
+            AdamW has not. A checkpoint loaded under ``"auto"`` brings the method that it was saved
+            with.
         root_method: ``"eigh"``, ``"coupled_newton"``, ``"minimax"``, or ``"auto"`` for what
             measures fastest at equal accuracy on the device.
         preconditioner_dtype: float32 or float64, of all statistics whatever the parameters are.

@@ -52,8 +52,9 @@ def describe(found: Sequence[Thin]) -> str:
     label = first.name if str(first.shape) in first.name else f"{first.name}, shape {first.shape}"
     many = f"{count} thin parameters, {kept:,} bytes of state instead of {full:,}; the first is"
     return (
-        'large_dim_method="auto" keeps only the diagonal of the factor of the longest side where'
-        f" full factors would take more than 5 times AdamW's memory: {many if count > 1 else 'for'}"
+        'large_dim_method="auto" keeps only the diagonal of the factor of a side that is very long'
+        " for the others, where full factors would take more than 5 times AdamW's memory:"
+        f" {many if count > 1 else 'for'}"
         f" {label}: {first.state_bytes:,} bytes of state instead of {first.blocking_bytes:,}."
         ' Choose: large_dim_method="blocking" for full factors, a smaller max_preconditioner_dim'
         " for shorter blocks with full factors, or a group with precondition=False for no factors."

@@ -62,41 +62,44 @@ def merged_shape(shape: tuple[int, ...], rule: str, limit: int) -> tuple[int, ..
     return tuple(merged)
 
 
-def block_slices(
-    shape: tuple[int, ...], limit: int, whole: Sequence[bool]
-) -> list[tuple[slice, ...]]:
-    """Row-major grid of chunks of `limit`; dimensions that are to stay whole are one chunk."""
+def block_slices(shape: tuple[int, ...], lengths: Sequence[int]) -> list[tuple[slice, ...]]:
+    """Row-major grid of chunks of the given lengths, the last one of each dimension shorter."""
     chunks = []
-    for size, is_whole in zip(shape, whole, strict=True):
-        length = size if is_whole else limit
+    for size, length in zip(shape, lengths, strict=True):
         chunks.append([slice(i, min(i + length, size)) for i in range(0, size, length)])
     return list(itertools.product(*chunks))
 
 
-def diagonal_modes(shape: tuple[int, ...], limit: int, method: str) -> list[bool]:
-    """Which modes keep a vector instead of a matrix and its root.
+def block_lengths(shape: tuple[int, ...], limit: int, method: str) -> tuple[list[int], list[bool]]:
+    """How long blocks are along every mode, and which modes keep a vector instead of a matrix.
 
     "auto" compares with AdamW, block by block: two moments, and for every mode two matrices or a
-    vector, may be 10 numbers an element. The longest mode goes first, of equal ones the first.
+    vector, may be 10 numbers an element. The longest mode that is left, of equal ones the first, is
+    cut into blocks of half, a third, ... an eighth of the length, or else keeps a vector.
     """
+    lengths, whole = [limit] * len(shape), [False] * len(shape)
     if method == "diagonal":
-        return [size > limit for size in shape]
-    whole = [False] * len(shape)
-    while method == "auto":
+        whole = [size > limit for size in shape]
+        return [max(size, limit) for size in shape], whole
+
+    def fits() -> bool:
         numbers = 0
-        for part in block_slices(shape, limit, whole):
-            sides = [
-                min(each.stop, size) - each.start for each, size in zip(part, shape, strict=True)
-            ]
+        for part in block_slices(shape, lengths):
+            sides = [each.stop - each.start for each in part]
             numbers += 2 * math.prod(sides)
-            numbers += sum(
-                d if is_whole else 2 * d**2 for d, is_whole in zip(sides, whole, strict=True)
-            )
-        if numbers <= 10 * math.prod(shape):
-            break
+            for side, is_whole in zip(sides, whole, strict=True):
+                numbers += side if is_whole else 2 * side**2
+        return numbers <= 10 * math.prod(shape)
+
+    while method == "auto" and not fits():
         left = [k for k in range(len(shape)) if not whole[k]]
-        whole[max(left, key=lambda k: (shape[k], -k))] = True
-    return whole
+        longest = max(left, key=lambda k: (shape[k], -k))
+        for part in range(2, 9):
+            lengths[longest] = math.ceil(min(limit, shape[longest]) / part)
+            if fits():
+                return lengths, whole
+        lengths[longest], whole[longest] = shape[longest], True
+    return lengths, whole
 
 
 def unfold(G: Tensor, mode: int) -> Tensor:
@@ -160,8 +163,9 @@ class ReferenceShampoo:
             method = "adagrad"
         else:
             method = "shampoo"
-        whole = diagonal_modes(merged, limit, h["large_dim_method"] if method == "shampoo" else "")
-        state = ParamState(merged, method, block_slices(merged, limit, whole))
+        rule = h["large_dim_method"] if method == "shampoo" else "blocking"
+        lengths, whole = block_lengths(merged, limit, rule)
+        state = ParamState(merged, method, block_slices(merged, lengths))
         zeros = torch.zeros(merged, dtype=torch.float64)
         state.M = torch.zeros(shape, dtype=torch.float64)
         for part in state.slices:
