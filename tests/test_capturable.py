@@ -39,7 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lars": {"grafting": "lars", "weight_decay": 0.1},
     "lamb": {"grafting": "lamb", "weight_decay": 0.1, "momentum": 0.9},
     "diagonal": {"large_dim_method": "diagonal"},
-    "thin": {"large_dim_method": "auto", "precondition_1d": True, "max_preconditioner_dim": 64},
+    "thin": {"large_dim_method": "auto", "merge_dims": "full", "max_preconditioner_dim": 80},
     "adagrad": {"large_dim_method": "adagrad"},
     "vectors": {"precondition_1d": True, "merge_dims": "full"},
     "late": {"start_preconditioning_step": 7},
