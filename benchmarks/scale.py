@@ -34,7 +34,8 @@ package's own code for these shapes, and tests compare them with the plan of the
 of a fake process group. Seconds are predictions of its cost model.
 
 - Block size {block}, roots every {frequency} steps, Adam grafting; bfloat16 parameters, gradients
-  and directions, float32 statistics. Every matrix is preconditioned, embeddings included.
+  and directions, float32 statistics. Every matrix is preconditioned, embeddings included,
+  by full factors (`large_dim_method="blocking"`).
 - Nominal constants: {nominal}.
   Links: 350 GB/s a rank inside a node of 8, 40 GB/s across. All of the exchange is counted, as if
   no other work hid it, but not its latency: on thousands of ranks an all-to-all has a kB or
@@ -122,6 +123,7 @@ def predict(
         cost_model=model,
         max_preconditioner_dim=BLOCK,
         precondition_frequency=FREQUENCY,
+        large_dim_method="blocking",
         **blocks,
     )
 

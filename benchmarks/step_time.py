@@ -74,7 +74,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def shampoo_factory(block: int, options: argparse.Namespace) -> contest.Factory:
-    """Shampoo with its defaults but for block size, refresh and root method."""
+    """Shampoo with its defaults but for block size, refresh, root method and full factors.
+
+    The floor counts these, thin matrices included, and peers have them.
+    """
 
     def build(groups: contest.Groups) -> torch.optim.Optimizer:
         return Shampoo(
@@ -82,6 +85,7 @@ def shampoo_factory(block: int, options: argparse.Namespace) -> contest.Factory:
             max_preconditioner_dim=block,
             precondition_frequency=options.refresh,
             root_method=options.root_method,
+            large_dim_method="blocking",
         )
 
     return build

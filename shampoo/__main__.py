@@ -15,7 +15,7 @@ from shampoo import backends, jit, ops
 from shampoo.architectures import ARCHITECTURES
 from shampoo.cost import CostModel
 from shampoo.grafting import GRAFTING
-from shampoo.hyperparameters import DTYPES, dtype_name
+from shampoo.hyperparameters import AUTO, DTYPES, LARGE_DIM_METHODS, dtype_name
 from shampoo.planner import LAYOUTS, plan
 from shampoo.workers import COMMUNICATION_DTYPES
 
@@ -88,6 +88,7 @@ def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--frequency", type=int, default=10, help="precondition_frequency")
     add("--grafting", choices=tuple(GRAFTING), default="adam")
     add("--momentum", type=float, default=0.0)
+    add("--large-dim-method", choices=LARGE_DIM_METHODS, default=AUTO, help="of long dimensions")
     add("--grafted-only", nargs="+", default=[], metavar="PATTERN", help="names left unfactored")
     add("--dtype", choices=_PARAMETER_DTYPES, default="float32", help="of parameters and gradients")
     wires = [dtype_name(dtype) for dtype in COMMUNICATION_DTYPES]
@@ -116,6 +117,7 @@ def print_plan(options: argparse.Namespace) -> None:
         precondition_frequency=options.frequency,
         grafting=options.grafting,
         momentum=options.momentum,
+        large_dim_method=options.large_dim_method,
     )
     print(json.dumps(report.to_json(), indent=2) if options.json else report)
 

@@ -27,7 +27,8 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
-from shampoo.hyperparameters import Geometry
+from shampoo.hyperparameters import AUTO, Geometry
+from shampoo.layout import Layout
 from shampoo.optimizer import Shampoo
 from shampoo.state_dict import check_blocks
 
@@ -154,7 +155,9 @@ def load(
     saved = _on_first_rank(read)  # a rank that alone failed here would leave the others waiting
     states = _states(model, optimizer)
     if isinstance(optimizer, Shampoo):
-        _check_blocks(optimizer, states["optimizer"]["param_groups"], place)
+        methods = _check_blocks(optimizer, states["optimizer"]["param_groups"], place)
+        if _adopt(optimizer, methods):
+            states = _states(model, optimizer)
     _transfer(state_dict_loader.load, states, place)
     set_state_dict(
         model,
@@ -167,23 +170,54 @@ def load(
     return _step_of(place)
 
 
-def _check_blocks(optimizer: Shampoo, named: Sequence[Mapping[str, Any]], place: Path) -> None:
+def _check_blocks(optimizer: Shampoo, named: Sequence[Mapping[str, Any]], place: Path) -> list[str]:
     """Compares what decides the shapes of blocks; DCP could only say that some size differs.
 
     Args:
         named: the optimizer's groups, whose ``params`` are names.
+
+    Returns:
+        For every group the ``large_dim_method`` with which to load.
     """
     # DCP replaces what it finds in these by what was saved.
     saved = [{"params": [], **asdict(Geometry.of(group))} for group in optimizer.param_groups]
     _transfer(state_dict_loader.load, {"optimizer": {"param_groups": saved}}, place)
     group_of = {name: group for group in saved for name in group["params"]}
+    methods = []
     for group, names in zip(
         optimizer.param_groups, (each["params"] for each in named), strict=True
     ):
+        method = group["large_dim_method"]
+        if method == AUTO:
+            first = next((group_of[name] for name in names if name in group_of), group)
+            method = first["large_dim_method"]
+        methods.append(method)
+        group = {**group, "large_dim_method": method}
         for param, name in zip(group["params"], names, strict=True):
             if name in group_of:  # if not, DCP says so
                 alone = {**group, "params": [param], "param_names": [name]}
                 check_blocks([alone], [group_of[name]], optimizer.state)
+    return methods
+
+
+def _adopt(optimizer: Shampoo, methods: Sequence[str]) -> bool:
+    """Gives groups the methods of a checkpoint; whether that cuts parameters otherwise.
+
+    DCP reads into the tensors that it finds. Where these are of other blocks the state is dropped,
+    and the inert step of :func:`_states` makes it anew.
+    """
+    is_cut_otherwise = False
+    for group, method in zip(optimizer.param_groups, methods, strict=True):
+        before = Geometry.of(group)
+        group["large_dim_method"] = method
+        is_cut_otherwise |= any(
+            Layout.of(param.shape, before) != Layout.of(param.shape, Geometry.of(group))
+            for param in group["params"]
+            if param.numel() > 0
+        )
+    if is_cut_otherwise:
+        optimizer.state.clear()
+    return is_cut_otherwise
 
 
 def _transfer(move: Callable[..., Any], states: dict[str, Any], place: Path) -> None:

@@ -37,7 +37,8 @@ def divide(shares: Sequence[Share], kept: Mapping[Tensor, Owners] | None = None)
 
     Args:
         shares: in the order of groups and parameters.
-        kept: owners that were decided before, by parameter; these stay if their team does.
+        kept: owners that were decided before, by parameter; these stay if their team and the number
+            of blocks do.
 
     Returns:
         For every share, [blocks], in row-major order of its grid of blocks.
@@ -51,7 +52,8 @@ def divide(shares: Sequence[Share], kept: Mapping[Tensor, Owners] | None = None)
             continue
         load = loads.setdefault(share.team, [0.0] * share.team.size)
         team, stays = (kept or {}).get(share.param, (None, ()))
-        if team == share.team:
+        # A checkpoint may have brought another large_dim_method, and so another grid.
+        if team == share.team and len(stays) == len(costs[index]):
             owners[index] = list(stays)
             for owner, cost in zip(owners[index], costs[index], strict=True):
                 load[owner] += cost

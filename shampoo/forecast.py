@@ -11,6 +11,7 @@ import torch
 from shampoo.allgather import slice_length
 from shampoo.cost import CostModel
 from shampoo.division import Share, divide
+from shampoo.footprint import block_state_bytes
 from shampoo.grafting import GRAFTING
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.layout import ADAGRAD, FACTORED, Layout
@@ -20,7 +21,6 @@ from shampoo.traffic import Rows
 from shampoo.workers import Team
 
 _STEP_BYTES = 8  # the step counter of a parameter, on every rank
-_COUNTER_BYTES = 4  # of a factor: failures, and its slot if staggered
 
 
 @dataclass(frozen=True)
@@ -61,26 +61,6 @@ class Setting:
         return self.island_bandwidth if is_island else self.network_bandwidth
 
 
-def block_state_bytes(
-    extent: Sequence[int],
-    diagonal: Sequence[bool],
-    rule: str,
-    values: Hyperparameters,
-    dtype: torch.dtype,
-) -> int:
-    """Bytes of a block's state (algorithm.md 7.1), for a parameter of ``dtype``."""
-    size = values.geometry.dtype.itemsize
-    wide = torch.promote_types(dtype, values.geometry.dtype).itemsize
-    second_moment = rule == ADAGRAD or GRAFTING[values.geometry.grafting].second_moment
-    per_element = size * (values.has_exp_avg + second_moment) + wide * (values.momentum > 0)
-    total = per_element * math.prod(extent)
-    if rule == FACTORED:
-        counters = _COUNTER_BYTES * (1 + values.is_staggered)
-        for side, is_diagonal in zip(extent, diagonal, strict=True):
-            total += size * side if is_diagonal else 2 * size * side * side + counters
-    return total
-
-
 @dataclass(frozen=True)
 class _Kind:
     """What all blocks of one shape, rule and dtype have in common."""
@@ -101,7 +81,7 @@ class _Blocks:
         self.setting = setting
         self.kinds: list[_Kind] = []
         self.tensors: list[tuple[Tensor, Layout, int]] = []  # with the index of its first block
-        self.factored = 0
+        self.factored = self.diagonal = 0
         team = Team(tuple(range(setting.owners)), 0, setting.layout != "ddp")
         shares = []
         for index, (values, tensors) in enumerate(groups):
@@ -113,6 +93,7 @@ class _Blocks:
                 self.kinds += self._kinds(tensor, layout, values)
                 if layout.rule == FACTORED:
                     self.factored += layout.blocks
+                    self.diagonal += layout.blocks * any(layout.diagonal)
         self.owners = [owner for owners in divide(shares) for owner in owners]
         dtypes = [tensor.dtype for tensor, _, _ in self.tensors]
         computed = functools.reduce(torch.promote_types, dtypes, groups[0][0].geometry.dtype)
@@ -277,6 +258,7 @@ def forecast(groups: Groups, setting: Setting) -> PlanReport:
         tensors=len(blocks.tensors),
         blocks=len(blocks.kinds),
         factored_blocks=blocks.factored,
+        diagonal_blocks=blocks.diagonal,
         max_preconditioner_dim=values.geometry.max_preconditioner_dim,
         precondition_frequency=frequency,
         state_bytes=tuple(steps + size for size in blocks.per_owner("state_bytes")),

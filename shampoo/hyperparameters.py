@@ -5,8 +5,6 @@ what stands there when ``step()`` is called is what counts.
 """
 
 import math
-import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -16,14 +14,19 @@ import torch
 
 from shampoo.averages import Number, correction_of, weight_of
 from shampoo.blocking import MERGE_MODES
+from shampoo.caller import warn_outside
 from shampoo.grafting import GRAFTING, SecondMoment, second_moment
 from shampoo.schedule import smallest_relative_eps, tabulated_powers
 from shampoo.solver import ROOT_METHODS
 
-LARGE_DIM_METHODS = ("blocking", "adagrad", "diagonal")
+AUTO = "auto"  # of large_dim_method: nobody has named one
+LARGE_DIM_METHODS = (AUTO, "blocking", "adagrad", "diagonal")
 NONFINITE = ("skip", "raise")
 REFRESH_SCHEDULES = ("together", "staggered")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+# What a group without the value was trained with, where that is not the default of today.
+FORMER_DEFAULTS = {"large_dim_method": "blocking"}
 
 
 def dtype_name(dtype: Any) -> Any:
@@ -408,7 +411,4 @@ def _start(group: dict[str, Any]) -> float:
 def warn_about(group: dict[str, Any]) -> None:
     """Says once, when a group is made, what has no effect, at the line outside that made it."""
     if group["nesterov"] and _number(group, "momentum") == 0.0:
-        frame, depth = sys._getframe(), 1
-        while frame.f_back and frame.f_globals["__name__"].split(".")[0] in ("shampoo", "torch"):
-            frame, depth = frame.f_back, depth + 1
-        warnings.warn("nesterov=True has no effect with momentum=0.0.", stacklevel=depth)
+        warn_outside("nesterov=True has no effect with momentum=0.0.")

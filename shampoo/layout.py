@@ -5,12 +5,35 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shampoo.blocking import Tile, cut, merge_dims
-from shampoo.hyperparameters import Geometry
+from shampoo.hyperparameters import AUTO, Geometry
 
 FACTORED = "factored"  # Kronecker factors and their roots
 GRAFTED = "grafted"  # the grafted method alone
 ADAGRAD = "adagrad"  # the diagonal method of large_dim_method="adagrad"
 RULES = (FACTORED, GRAFTED, ADAGRAD)
+
+# Numbers of factors and roots an element that "auto" may keep. With the two moments, of gradients
+# and of their squares, they are 5 times the two numbers of AdamW. A matrix with both sides above
+# max_preconditioner_dim always has fewer, cut at that.
+AFFORDABLE = 8
+
+# How many times shorter blocks "auto" makes of a long side before it keeps the diagonal alone. Both
+# sides' factors are worth much: with them, 3x3 convolutions learn as they do in whole blocks. But a
+# matrix of 8 rows would have hundreds of blocks.
+SHORTER = 8
+
+
+def factor_numbers(extent: Sequence[int], diagonal: Sequence[bool]) -> int:
+    """Numbers that the factors of a block and their roots hold.
+
+    Args:
+        extent: [o], the sides of the block.
+        diagonal: [o], which modes keep only the factor's diagonal, which has no root.
+    """
+    return sum(
+        side if is_diagonal else 2 * side * side
+        for side, is_diagonal in zip(extent, diagonal, strict=True)
+    )
 
 
 @dataclass(frozen=True)
@@ -56,7 +79,30 @@ class Layout:
             rule = ADAGRAD if geometry.grafting == "none" else GRAFTED
         elif is_large and geometry.large_dim_method == "adagrad":
             rule = ADAGRAD
-        elif is_large and geometry.large_dim_method == "diagonal":
+        elif geometry.large_dim_method == "diagonal":
             sizes = [max(limit, size) for size in merged]
             diagonal = [size > limit for size in merged]
+        elif geometry.large_dim_method == AUTO:
+            sizes, diagonal = _affordable(merged, limit)
         return cls(rule, tuple(cut(merged, sizes)), tuple(diagonal))
+
+
+def _affordable(merged: Sequence[int], limit: int) -> tuple[list[int], list[bool]]:
+    """How "auto" cuts: the length of blocks along every mode, and which modes are diagonal.
+
+    As short as is affordable along the longest mode. Where no block is, or only such as would be
+    far too many, that mode stays whole and diagonal, and the next one is looked at. In the end
+    there is an answer: with every mode diagonal there is at most one number an element.
+    """
+    sizes, diagonal = [limit] * len(merged), [False] * len(merged)
+    for mode in sorted(range(len(merged)), key=lambda mode: -merged[mode]):
+        side = min(limit, merged[mode])
+        for times in range(1, SHORTER + 1):
+            sizes[mode] = -(-side // times)
+            numbers = sum(
+                tile.blocks * factor_numbers(tile.extent, diagonal) for tile in cut(merged, sizes)
+            )
+            if numbers <= AFFORDABLE * math.prod(merged):
+                return sizes, diagonal
+        sizes[mode], diagonal[mode] = merged[mode], True
+    return sizes, diagonal

@@ -15,7 +15,13 @@ from shampoo.agreement import FAILED, OK, SKIPPED, Agreement, Attempt, Verdict
 from shampoo.errors import ShampooDistributedError
 from shampoo.exchange import Round
 from shampoo.exchanges import Exchanges, Purpose, join_groups
-from shampoo.hyperparameters import Hyperparameters, dtype_name, warn_about
+from shampoo.hyperparameters import (
+    AUTO,
+    FORMER_DEFAULTS,
+    Hyperparameters,
+    dtype_name,
+    warn_about,
+)
 from shampoo.layout import FACTORED, Layout
 from shampoo.parameters import check_parameter, parameter_name
 from shampoo.persistence import Persistent
@@ -26,6 +32,7 @@ from shampoo.scalars import Scalars
 from shampoo.segments import Selection
 from shampoo.solver import check_method
 from shampoo.step_plan import Plan
+from shampoo.thin import warn_of_thin
 from shampoo.workers import Team, Workers
 
 logger = logging.getLogger(__name__)
@@ -87,6 +94,14 @@ class Shampoo(Persistent):
         large_dim_method: for tensors with a dimension above ``max_preconditioner_dim``:
             ``"blocking"`` cuts it, ``"adagrad"`` moves the whole tensor by a diagonal method
             without grafting, ``"diagonal"`` keeps only the diagonal of that dimension's factor.
+            ``"auto"`` is ``"blocking"`` while the state of a tensor, of any shape, stays within 5
+            times AdamW's two numbers an element. Otherwise the blocks are up to 8 times shorter
+            along its longest dimension, as for 64 x 576; where that is not enough, as for
+            8 x 4096 and any vector of more than 32 elements, that dimension stays whole and keeps
+            only the diagonal of its factor, and the next is looked at. One warning names the
+            tensors with a diagonal. Counted are both moments, kept or not, but no momentum, which
+            AdamW has not. A checkpoint loaded under ``"auto"`` brings the method that it was saved
+            with.
         root_method: ``"eigh"``, ``"coupled_newton"``, ``"minimax"``, or ``"auto"`` for what
             measures fastest at equal accuracy on the device.
         preconditioner_dtype: float32 or float64, of all statistics whatever the parameters are.
@@ -153,6 +168,8 @@ class Shampoo(Persistent):
     grafted method's), ``block{k}.momentum``.
     """
 
+    _is_being_built = False  # while it is, one warning is to come for all groups
+
     def __init__(
         self,
         params: Any,
@@ -177,7 +194,7 @@ class Shampoo(Persistent):
         grafting: str = "adam",
         grafting_beta2: float | None = None,
         grafting_eps: float = 1e-8,
-        large_dim_method: str = "blocking",
+        large_dim_method: str = AUTO,
         root_method: str = "auto",
         preconditioner_dtype: torch.dtype = torch.float32,
         nonfinite: str = "skip",
@@ -200,7 +217,10 @@ class Shampoo(Persistent):
         defaults = {name: given[name] for name in _DEFAULTS}
         defaults["preconditioner_dtype"] = dtype_name(preconditioner_dtype)
         Hyperparameters.read(defaults)
+        self._is_being_built = True
         super().__init__(params, defaults)
+        self._is_being_built = False
+        warn_of_thin(self.param_groups)
         ops.load_kernels(required=fused is True)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -218,6 +238,8 @@ class Shampoo(Persistent):
         except Exception:
             self.param_groups.pop()
             raise
+        if not self._is_being_built:
+            warn_of_thin(self.param_groups, len(self.param_groups) - 1)
 
     def _check_group(self, index: int) -> None:
         group = self.param_groups[index]
@@ -435,7 +457,7 @@ class Shampoo(Persistent):
         # its defaults.
         self.defaults = {**_DEFAULTS, **self.defaults}
         for group in self.param_groups:
-            for name, value in self.defaults.items():
+            for name, value in {**self.defaults, **FORMER_DEFAULTS}.items():
                 group.setdefault(name, value)
             group["preconditioner_dtype"] = dtype_name(group["preconditioner_dtype"])
             extra = group.get("extra", {})

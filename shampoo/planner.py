@@ -20,6 +20,7 @@ from shampoo.hyperparameters import Hyperparameters, dtype_name
 from shampoo.layout import Layout
 from shampoo.optimizer import Shampoo
 from shampoo.report import PlanReport
+from shampoo.thin import describe, thin_among
 from shampoo.workers import Workers, trainers_per_group
 
 LAYOUTS = ("ddp", "fsdp2", "hsdp")
@@ -112,7 +113,10 @@ def plan(
         report,
         recommended_block=_recommend_block(groups, setting, report, block_candidates),
         recommended_group=trainers(-1),
-        notes=tuple(_notes(report, num_trainers_per_group, devices_per_node)),
+        notes=(
+            *_notes(report, num_trainers_per_group, devices_per_node),
+            *_note_of_thin(groups),
+        ),
     )
 
 
@@ -135,6 +139,15 @@ def _notes(report: PlanReport, asked_group: int, devices_per_node: int) -> Itera
             f"an all-to-all has {message:.0f} bytes for a peer: it takes longer than predicted,"
             " since latency is not modelled"
         )
+
+
+def _note_of_thin(groups: Groups) -> list[str]:
+    """What the optimizer would warn of."""
+    found = []
+    for values, tensors in groups:
+        named = [(tensor.name, tensor.shape, tensor.dtype) for tensor in tensors]
+        found += thin_among(named, values)
+    return [describe(found)] if found else []
 
 
 def _hyperparameters(arguments: Mapping[str, Any]) -> Hyperparameters:

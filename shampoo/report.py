@@ -30,6 +30,7 @@ class PlanReport:
     tensors: int
     blocks: int
     factored_blocks: int
+    diagonal_blocks: int  # of these: with a side that is not cut and whose factor is diagonal
     max_preconditioner_dim: int
     precondition_frequency: int
     state_bytes: tuple[int, ...]  # of optimizer.state
@@ -81,7 +82,8 @@ class PlanReport:
             (
                 "blocks",
                 f"{self.blocks:,} of at most {self.max_preconditioner_dim} a side,"
-                f" {self.factored_blocks:,} with factors",
+                f" {self.factored_blocks:,} with factors"
+                + f", {self.diagonal_blocks:,} diagonal in a side" * (self.diagonal_blocks > 0),
             ),
             ("state", _spread(self.state_bytes, _bytes, self.state_imbalance)),
             ("compute", _spread(self.compute_seconds, _seconds, self.compute_imbalance)),

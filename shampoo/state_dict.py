@@ -11,7 +11,7 @@ before the others, or before there are others.
 
 import logging
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from shampoo.division import Owners
 from shampoo.errors import BlockGridMismatchError, IncompleteCheckpointError
-from shampoo.hyperparameters import Geometry, Hyperparameters
+from shampoo.hyperparameters import AUTO, FORMER_DEFAULTS, Geometry, Hyperparameters
 from shampoo.layout import Layout
 from shampoo.parameters import parameter_name
 from shampoo.state_keys import MOMENTS, parse
@@ -69,7 +69,7 @@ def match(
             if tensors:
                 found[param] = tensors
     trial = [
-        {**defaults, **saved, "params": group["params"]}
+        {**defaults, **FORMER_DEFAULTS, **saved, "params": group["params"]}
         for group, saved in zip(groups, saved_groups, strict=True)
     ]
     for saved, group in zip(saved_groups, trial, strict=True):
@@ -101,6 +101,8 @@ def check_blocks(
     """
     for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         ours, theirs = Geometry.of(group), Geometry.of(saved)
+        if ours.large_dim_method == AUTO:  # nobody named one: it comes with the other values
+            ours = replace(ours, large_dim_method=theirs.large_dim_method)
         if ours == theirs:
             continue
         for position, param in enumerate(group["params"]):

@@ -103,6 +103,7 @@ class Case:
             rest = [param for index, param in enumerate(params) if index % 3 != 1]
             groups = [{"params": rest}, {"params": chosen, **self.second}]
         common = {"lr": 0.02, "max_preconditioner_dim": 8, "precondition_frequency": 4}
+        common["large_dim_method"] = "blocking"  # thin parameters have many blocks to divide
         return Shampoo(groups, **{**common, **self.hyper, **sharing})
 
 

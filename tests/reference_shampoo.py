@@ -9,6 +9,8 @@ purpose: every line is one formula. Legend, for one block of order o:
 """
 
 import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "grafting": "adam",
     "grafting_beta2": None,
     "grafting_eps": 1e-8,
-    "large_dim_method": "blocking",
+    "large_dim_method": "auto",
     "maximize": False,
 }
 
@@ -60,13 +62,44 @@ def merged_shape(shape: tuple[int, ...], rule: str, limit: int) -> tuple[int, ..
     return tuple(merged)
 
 
-def block_slices(shape: tuple[int, ...], limit: int, keep_long: bool) -> list[tuple[slice, ...]]:
-    """Row-major grid of chunks of `limit`; `keep_long` leaves longer dimensions whole."""
+def block_slices(shape: tuple[int, ...], lengths: Sequence[int]) -> list[tuple[slice, ...]]:
+    """Row-major grid of chunks of the given lengths, the last one of each dimension shorter."""
     chunks = []
-    for size in shape:
-        length = size if keep_long and size > limit else limit
+    for size, length in zip(shape, lengths, strict=True):
         chunks.append([slice(i, min(i + length, size)) for i in range(0, size, length)])
     return list(itertools.product(*chunks))
+
+
+def block_lengths(shape: tuple[int, ...], limit: int, method: str) -> tuple[list[int], list[bool]]:
+    """How long blocks are along every mode, and which modes keep a vector instead of a matrix.
+
+    "auto" compares with AdamW, block by block: two moments, and for every mode two matrices or a
+    vector, may be 10 numbers an element. The longest mode that is left, of equal ones the first, is
+    cut into blocks of half, a third, ... an eighth of the length, or else keeps a vector.
+    """
+    lengths, whole = [limit] * len(shape), [False] * len(shape)
+    if method == "diagonal":
+        whole = [size > limit for size in shape]
+        return [max(size, limit) for size in shape], whole
+
+    def fits() -> bool:
+        numbers = 0
+        for part in block_slices(shape, lengths):
+            sides = [each.stop - each.start for each in part]
+            numbers += 2 * math.prod(sides)
+            for side, is_whole in zip(sides, whole, strict=True):
+                numbers += side if is_whole else 2 * side**2
+        return numbers <= 10 * math.prod(shape)
+
+    while method == "auto" and not fits():
+        left = [k for k in range(len(shape)) if not whole[k]]
+        longest = max(left, key=lambda k: (shape[k], -k))
+        for part in range(2, 9):
+            lengths[longest] = math.ceil(min(limit, shape[longest]) / part)
+            if fits():
+                return lengths, whole
+        lengths[longest], whole[longest] = shape[longest], True
+    return lengths, whole
 
 
 def unfold(G: Tensor, mode: int) -> Tensor:
@@ -130,15 +163,16 @@ class ReferenceShampoo:
             method = "adagrad"
         else:
             method = "shampoo"
-        diagonal = h["large_dim_method"] == "diagonal" and method == "shampoo"
-        state = ParamState(merged, method, block_slices(merged, limit, diagonal))
+        rule = h["large_dim_method"] if method == "shampoo" else "blocking"
+        lengths, whole = block_lengths(merged, limit, rule)
+        state = ParamState(merged, method, block_slices(merged, lengths))
         zeros = torch.zeros(merged, dtype=torch.float64)
         state.M = torch.zeros(shape, dtype=torch.float64)
         for part in state.slices:
             block = zeros[part]
             factors = []
-            for size in block.shape:
-                factor_shape = (size,) if diagonal and size > limit else (size, size)
+            for size, is_diagonal in zip(block.shape, whole, strict=True):
+                factor_shape = (size,) if is_diagonal else (size, size)
                 factors.append(torch.zeros(factor_shape, dtype=torch.float64))
             roots: list[Tensor | None] = [None] * len(factors)
             state.blocks.append(BlockState(factors, roots, False, block.clone(), block.clone()))

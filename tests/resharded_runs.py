@@ -27,7 +27,7 @@ from shampoo import Shampoo
 SAVED, STEPS = 6, 11  # roots are refreshed in steps 4 and 8
 HYPER: dict[str, Any] = {
     **{"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1},
-    **{"precondition_frequency": 4, "max_preconditioner_dim": 5},
+    **{"precondition_frequency": 4, "max_preconditioner_dim": 5, "large_dim_method": "blocking"},
 }
 
 

@@ -128,6 +128,7 @@ def test_a4_every_order_follows_the_reference(shape, grafting, root_method):
         precondition_frequency=2,
         merge_dims="none",
         precondition_1d=True,
+        large_dim_method="blocking",
         grafting=grafting,
         root_method=root_method,
     )
@@ -282,6 +283,7 @@ def test_a8_degenerate_shapes_follow_the_reference(merge_dims, precondition_1d, 
         precondition_frequency=2,
         merge_dims=merge_dims,
         precondition_1d=precondition_1d,
+        large_dim_method="blocking",
         grafting=grafting,
         weight_decay=0.1,
     )

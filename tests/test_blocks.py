@@ -38,6 +38,7 @@ def test_g1_cutting_and_reassembling_is_the_identity(shape, limit, merge_dims):
         max_preconditioner_dim=limit,
         merge_dims=merge_dims,
         precondition_1d=True,
+        large_dim_method="blocking",
     )
     assert torch.equal(P, G)
 
@@ -51,6 +52,7 @@ def test_g2_blocks_are_independent_optimizers(shape, grafting):
     hyper = {
         **{"grafting": grafting, "precondition_frequency": 2, "betas": (0.9, 0.95)},
         **{"merge_dims": "none", "precondition_1d": True, "exponent_override": 2 * order},
+        "large_dim_method": "blocking",
     }
     found = directions(history, max_preconditioner_dim=limit, **hyper)
     cuts = [[slice(i, i + limit) for i in range(0, size, limit)] for size in shape]
@@ -67,6 +69,7 @@ def test_g2_blocks_are_independent_optimizers(shape, grafting):
 def test_g2_a_limit_that_no_dimension_reaches_changes_nothing(shape):
     history = [randn(*shape) for _ in range(4)]
     hyper = {"precondition_frequency": 2, "merge_dims": "none", "precondition_1d": True}
+    hyper["large_dim_method"] = "blocking"
     for P, expected in zip(
         directions(history, max_preconditioner_dim=7, **hyper),
         directions(history, max_preconditioner_dim=1024, **hyper),
@@ -98,6 +101,7 @@ def test_g2_every_grid_follows_the_reference(shape, limit, merge_dims):
         merge_dims=merge_dims,
         precondition_frequency=2,
         precondition_1d=True,
+        large_dim_method="blocking",
     )
 
 
@@ -150,7 +154,11 @@ def test_g3_merged_shapes(shape, limit, full, matrix, none):
         assert merged_shape(shape, merge_dims, limit) == merged  # the reference knows the table
         param = Parameter(torch.zeros(shape))
         opt = Shampoo(
-            [param], max_preconditioner_dim=limit, merge_dims=merge_dims, precondition_1d=True
+            [param],
+            max_preconditioner_dim=limit,
+            merge_dims=merge_dims,
+            precondition_1d=True,
+            large_dim_method="blocking",
         )
         param.grad = torch.zeros(shape)
         opt.step()

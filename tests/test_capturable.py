@@ -22,6 +22,7 @@ ARGUMENTS: dict[str, Any] = {
     "max_preconditioner_dim": 8,
     "precondition_frequency": 3,
     "root_method": "minimax",
+    "large_dim_method": "blocking",
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
@@ -38,6 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lars": {"grafting": "lars", "weight_decay": 0.1},
     "lamb": {"grafting": "lamb", "weight_decay": 0.1, "momentum": 0.9},
     "diagonal": {"large_dim_method": "diagonal"},
+    "thin": {"large_dim_method": "auto", "merge_dims": "full", "max_preconditioner_dim": 80},
     "adagrad": {"large_dim_method": "adagrad"},
     "vectors": {"precondition_1d": True, "merge_dims": "full"},
     "late": {"start_preconditioning_step": 7},

@@ -170,7 +170,7 @@ def test_k1_the_signature_is_the_documented_one():
         **{"start_preconditioning_step": -1, "merge_dims": "matrix", "precondition_1d": False},
         **{"precondition": True, "exponent_override": 0, "exponent_multiplier": 1.0},
         **{"bias_correction": True, "grafting": "adam", "grafting_beta2": None},
-        **{"grafting_eps": 1e-8, "large_dim_method": "blocking", "root_method": "auto"},
+        **{"grafting_eps": 1e-8, "large_dim_method": "auto", "root_method": "auto"},
         **{"maximize": False, "foreach": None, "fused": None},
     }
     for name, value in expected.items():

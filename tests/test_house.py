@@ -55,8 +55,10 @@ LAYERS = {
     "blocking": "",
     "averages": "",
     "grafting": "averages",
-    "hyperparameters": "averages blocking grafting schedule solver",
+    "caller": "",
+    "hyperparameters": "averages blocking caller grafting schedule solver",
     "layout": "blocking hyperparameters",
+    "footprint": "grafting hyperparameters layout",
     "cost": "layout",
     "ownership": "",
     "slots": "",
@@ -71,6 +73,7 @@ LAYERS = {
     "parameters": "regions",
     "step_plan": "agreement blocking division entries errors gradients grafting hyperparameters"
     " layout parameters patterns publication regions segments solver stacks state_keys workers",
+    "thin": "caller footprint hyperparameters layout parameters",
     "state_dict": "division errors hyperparameters layout parameters state_keys step_plan workers",
     "consolidation": "agreement step_plan",
     # what travels
@@ -94,16 +97,16 @@ LAYERS = {
     " step_plan workers",
     "optimizer": "advance agreement capture errors exchange exchanges hyperparameters"
     " layout ops parameters persistence proposal regions replicas scalars segments solver stacks"
-    " step_plan workers",
+    " step_plan thin workers",
     "replay": "optimizer",
-    "checkpoint": "hyperparameters optimizer state_dict",
+    "checkpoint": "hyperparameters layout optimizer state_dict",
     # before the step
     "architectures": "",
     "traffic": "layout",
     "report": "",
-    "forecast": "allgather cost division grafting hyperparameters layout report slots traffic"
-    " workers",
-    "planner": "cost forecast hyperparameters layout optimizer report workers",
+    "forecast": "allgather cost division footprint grafting hyperparameters layout report slots"
+    " traffic workers",
+    "planner": "cost forecast hyperparameters layout optimizer report thin workers",
     "__init__": "errors optimizer planner replay roots",
     "__main__": "architectures backends cost grafting hyperparameters jit ops planner workers",
 }

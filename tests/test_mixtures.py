@@ -41,7 +41,7 @@ def mixture(pick: random.Random) -> dict[str, Any]:
         "grafting": pick.choice(GRAFTS),
         "grafting_beta2": pick.choice([None, 0.9, 1.0]),
         "grafting_eps": pick.choice([1e-3, 1e-1]),
-        "large_dim_method": pick.choice(["blocking", "blocking", "adagrad", "diagonal"]),
+        "large_dim_method": pick.choice(["blocking", "auto", "adagrad", "diagonal"]),
         "maximize": pick.random() < 0.3,
     }
     if hyper["grafting"] in ("lars", "lamb") and hyper["large_dim_method"] == "adagrad":

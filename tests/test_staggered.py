@@ -20,6 +20,7 @@ HYPER: dict[str, Any] = {
     "precondition_frequency": 5,
     "refresh_schedule": "staggered",
     "root_method": "eigh",
+    "large_dim_method": "blocking",
 }
 
 

@@ -73,13 +73,14 @@ def directions(history: Sequence[Tensor], **hyper: Any) -> list[Tensor]:
 
 
 PURE: dict[str, Any] = {
-    # Shampoo and nothing else: no graft, no filter, plain sums, a root every step
+    # Shampoo and nothing else: no graft, no filter, plain sums, a root every step, full factors
     "grafting": "none",
     "betas": (0.0, 1.0),
     "precondition_frequency": 1,
     "relative_eps": 0.0,
     "merge_dims": "none",
     "precondition_1d": True,
+    "large_dim_method": "blocking",
 }
 
 
