@@ -70,7 +70,7 @@ void gather_blocks(Flat* out, const std::vector<Source>& sources, const std::vec
 void magnitudes(double* out, const std::vector<Source>& sources, Stream stream);
 
 // Doubles of scratch memory that graft_moments needs on the device: for all sums of blocks, as if it
-// took one launch, and for the numbers of every block, or of all.
+// took one launch, and for the numbers of each, where they are not known on the host.
 int64_t moments_scratch(const std::vector<Tile>& tiles, const Moments& moments);
 
 template <class Flat>

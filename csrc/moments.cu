@@ -74,8 +74,7 @@ struct Step {
   const double* lengths;  // of the gradient's blocks, if they are to be normalized
   double* sums;           // [parts] of a launch, read by the next one
   Weights<Flat> weights;
-  const Weights<Flat>* live;  // in their place, if not null
-  bool is_each;               // there, one for every block
+  const Weights<Flat>* live;  // in their place, for every block, if not null
 
   // G of kCount elements, at `from` in their tensor and `at` in the segment.
   template <int kCount, class Element>
@@ -125,8 +124,7 @@ struct Step {
   }
 };
 
-// One thread for all of a block, or of all blocks: the division costs more than a thread of
-// moments_kernel has to spare.
+// One thread for a block: the division costs more than a thread of moments_kernel has to spare.
 template <class Flat>
 __global__ void weights_kernel(Moments moments, int64_t count, Weights<Flat>* to) {
   const int64_t block = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -136,8 +134,9 @@ __global__ void weights_kernel(Moments moments, int64_t count, Weights<Flat>* to
                                   read(moments.correction2, block), moments.eps);
 }
 
+// In double fewer blocks share a multiprocessor: registers would not do for more.
 template <class Flat>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, sizeof(Flat) == 4 ? 3 : 2)
     moments_kernel(const __grid_constant__ PartTable table, Step<Flat> step) {
   const uint32_t part = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (part >= table.count) return;
@@ -151,8 +150,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   const uint32_t end = min(begin + kPart, start + numel);
   const Flat length =
       step.lengths ? static_cast<Flat>(step.lengths[box.first_block + block]) : Flat(0);
-  const Weights<Flat> weights =
-      step.live ? step.live[step.is_each ? box.first_block + block : 0] : step.weights;
+  const Weights<Flat> weights = step.live ? step.live[box.first_block + block] : step.weights;
   const Flat factor = static_cast<Flat>(read(step.alpha));
   double sum = 0.0;
   with_type(box.data, box.dtype, [&](auto* data) {
@@ -225,9 +223,15 @@ int64_t blocks_of(const std::vector<Tile>& tiles) {
   return blocks;
 }
 
-// How many Weights lie in front of the scratch.
+// Whether the host does not know all numbers.
+bool is_live(const Moments& moments) {
+  return moments.beta1.live || moments.correction1.live || moments.beta2.live ||
+         moments.weight2.live || moments.correction2.live;
+}
+
+// How many Weights lie in front of the scratch: one for each block, if they are made on the device.
 int64_t weights_of(const std::vector<Tile>& tiles, const Moments& moments) {
-  return moments.correction1.is_each || moments.correction2.is_each ? blocks_of(tiles) : 1;
+  return is_live(moments) ? blocks_of(tiles) : 0;
 }
 
 }  // namespace
@@ -260,12 +264,11 @@ void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction,
   };
   Step<Flat> step{grad, nullptr, nullptr, nullptr, alpha, accumulate};
   step.sums = sums;
-  if (moments.beta1.live) {  // and so are the others
+  if (is_live(moments)) {
     auto* live = reinterpret_cast<Weights<Flat>*>(scratch);
     launch(weights_kernel<Flat>, (count + kThreads - 1) / kThreads, kThreads, 0, stream, moments,
            count, live);
     step.live = live;
-    step.is_each = count > 1;
   } else {
     step.weights = Weights<Flat>::of(moments.beta1.value, moments.correction1.value,
                                      moments.beta2.value, moments.weight2.value,

@@ -17,8 +17,9 @@ KERNELS = {
     "gather_kernel": (256, 4),
     "magnitudes_kernel": (256, 6),
     "update_kernel": (256, 4),
-    "moments_kernel": (256, 3),
-    "weights_kernel": (32, 1),
+    "moments_kernel<float>": (256, 3),
+    "moments_kernel<double>": (256, 2),
+    "weights_kernel": (256, 1),
     "lengths_kernel": (256, 4),
     "small_root_kernel<32>": (64, 8),
     "small_root_kernel<64>": (128, 3),
@@ -38,8 +39,9 @@ def nvcc() -> str:
 def kernel_of(symbol: str) -> str:
     """The key of KERNELS for a mangled name."""
     for name in KERNELS:
-        stem, _, size = name.partition("<")
-        if stem in symbol and (not size or f"ILi{size[:-1]}E" in symbol):
+        stem, _, argument = name.partition("<")
+        mangled = {"float>": "If", "double>": "Id"}.get(argument, f"ILi{argument[:-1]}E")
+        if stem in symbol and (not argument or mangled in symbol):
             return name
     raise AssertionError(f"{symbol} is not in KERNELS: list it")
 

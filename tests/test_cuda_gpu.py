@@ -13,7 +13,8 @@ from test_graft_moments import (  # noqa: F401 - the same
     test_graft_moments_without_a_memory_is_exact,
 )
 from test_op_numbers import (  # noqa: F401 - the same
-    op,
+    test_every_block_may_draw_by_a_count_of_its_own,
+    test_every_block_may_have_corrections_of_its_own,
     test_nothing_times_nan_is_nothing,
     test_numbers_may_lie_on_the_device,
 )

@@ -18,6 +18,8 @@ from test_graft_moments import (  # noqa: F401 - the same
 )
 from test_op_numbers import (  # noqa: F401 - the same
     NUMBERS,
+    test_every_block_may_draw_by_a_count_of_its_own,
+    test_every_block_may_have_corrections_of_its_own,
     test_nothing_times_nan_is_nothing,
     test_numbers_may_lie_on_the_device,
 )
