@@ -15,17 +15,20 @@ from shampoo.agreement import FAILED, OK, SKIPPED, Agreement, Attempt, Verdict
 from shampoo.errors import ShampooDistributedError
 from shampoo.exchange import Round
 from shampoo.exchanges import Exchanges, Purpose, join_groups
+from shampoo.gradients import check_gradients
 from shampoo.hyperparameters import Hyperparameters, dtype_name, warn_about
 from shampoo.layout import FACTORED, Layout
+from shampoo.names import parameter_name
 from shampoo.persistence import Persistent
-from shampoo.proposal import Proposal, local_gradients, propose
+from shampoo.proposal import Proposal, propose
 from shampoo.regions import local_tensor
 from shampoo.replicas import Copies, copies_of
 from shampoo.scalars import Scalars
 from shampoo.segments import Selection
 from shampoo.solver import check_method
 from shampoo.stacks import Arena
-from shampoo.step_plan import Plan, check_parameter, parameter_name
+from shampoo.step_plan import Plan, check_parameter
+from shampoo.versions import mark_moved, mark_replayed
 from shampoo.workers import Team, Workers
 
 logger = logging.getLogger(__name__)
@@ -207,8 +210,8 @@ class Shampoo(Persistent):
         """Adds a group; the blocks of its parameters start at step 0.
 
         Raises:
-            ValueError: for a hyper-parameter out of range, or another ``capturable`` than that of
-                the other groups; nothing is added.
+            ValueError: for a hyper-parameter out of range, another ``capturable`` than that of the
+                other groups, or a parameter that is there already; nothing is added.
             RuntimeError: for parameters that cannot be cut into blocks; nothing is added.
         """
         super().add_param_group(param_group)
@@ -258,7 +261,9 @@ class Shampoo(Persistent):
                 changed.
             ShampooDistributedError: if a rank has failed. No parameter has changed, but statistics
                 may have moved.
-            RuntimeError: for sparse gradients; nothing has changed.
+            RuntimeError: for a gradient that is sparse, not floating point, or of another shape,
+                device or placement than its parameter, and for parameters on "meta"; nothing has
+                changed.
             Where ranks share the work, all of them raise in the same step.
         """
         loss = None
@@ -272,6 +277,8 @@ class Shampoo(Persistent):
             try:
                 self._take(proposal)
             finally:
+                # Also of a step that failed midway: it may have moved some of them.
+                mark_moved(proposal.plan.planned(self.param_groups), proposal.round)
                 if self._exchanges is not None:
                     self._exchanges.close()
         return loss
@@ -306,12 +313,13 @@ class Shampoo(Persistent):
         """Looks at this rank's part of the parameters and gradients. Changes nothing."""
         if self._damage:
             raise ShampooDistributedError(f"{self._damage} Load the last checkpoint.")
+        check_gradients(self.param_groups)
         values = [Hyperparameters.read(group) for group in self.param_groups]
         plan = self._current_plan()
         plan.check_methods(values)
         plan.check_roots(values)
         params = plan.planned(self.param_groups)
-        grads = local_gradients(plan.members, params)
+        grads = [None if param.grad is None else local_tensor(param.grad) for param in params]
         purpose = Purpose.of(plan, values, self._workers)
         is_prepared = self._exchanges is not None and self._exchanges.purpose == purpose
         step = Round([local_tensor(param) for param in params], grads, values)
@@ -414,8 +422,10 @@ class Shampoo(Persistent):
 
     def replayed(self) -> None:
         """Says that a graph with one step was replayed, for which ``step()`` was not called."""
-        for arena in self._current_plan().arenas:
+        plan = self._current_plan()
+        for arena in plan.arenas:
             arena.count_step()
+        mark_replayed(plan.planned(self.param_groups))
 
     def _count_skipped(self, complaint: str) -> None:
         for group in self.param_groups:

@@ -45,6 +45,7 @@ class Persistent(Optimizer):
         """The plan, rebuilt if parameters were added, swapped, unfrozen or moved since."""
         if self._plan is None or not self._plan.is_current(self.param_groups, self._workers):
             capture.check_warm(False)
+            is_capturable = capture.is_capturable(self.param_groups)
             live = {param for group in self.param_groups for param in group["params"]}
             if dead := [param for param in self.state if param not in live]:
                 logger.warning(
@@ -53,9 +54,15 @@ class Persistent(Optimizer):
             for param in dead:
                 del self.state[param]
             self._settle_skipped()
+            before = dict(self.state)
             plan = Plan(self.param_groups, self.state, self._workers, kept=self._owners())
-            is_capturable = bool(plan.arenas) and capture.is_capturable(self.param_groups)
-            self._on_device = capture.DeviceState(plan) if is_capturable else None
+            try:
+                is_counted = is_capturable and bool(plan.arenas)
+                self._on_device = capture.DeviceState(plan) if is_counted else None
+            except ValueError:
+                self.state.clear()  # of what the plan has put in place of the entries before
+                self.state.update(before)
+                raise
             self._plan = plan  # only now: what could not be captured must not be taken for it
         return self._plan
 

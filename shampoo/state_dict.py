@@ -21,8 +21,9 @@ from shampoo.division import Owners
 from shampoo.errors import BlockGridMismatchError, IncompleteCheckpointError
 from shampoo.hyperparameters import Geometry, Hyperparameters
 from shampoo.layout import Layout
+from shampoo.names import parameter_name
 from shampoo.state_keys import MOMENTS, parse
-from shampoo.step_plan import Member, Plan, parameter_name
+from shampoo.step_plan import Member, Plan
 from shampoo.workers import Workers
 
 logger = logging.getLogger(__name__)

@@ -23,6 +23,7 @@ from shampoo.gradients import square_limit
 from shampoo.grafting import GRAFTING
 from shampoo.hyperparameters import Geometry, Hyperparameters
 from shampoo.layout import ADAGRAD, Layout
+from shampoo.names import parameter_name
 from shampoo.patterns import Pattern, Patterns
 from shampoo.regions import check_placements, local_tensor
 from shampoo.segments import Selection, select
@@ -105,15 +106,6 @@ def check_parameter(param: Tensor, name: str) -> None:
             " DeepSpeed ZeRO >= 1 hide the shapes of matrices: use fully_shard (FSDP2) or"
             " DistributedDataParallel."
         )
-
-
-def parameter_name(group: Mapping[str, Any], group_index: int, position: int) -> str:
-    """The name a user knows the parameter by, or where it stands."""
-    names = group.get("param_names")
-    if names is not None:
-        return str(names[position])
-    shape = tuple(group["params"][position].shape)
-    return f"parameter {position} of group {group_index}, shape {shape}"
 
 
 class Plan:

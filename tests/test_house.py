@@ -61,13 +61,14 @@ LAYERS = {
     "ownership": "",
     "slots": "",
     "state_keys": "",
+    "names": "",
     "division": "cost layout ownership workers",
     "stacks": "blocking layout refresh slots state_keys workers",
     "segments": "refresh stacks",
     "replicas": "errors regions workers",
     "step_plan": "agreement blocking division errors gradients grafting hyperparameters layout"
-    " patterns regions segments solver stacks state_keys workers",
-    "state_dict": "division errors hyperparameters layout state_keys step_plan workers",
+    " names patterns regions segments solver stacks state_keys workers",
+    "state_dict": "division errors hyperparameters layout names state_keys step_plan workers",
     "consolidation": "agreement step_plan",
     # what travels
     "exchange": "averages hyperparameters layout ops scalars segments stacks",
@@ -78,19 +79,20 @@ LAYERS = {
     "exchanges": "allgather blocking exchange hyperparameters regions router routes stacks"
     " step_plan workers",
     # the step
-    "gradients": "ops",
+    "gradients": "names ops regions",
+    "versions": "exchange",
     "scalars": "averages grafting hyperparameters layout",
     "capture": "gradients hyperparameters scalars segments stacks step_plan",
-    "proposal": "agreement capture errors exchange exchanges gradients regions replicas step_plan",
+    "proposal": "agreement capture errors exchange exchanges gradients replicas step_plan",
     "direction": "averages exchange hyperparameters kernels.norms ops scalars segments",
     "layerwise": "exchange ops segments stacks",
     "advance": "agreement capture direction exchange hyperparameters layerwise ops precision"
     " refresh scalars segments stacks",
     "persistence": "agreement capture consolidation division exchanges state_dict step_plan"
     " workers",
-    "optimizer": "advance agreement capture errors exchange exchanges hyperparameters"
-    " layout ops persistence proposal regions replicas scalars segments solver stacks step_plan"
-    " workers",
+    "optimizer": "advance agreement capture errors exchange exchanges gradients hyperparameters"
+    " layout names ops persistence proposal regions replicas scalars segments solver stacks"
+    " step_plan versions workers",
     "replay": "optimizer",
     "checkpoint": "hyperparameters optimizer state_dict",
     # before the step
