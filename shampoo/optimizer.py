@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from shampoo import capture, ops
+from shampoo import capture, ops, tracing
 from shampoo.advance import advance, rescale
 from shampoo.agreement import FAILED, OK, SKIPPED, Agreement, Attempt, Verdict
 from shampoo.errors import ShampooDistributedError
@@ -18,7 +18,7 @@ from shampoo.exchanges import Exchanges, Purpose, join_groups
 from shampoo.gradients import check_gradients
 from shampoo.hyperparameters import Hyperparameters, dtype_name, warn_about
 from shampoo.layout import FACTORED, Layout
-from shampoo.names import parameter_name
+from shampoo.names import check_distinct, parameter_name
 from shampoo.persistence import Persistent
 from shampoo.proposal import Proposal, propose
 from shampoo.regions import local_tensor
@@ -205,6 +205,7 @@ class Shampoo(Persistent):
         Hyperparameters.read(defaults)
         super().__init__(params, defaults)
         ops.load_kernels(required=fused is True)
+        tracing.run_eagerly(type(self))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; the blocks of its parameters start at step 0.
@@ -214,6 +215,10 @@ class Shampoo(Persistent):
                 other groups, or a parameter that is there already; nothing is added.
             RuntimeError: for parameters that cannot be cut into blocks; nothing is added.
         """
+        params = param_group.get("params") if isinstance(param_group, dict) else None
+        if params is not None and not isinstance(params, (Tensor, set)):  # as torch takes them
+            param_group["params"] = list(params)
+            check_distinct([param_group], len(self.param_groups))
         super().add_param_group(param_group)
         try:
             self._check_group(len(self.param_groups) - 1)
@@ -272,20 +277,21 @@ class Shampoo(Persistent):
                 loss = closure()
         capture.check_health(self)
         self._consolidated = None
-        proposal = self._agree()
-        if proposal is not None:
-            try:
-                self._take(proposal)
-            finally:
-                # Also of a step that failed midway: it may have moved some of them.
-                mark_moved(proposal.plan.planned(self.param_groups), proposal.round)
-                if self._exchanges is not None:
-                    self._exchanges.close()
+        params = [param for group in self.param_groups for param in group["params"]]
+        with tracing.answering(params):
+            proposal = self._agree(params)
+            if proposal is not None:
+                try:
+                    self._take(proposal)
+                finally:
+                    # Also of a step that failed midway: it may have moved some of them.
+                    mark_moved(proposal.plan.planned(self.param_groups), proposal.round)
+                    if self._exchanges is not None:
+                        self._exchanges.close()
         return loss
 
-    def _agree(self) -> Proposal | None:
+    def _agree(self, params: Sequence[Tensor]) -> Proposal | None:
         """What to do in this step, if all ranks that must step alike can do it."""
-        params = [param for group in self.param_groups for param in group["params"]]
         holders = self._workers.holders(params)
         attempt = Attempt(is_shared=not holders.is_alone)
         proposal = attempt.run(self._propose, holders)
@@ -445,6 +451,7 @@ class Shampoo(Persistent):
             extra = group.get("extra", {})
             group["extra"] = {name: extra.get(name, value) for name, value in _EXTRA.items()}
         ops.load_kernels()
+        tracing.run_eagerly(type(self))
 
 
 # Who shares the work belongs to a run, not to what is trained: it is in no group or checkpoint.

@@ -17,6 +17,7 @@ from shampoo.agreement import Attempt
 from shampoo.consolidation import consolidate
 from shampoo.division import Owners
 from shampoo.exchanges import Exchanges
+from shampoo.names import check_distinct
 from shampoo.state_dict import match, signed
 from shampoo.step_plan import Plan
 from shampoo.workers import Workers
@@ -46,6 +47,7 @@ class Persistent(Optimizer):
         if self._plan is None or not self._plan.is_current(self.param_groups, self._workers):
             capture.check_warm(False)
             is_capturable = capture.is_capturable(self.param_groups)
+            check_distinct(self.param_groups)  # frameworks write into the lists
             live = {param for group in self.param_groups for param in group["params"]}
             if dead := [param for param in self.state if param not in live]:
                 logger.warning(

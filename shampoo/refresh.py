@@ -12,6 +12,7 @@ import logging
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from shampoo.averages import Number
 from shampoo.precision import full_precision
@@ -35,8 +36,8 @@ class PendingFlags:
 
     def send(self, outcome: Tensor) -> None:
         """Starts the copy of the outcomes, [K] uint8, without waiting for them."""
-        if outcome.device.type != "cuda":
-            self._outcome, self._arrived = outcome.clone(), None
+        if outcome.device.type != "cuda" or isinstance(outcome, FakeTensor):
+            self._outcome, self._arrived = outcome.to("cpu", copy=True), None
             return
         self._outcome = torch.empty(
             outcome.shape, dtype=outcome.dtype, device="cpu", pin_memory=True

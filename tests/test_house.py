@@ -81,6 +81,7 @@ LAYERS = {
     # the step
     "gradients": "names ops regions",
     "versions": "exchange",
+    "tracing": "regions",
     "scalars": "averages grafting hyperparameters layout",
     "capture": "gradients hyperparameters scalars segments stacks step_plan",
     "proposal": "agreement capture errors exchange exchanges gradients replicas step_plan",
@@ -88,11 +89,11 @@ LAYERS = {
     "layerwise": "exchange ops segments stacks",
     "advance": "agreement capture direction exchange hyperparameters layerwise ops precision"
     " refresh scalars segments stacks",
-    "persistence": "agreement capture consolidation division exchanges state_dict step_plan"
+    "persistence": "agreement capture consolidation division exchanges names state_dict step_plan"
     " workers",
     "optimizer": "advance agreement capture errors exchange exchanges gradients hyperparameters"
     " layout names ops persistence proposal regions replicas scalars segments solver stacks"
-    " step_plan versions workers",
+    " step_plan tracing versions workers",
     "replay": "optimizer",
     "checkpoint": "hyperparameters optimizer state_dict",
     # before the step
