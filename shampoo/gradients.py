@@ -7,16 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
 
 from shampoo import ops
 from shampoo.names import parameter_name
 from shampoo.regions import local_tensor
 
 _DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+_PLAIN = (Parameter, Tensor)  # surely no DTensors
 _NAMES = "float64, float32, bfloat16 or float16"
 
 
-def check_gradients(groups: Sequence[Mapping[str, Any]]) -> None:
+def check_gradients(groups: Sequence[Mapping[str, Any]], is_first: bool) -> None:
     """Refuses what cannot be a step, before there is even a plan of one.
 
     torch looks at a gradient when it is assigned. What a parameter becomes through ``.data``
@@ -25,39 +27,42 @@ def check_gradients(groups: Sequence[Mapping[str, Any]]) -> None:
 
     Args:
         groups: ``optimizer.param_groups``.
+        is_first: whether to look also at what stays as it is as long as a parameter lives.
 
     Raises:
-        RuntimeError: for a parameter on ``"meta"``, one that only inference mode may write, or a
-            gradient unlike its parameter in shape, device, layout or placement, or of a dtype that
-            is not floating point. Names the parameter, both values and the remedy.
+        RuntimeError: for a gradient unlike its parameter in shape, device, layout or placement, or
+            of a dtype that is not floating point; for a parameter on ``"meta"``, of such a dtype,
+            or one that only inference mode may write. Names the parameter, both values and the
+            remedy.
     """
-    may_infer = torch.is_inference_mode_enabled()
+    may_write = not is_first or torch.is_inference_mode_enabled()
     for index, group in enumerate(groups):
         for position, param in enumerate(group["params"]):
+            # Every step asks this of every parameter: it has to be quick.
             grad, device = param.grad, param.device
             if grad is None:
-                if device.type != "meta" or not param.requires_grad:
-                    continue
-            elif (
-                grad.shape == param.shape
-                and grad.dtype in _DTYPES
-                and param.dtype in _DTYPES
-                and grad.layout is torch.strided
-                and grad.device == device
-                and device.type != "meta"
-                and isinstance(grad, DTensor) == isinstance(param, DTensor)
-                and (may_infer or not param.is_inference())
-                and (not isinstance(param, DTensor) or _is_placed_alike(param, grad))
-            ):
-                continue
-            raise RuntimeError(
-                f"{_complaint(param, grad, parameter_name(group, index, position))} Nothing has"
-                " changed in this step."
-            )
+                is_fit = device.type != "meta" or not param.requires_grad
+            else:
+                is_fit = (
+                    grad.shape == param.shape
+                    and grad.dtype in _DTYPES
+                    and grad.layout is torch.strided
+                    and grad.device == device
+                    and device.type != "meta"
+                    and (may_write or not param.is_inference())
+                    and (not is_first or param.dtype in _DTYPES)
+                )
+                if is_fit and not (type(grad) is Tensor and type(param) in _PLAIN):
+                    is_fit = _is_placed_alike(param, grad)
+            if not is_fit:
+                complaint = _complaint(param, grad, parameter_name(group, index, position))
+                raise RuntimeError(f"{complaint} Nothing has changed in this step.")
 
 
-def _is_placed_alike(param: DTensor, grad: DTensor) -> bool:
-    """Whether two DTensors of one shape are cut alike, and have the parts that this says."""
+def _is_placed_alike(param: Tensor, grad: Tensor) -> bool:
+    """Whether both are plain, or DTensors of one shape that are cut alike into such parts."""
+    if not isinstance(param, DTensor) or not isinstance(grad, DTensor):
+        return isinstance(param, DTensor) == isinstance(grad, DTensor)
     if param.placements != grad.placements or param.device_mesh != grad.device_mesh:
         return False
     part, other = local_tensor(param), local_tensor(grad)

@@ -319,7 +319,7 @@ class Shampoo(Persistent):
         """Looks at this rank's part of the parameters and gradients. Changes nothing."""
         if self._damage:
             raise ShampooDistributedError(f"{self._damage} Load the last checkpoint.")
-        check_gradients(self.param_groups)
+        check_gradients(self.param_groups, is_first=self._plan is None)
         values = [Hyperparameters.read(group) for group in self.param_groups]
         plan = self._current_plan()
         plan.check_methods(values)
