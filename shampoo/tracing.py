@@ -39,7 +39,8 @@ def run_eagerly(kind: type[Optimizer]) -> None:
     """
     if not getattr(kind.step, "_torchdynamo_disable", False):
         reason = "what a Shampoo step does depends on values: it always runs eagerly"
-        kind.step = torch.compiler.disable(kind.step, reason=reason)  # type: ignore[method-assign]
+        eager = torch.compiler.disable(kind.step, reason=reason)  # type: ignore[no-untyped-call]
+        kind.step = eager  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -52,11 +53,11 @@ def answering(params: Sequence[Tensor]) -> Iterator[None]:
     with ExitStack() as modes:
         if active_fake_mode() is None:
             modes.enter_context(first.fake_mode)  # or what a step makes would be real memory
-        modes.enter_context(_Answers())
+        modes.enter_context(_Answers())  # type: ignore[no-untyped-call]
         yield
 
 
-class _Answers(TorchDispatchMode):
+class _Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Knows what fake tensors would hold, as far as a step depends on it."""
 
     def __torch_dispatch__(

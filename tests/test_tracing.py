@@ -19,6 +19,7 @@ from shampoo import Shampoo, jit
 HYPER: dict[str, Any] = {"max_preconditioner_dim": 4, "precondition_frequency": 2, "lr": 0.05}
 BATCH = torch.linspace(-1, 1, 12).view(2, 6)
 STEPS = 6
+RAN_EAGERLY = "what a Shampoo step does depends on values"
 
 
 @pytest.fixture(autouse=True)
@@ -106,8 +107,7 @@ def test_compiled_callers_take_the_steps_of_eager_ones(way, caplog, recwarn):
     assert_same_bits(runs[1], runs[0])
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert not [str(each.message) for each in recwarn if "dynamo" in str(each.message)]
-    traced = [reason for reason in counters["graph_break"] if "Shampoo.step" not in reason]
-    assert not [reason for reason in traced if "shampoo/" in reason], "a step was traced"
+    assert any(RAN_EAGERLY in reason for reason in counters["graph_break"])
     assert counters["frames"]["total"] <= 12
 
 
@@ -118,7 +118,7 @@ def test_a_step_of_a_subclass_runs_eagerly_too():
     for _ in range(3):
         train()
     assert opt.param_groups[0]["noted"] == 3
-    assert not [reason for reason in counters["graph_break"] if "shampoo/" in reason]
+    assert any(RAN_EAGERLY in reason for reason in counters["graph_break"])
 
 
 @pytest.mark.skipif(not jit.compiler_version(), reason="no C++ compiler: nothing can be built")
@@ -137,9 +137,7 @@ def test_fullgraph_says_why_it_cannot():
     model, opt = make()
     model(BATCH).sum().backward()
     before = snapshot(opt)
-    with pytest.raises(
-        torch._dynamo.exc.Unsupported, match="a Shampoo step does depends on values"
-    ):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=RAN_EAGERLY):
         torch.compile(opt.step, backend="eager", fullgraph=True)()
     assert_same_bits(snapshot(opt), before)
 
