@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from shampoo import capture, ops
+from shampoo import capture, ops, tracing
 from shampoo.advance import advance, rescale
 from shampoo.agreement import FAILED, OK, SKIPPED, Agreement, Attempt, Verdict
 from shampoo.errors import ShampooDistributedError
 from shampoo.exchange import Round
 from shampoo.exchanges import Exchanges, Purpose, join_groups
+from shampoo.gradients import check_gradients
 from shampoo.hyperparameters import (
     AUTO,
     FORMER_DEFAULTS,
@@ -23,9 +24,10 @@ from shampoo.hyperparameters import (
     warn_about,
 )
 from shampoo.layout import FACTORED, Layout
-from shampoo.parameters import check_parameter, parameter_name
+from shampoo.names import check_distinct, parameter_name
+from shampoo.parameters import check_parameter
 from shampoo.persistence import Persistent
-from shampoo.proposal import Proposal, local_gradients, propose
+from shampoo.proposal import Proposal, propose
 from shampoo.regions import local_tensor
 from shampoo.replicas import Copies, copies_of
 from shampoo.scalars import Scalars
@@ -33,6 +35,7 @@ from shampoo.segments import Selection
 from shampoo.solver import check_method
 from shampoo.step_plan import Plan
 from shampoo.thin import warn_of_thin
+from shampoo.versions import mark_moved, mark_replayed
 from shampoo.workers import Team, Workers
 
 logger = logging.getLogger(__name__)
@@ -222,15 +225,20 @@ class Shampoo(Persistent):
         self._is_being_built = False
         warn_of_thin(self.param_groups)
         ops.load_kernels(required=fused is True)
+        tracing.run_eagerly(type(self))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; the blocks of its parameters start at step 0.
 
         Raises:
-            ValueError: for a hyper-parameter out of range, or another ``capturable`` than that of
-                the other groups; nothing is added.
+            ValueError: for a hyper-parameter out of range, another ``capturable`` than that of the
+                other groups, or a parameter that is there already; nothing is added.
             RuntimeError: for parameters that cannot be cut into blocks; nothing is added.
         """
+        params = param_group.get("params") if isinstance(param_group, dict) else None
+        if params is not None and not isinstance(params, (Tensor, set)):  # as torch takes them
+            param_group["params"] = list(params)
+            check_distinct([param_group], len(self.param_groups))
         super().add_param_group(param_group)
         try:
             self._check_group(len(self.param_groups) - 1)
@@ -280,7 +288,9 @@ class Shampoo(Persistent):
                 changed.
             ShampooDistributedError: if a rank has failed. No parameter has changed, but statistics
                 may have moved.
-            RuntimeError: for sparse gradients; nothing has changed.
+            RuntimeError: for a gradient that is sparse, not floating point, or of another shape,
+                device or placement than its parameter, and for parameters on "meta"; nothing has
+                changed.
             Where ranks share the work, all of them raise in the same step.
         """
         loss = None
@@ -289,18 +299,21 @@ class Shampoo(Persistent):
                 loss = closure()
         capture.check_health(self)
         self._consolidated = None
-        proposal = self._agree()
-        if proposal is not None:
-            try:
-                self._take(proposal)
-            finally:
-                if self._exchanges is not None:
-                    self._exchanges.close()
+        params = [param for group in self.param_groups for param in group["params"]]
+        with tracing.answering(params):
+            proposal = self._agree(params)
+            if proposal is not None:
+                try:
+                    self._take(proposal)
+                finally:
+                    # Also of a step that failed midway: it may have moved some of them.
+                    mark_moved(proposal.plan.planned(self.param_groups), proposal.round)
+                    if self._exchanges is not None:
+                        self._exchanges.close()
         return loss
 
-    def _agree(self) -> Proposal | None:
+    def _agree(self, params: Sequence[Tensor]) -> Proposal | None:
         """What to do in this step, if all ranks that must step alike can do it."""
-        params = [param for group in self.param_groups for param in group["params"]]
         holders = self._workers.holders(params)
         attempt = Attempt(is_shared=not holders.is_alone)
         proposal = attempt.run(self._propose, holders)
@@ -328,12 +341,13 @@ class Shampoo(Persistent):
         """Looks at this rank's part of the parameters and gradients. Changes nothing."""
         if self._damage:
             raise ShampooDistributedError(f"{self._damage} Load the last checkpoint.")
+        check_gradients(self.param_groups, is_first=self._plan is None)
         values = [Hyperparameters.read(group) for group in self.param_groups]
         plan = self._current_plan()
         plan.check_methods(values)
         plan.check_roots(values)
         params = plan.planned(self.param_groups)
-        grads = local_gradients(plan.members, params)
+        grads = [None if param.grad is None else local_tensor(param.grad) for param in params]
         purpose = Purpose.of(plan, values, self._workers)
         is_prepared = self._exchanges is not None and self._exchanges.purpose == purpose
         step = Round([local_tensor(param) for param in params], grads, values)
@@ -444,6 +458,7 @@ class Shampoo(Persistent):
         """Says that a graph with one step was replayed, for which ``step()`` was not called."""
         assert self._plan is not None
         self._plan.count_replayed()
+        mark_replayed(self._plan.planned(self.param_groups))
 
     def _count_skipped(self, complaint: str) -> None:
         for group in self.param_groups:
@@ -463,6 +478,7 @@ class Shampoo(Persistent):
             extra = group.get("extra", {})
             group["extra"] = {name: extra.get(name, value) for name, value in _EXTRA.items()}
         ops.load_kernels()
+        tracing.run_eagerly(type(self))
 
 
 # Who shares the work belongs to a run, not to what is trained: it is in no group or checkpoint.

@@ -1,8 +1,6 @@
 """One parameter as an optimizer finds it: can it be trained, is it, and is it what it was?"""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,12 +51,3 @@ def check_parameter(param: Tensor, name: str) -> None:
             " DeepSpeed ZeRO >= 1 hide the shapes of matrices: use fully_shard (FSDP2) or"
             " DistributedDataParallel."
         )
-
-
-def parameter_name(group: Mapping[str, Any], group_index: int, position: int) -> str:
-    """The name a user knows the parameter by, or where it stands."""
-    names = group.get("param_names")
-    if names is not None:
-        return str(names[position])
-    shape = tuple(group["params"][position].shape)
-    return f"parameter {position} of group {group_index}, shape {shape}"

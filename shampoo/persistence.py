@@ -17,6 +17,7 @@ from shampoo.agreement import Attempt
 from shampoo.consolidation import consolidate
 from shampoo.division import Owners
 from shampoo.exchanges import Exchanges
+from shampoo.names import check_distinct
 from shampoo.state_dict import match, signed
 from shampoo.state_keys import is_own
 from shampoo.step_plan import Plan
@@ -51,8 +52,10 @@ class Persistent(Optimizer):
         is_current = plan is not None and plan.is_current(self.param_groups, self._workers)
         if plan is None or not is_current or not plan.is_intact(self.state):
             capture.check_warm(False)
+            is_capturable = capture.is_capturable(self.param_groups)
             if plan is not None and is_current and plan.take_in(self.state):
                 return plan
+            check_distinct(self.param_groups)  # frameworks write into the lists
             live = {param for group in self.param_groups for param in group["params"]}
             tensors = [param for param in self.state if isinstance(param, Tensor)]
             if dead := [param for param in tensors if param not in live]:
@@ -62,9 +65,15 @@ class Persistent(Optimizer):
             for param in dead:
                 del self.state[param]
             self._settle_skipped()
+            before = dict(self.state)
             plan = Plan(self.param_groups, self.state, self._workers, kept=self._owners())
-            is_capturable = bool(plan.arenas) and capture.is_capturable(self.param_groups)
-            self._on_device = capture.DeviceState(plan) if is_capturable else None
+            try:
+                is_counted = is_capturable and bool(plan.arenas)
+                self._on_device = capture.DeviceState(plan) if is_counted else None
+            except ValueError:
+                self.state.clear()  # of what the plan has put in place of the entries before
+                self.state.update(before)
+                raise
             self._plan = plan  # only now: what could not be captured must not be taken for it
         return plan
 

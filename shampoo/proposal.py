@@ -4,17 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from shampoo.agreement import OK, REFUSED, SKIPPED, Topic, Verdict, digest
 from shampoo.capture import DeviceState
 from shampoo.errors import NonFiniteGradientError
 from shampoo.exchange import Round
 from shampoo.exchanges import Purpose
-from shampoo.gradients import check_dense, largest_magnitudes
-from shampoo.regions import local_tensor
+from shampoo.gradients import largest_magnitudes
 from shampoo.replicas import Copies
-from shampoo.step_plan import Member, Plan
+from shampoo.step_plan import Plan
 
 
 @dataclass
@@ -79,29 +77,6 @@ class Proposal:
             Topic("parameters to train", digest(repr(present)), gradients),
             Topic("parameters to train", digest(repr(steps)), counts),
         )
-
-
-def local_gradients(members: Sequence[Member], params: Sequence[Tensor]) -> list[Tensor | None]:
-    """This rank's part of every gradient.
-
-    Raises:
-        RuntimeError: for a gradient that is sparse, or placed unlike its parameter.
-    """
-    grads: list[Tensor | None] = []
-    for member, param in zip(members, params, strict=True):
-        grad = param.grad
-        if grad is not None:
-            if isinstance(param, DTensor):
-                placements = getattr(grad, "placements", None)
-                if placements != param.placements:
-                    raise RuntimeError(
-                        f"The gradient of {member.name} has placements {placements}, the parameter"
-                        f" {param.placements}. Redistribute it before step()."
-                    )
-                grad = local_tensor(grad)
-            check_dense(grad, member.name)
-        grads.append(grad)
-    return grads
 
 
 def propose(

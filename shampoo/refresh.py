@@ -12,6 +12,7 @@ import logging
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from shampoo.averages import Number
 from shampoo.precision import full_precision
@@ -41,8 +42,8 @@ class PendingFlags:
 
     def send(self, where: Where, outcome: Tensor) -> None:
         """Starts the copy of the outcomes of some rows, [R] uint8, without waiting for them."""
-        if outcome.device.type != "cuda":
-            self._sent.append((where, outcome.clone(), None))
+        if outcome.device.type != "cuda" or isinstance(outcome, FakeTensor):
+            self._sent.append((where, outcome.to("cpu", copy=True), None))
             return
         copy = torch.empty(outcome.shape, dtype=outcome.dtype, device="cpu", pin_memory=True)
         copy.copy_(outcome, non_blocking=True)

@@ -21,7 +21,7 @@ from shampoo.division import Owners
 from shampoo.errors import BlockGridMismatchError, IncompleteCheckpointError
 from shampoo.hyperparameters import AUTO, FORMER_DEFAULTS, Geometry, Hyperparameters
 from shampoo.layout import Layout
-from shampoo.parameters import parameter_name
+from shampoo.names import parameter_name
 from shampoo.state_keys import MOMENTS, parse
 from shampoo.step_plan import Member, Plan
 from shampoo.workers import Workers

@@ -24,7 +24,8 @@ from shampoo.gradients import square_limit
 from shampoo.grafting import GRAFTING
 from shampoo.hyperparameters import Geometry, Hyperparameters
 from shampoo.layout import ADAGRAD, Layout
-from shampoo.parameters import Seen, check_parameter, is_trained, parameter_name
+from shampoo.names import parameter_name
+from shampoo.parameters import Seen, check_parameter, is_trained
 from shampoo.patterns import Pattern, Patterns
 from shampoo.publication import Publication, State
 from shampoo.regions import local_tensor

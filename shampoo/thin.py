@@ -14,7 +14,7 @@ from shampoo.caller import warn_outside
 from shampoo.footprint import state_bytes
 from shampoo.hyperparameters import AUTO, Hyperparameters
 from shampoo.layout import Layout
-from shampoo.parameters import parameter_name
+from shampoo.names import parameter_name
 
 
 @dataclass(frozen=True)

@@ -66,15 +66,17 @@ LAYERS = {
     "entries": "errors state_keys",
     "publication": "entries state_keys",
     "rows": "",
+    "names": "",
     "division": "cost layout ownership workers",
     "stacks": "blocking layout refresh slots state_keys workers",
     "segments": "rows stacks",
     "replicas": "errors regions workers",
     "parameters": "regions",
     "step_plan": "agreement blocking division entries errors gradients grafting hyperparameters"
-    " layout parameters patterns publication regions segments solver stacks state_keys workers",
-    "thin": "caller footprint hyperparameters layout parameters",
-    "state_dict": "division errors hyperparameters layout parameters state_keys step_plan workers",
+    " layout names parameters patterns publication regions segments solver stacks state_keys"
+    " workers",
+    "thin": "caller footprint hyperparameters layout names",
+    "state_dict": "division errors hyperparameters layout names state_keys step_plan workers",
     "consolidation": "agreement step_plan",
     # what travels
     "exchange": "averages hyperparameters layout ops scalars segments stacks",
@@ -85,19 +87,21 @@ LAYERS = {
     "exchanges": "allgather blocking exchange hyperparameters regions router routes stacks"
     " segments step_plan workers",
     # the step
-    "gradients": "ops",
+    "gradients": "names ops regions",
+    "versions": "exchange",
+    "tracing": "regions",
     "scalars": "averages grafting hyperparameters layout",
     "capture": "gradients hyperparameters scalars segments stacks step_plan",
-    "proposal": "agreement capture errors exchange exchanges gradients regions replicas step_plan",
+    "proposal": "agreement capture errors exchange exchanges gradients replicas step_plan",
     "direction": "averages exchange hyperparameters kernels.norms ops scalars segments",
     "layerwise": "exchange ops segments stacks",
     "advance": "agreement capture direction exchange hyperparameters layerwise ops precision"
     " refresh scalars segments stacks",
-    "persistence": "agreement capture consolidation division exchanges state_dict state_keys"
+    "persistence": "agreement capture consolidation division exchanges names state_dict state_keys"
     " step_plan workers",
-    "optimizer": "advance agreement capture errors exchange exchanges hyperparameters"
-    " layout ops parameters persistence proposal regions replicas scalars segments solver stacks"
-    " step_plan thin workers",
+    "optimizer": "advance agreement capture errors exchange exchanges gradients hyperparameters"
+    " layout names ops parameters persistence proposal regions replicas scalars segments solver"
+    " stacks step_plan thin tracing versions workers",
     "replay": "optimizer",
     "checkpoint": "hyperparameters layout optimizer state_dict",
     # before the step
