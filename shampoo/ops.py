@@ -76,7 +76,7 @@ def _define_twice(schema: str, numbers: str, meaning: Callable[..., None]) -> Ca
         def live(number: Any) -> Tensor:
             if isinstance(number, Tensor):
                 return number
-            if living.device.type == "cpu":
+            if type(living) is Tensor and living.device.type == "cpu":  # and so is no fake
                 return _constant(float(number))
             # Not torch.tensor, whose copy to a GPU waits for it.
             return torch.full((), float(number), dtype=torch.float64, device=living.device)

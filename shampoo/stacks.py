@@ -72,8 +72,11 @@ class FactorStack:
         """Whether somebody has written into roots or slots since: what follows from them is old."""
         return not self.diagonal and self._seen != self._versions()
 
-    def _versions(self) -> tuple[int, int]:
-        return self.root._version, self.slot._version
+    def _versions(self) -> tuple[int, ...]:
+        # What was made in inference mode counts nothing.
+        return tuple(
+            0 if tensor.is_inference() else tensor._version for tensor in (self.root, self.slot)
+        )
 
 
 @dataclass(frozen=True)

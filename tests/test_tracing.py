@@ -185,7 +185,7 @@ def shapes_of_state(dtype: torch.dtype, hyper: dict[str, Any]) -> tuple[Any, Any
         )
         if isinstance(params[0], FakeTensor):
             assert all(isinstance(v, FakeTensor) for p in params for v in opt.state[p].values())
-    return found, [arena.step for arena in opt._plan.arenas]
+    return found, opt._plan.counts()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
