@@ -88,7 +88,9 @@ class Shampoo(Persistent):
             ``"blocking"`` cuts it, ``"adagrad"`` moves the whole tensor by a diagonal method
             without grafting, ``"diagonal"`` keeps only the diagonal of that dimension's factor.
         root_method: ``"eigh"``, ``"coupled_newton"``, ``"minimax"``, or ``"auto"`` for what
-            measures fastest at equal accuracy on the device.
+            measures fastest on the device and is accurate enough: ``"minimax"`` for float32 (on a
+            CPU up to 639 a side), whose roots are off by 3e-6 to 3e-3 relative, measured against
+            eigenvalues (:func:`shampoo.inverse_root`), else ``"eigh"``, which is right to 1e-5.
         preconditioner_dtype: float32 or float64, of all statistics whatever the parameters are.
         nonfinite: what a NaN or Inf in a gradient does, or a value too large to square:
             ``"skip"`` leaves everything as it was and counts the step in ``skipped_steps``,
