@@ -15,6 +15,7 @@ from torch import Tensor
 from shampoo import ops
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.layout import RULES
+from shampoo.limits import scale_
 from shampoo.scalars import Scalars
 from shampoo.segments import Segment
 from shampoo.stacks import Arena
@@ -161,7 +162,7 @@ def search_direction(
     start = block = 0
     for count, size in segment.runs:
         blocks = direction[start : start + count * size].view(count, size)
-        blocks.mul_(segment.scale[block : block + count, None].to(direction.dtype))
+        scale_(blocks, segment.scale[block : block + count])
         start, block = start + count * size, block + count
     if momentum is None:
         return direction

@@ -119,5 +119,6 @@ def check_method(method: str, p: float) -> None:
     if method == "minimax" and p not in tabulated_powers():
         powers = ", ".join(map(str, tabulated_powers()))
         raise ValueError(
-            f"Invalid p={shown(p)} for method='minimax'. Must be one of {powers}: use 'eigh' or 'auto'."
+            f"Invalid p={shown(p)} for method='minimax'. Must be one of {powers}: use 'eigh' or"
+            " 'auto'."
         )

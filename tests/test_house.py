@@ -37,6 +37,7 @@ LAYERS = {
     " kernels.precondition kernels.probe kernels.reference",
     # inverse roots
     "wording": "",
+    "limits": "",
     "precision": "",
     "generate_coefficients": "",
     "schedule": "kernels.minimax",
@@ -71,27 +72,28 @@ LAYERS = {
     "state_dict": "division errors hyperparameters layout state_keys step_plan workers",
     "consolidation": "agreement step_plan",
     # what travels
-    "exchange": "averages hyperparameters layout ops scalars segments stacks",
-    "allgather": "agreement exchange hyperparameters ops patterns scalars segments stacks",
+    "exchange": "averages hyperparameters layout limits ops scalars segments stacks",
+    "allgather": "agreement exchange hyperparameters limits ops patterns scalars segments stacks",
     "routes": "blocking regions",
-    "router": "agreement averages exchange hyperparameters ops patterns routes scalars segments"
-    " stacks",
+    "router": "agreement averages exchange hyperparameters limits ops patterns routes scalars"
+    " segments stacks",
     "exchanges": "allgather blocking exchange hyperparameters regions router routes stacks"
     " step_plan workers",
     # the step
-    "gradients": "ops",
+    "gradients": "limits ops",
     "scalars": "averages grafting hyperparameters layout",
     "capture": "gradients hyperparameters scalars segments stacks step_plan",
     "proposal": "agreement capture errors exchange exchanges gradients regions replicas step_plan",
-    "direction": "averages exchange hyperparameters kernels.norms ops scalars segments",
-    "layerwise": "exchange ops segments stacks",
+    "direction": "averages exchange hyperparameters kernels.norms limits ops scalars segments",
+    "layerwise": "exchange limits ops segments stacks",
     "advance": "agreement capture direction exchange hyperparameters layerwise ops precision"
     " refresh scalars segments stacks",
+    "ridge": "hyperparameters scalars segments solver stacks step_plan",
     "persistence": "agreement capture consolidation division exchanges state_dict step_plan"
     " workers",
     "optimizer": "advance agreement capture errors exchange exchanges hyperparameters"
-    " layout ops persistence proposal regions replicas scalars segments solver stacks step_plan"
-    " workers",
+    " layout ops persistence proposal regions replicas ridge scalars segments solver stacks"
+    " step_plan workers",
     "replay": "optimizer",
     "checkpoint": "hyperparameters optimizer state_dict",
     # before the step
