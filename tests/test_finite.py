@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from finite_runs import CASES, half_run, wild_run
+from ranks import Ranks
 from torch.nn import Parameter
 
 from shampoo import NonFiniteGradientError, Shampoo
@@ -220,6 +222,24 @@ def test_a_direction_that_float32_cannot_hold_is_no_step(capturable, momentum):
         if 4 <= t < 7:
             assert torch.equal(params[0], before[0]) or momentum > 0
     assert (params[0] != before[0]).any(), "new roots have found a direction again"
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_ranks_decide_alike_and_as_one_process_does(ranks: Ranks, case, is_sharded):
+    wanted, skipped, bad = wild_run(0, case)
+    assert not bad
+    assert skipped == (4 if case == "coupled" else 2)
+    for found, count, unfit in ranks.returns(wild_run, 2, case, is_sharded):
+        assert not unfit
+        assert count == skipped
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_directions_beyond_float16_travel_as_its_largest_number(ranks: Ranks):
+    for found, _, bad in ranks.returns(half_run, 2):
+        assert not bad
+        assert all(param.isfinite().all() for param in found)
 
 
 def test_what_a_narrower_dtype_cannot_hold_travels_as_its_largest_number():
