@@ -18,6 +18,7 @@ from test_graft_moments import (  # noqa: F401 - the same
 )
 from test_op_numbers import (  # noqa: F401 - the same
     NUMBERS,
+    test_a_scale_of_zero_is_no_step_whatever_the_direction_holds,
     test_nothing_times_nan_is_nothing,
     test_numbers_may_lie_on_the_device,
 )
