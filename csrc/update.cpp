@@ -28,18 +28,20 @@ struct Step {
 
   void operator()(Wide* __restrict weight, Flat* __restrict momentum,
                   const Flat* __restrict direction, Flat scale, int64_t count) const {
+    // Of zeros where the scale is zero: an Inf times zero is no zero.
+    const auto along = [&](int64_t i) { return scale == Flat(0) ? Flat(0) : direction[i] * scale; };
     if (!momentum) {
       for (int64_t i = 0; i < count; ++i)
-        weight[i] = weight[i] * kept - static_cast<Wide>(lr * (direction[i] * scale));
+        weight[i] = weight[i] * kept - static_cast<Wide>(lr * along(i));
     } else if (nesterov) {
       for (int64_t i = 0; i < count; ++i) {
-        const Wide step = static_cast<Wide>(direction[i] * scale) + decay * weight[i];
+        const Wide step = static_cast<Wide>(along(i)) + decay * weight[i];
         momentum[i] = static_cast<Flat>(static_cast<Wide>(momentum[i] * mu) + step);
         weight[i] -= wide_lr * (step + static_cast<Wide>(mu * momentum[i]));
       }
     } else {
       for (int64_t i = 0; i < count; ++i) {
-        const Wide step = static_cast<Wide>(direction[i] * scale) + decay * weight[i];
+        const Wide step = static_cast<Wide>(along(i)) + decay * weight[i];
         momentum[i] = static_cast<Flat>(static_cast<Wide>(momentum[i] * mu) + step);
         weight[i] -= static_cast<Wide>(lr * momentum[i]);
       }

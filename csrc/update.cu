@@ -69,7 +69,8 @@ __global__ void __launch_bounds__(kThreads)
       if (update.momentum) load(momentum, update.momentum + flat);
 #pragma unroll
       for (int i = 0; i < kCount; ++i)
-        step(weight[i], momentum[i], update.momentum != nullptr, direction[i] * scale, pace);
+        step(weight[i], momentum[i], update.momentum != nullptr,
+             scale == Flat(0) ? Flat(0) : direction[i] * scale, pace);  // Inf times 0 is no zero
       if (update.momentum) store(update.momentum + flat, momentum);
       if constexpr (std::is_same_v<Param, BFloat16Bits>) {
         if (update.rounding.stochastic) {

@@ -10,6 +10,10 @@ from torch import Tensor
 from shampoo.kernels.norms import frobenius, largest_entry, power_of_two
 
 LIMIT = 100  # iterations, when the conditioning of the matrix bounds nothing
+# max|M - I| up to which X is a root. A matrix that comes this close has every eigenvalue within a
+# per mille or so, even where rounding keeps it from the tolerance, as float32 does if it is large;
+# in one that does not, some are still near zero, or the iteration has diverged.
+FINISHED = 1e-3
 
 
 def newton_root_(
@@ -19,7 +23,9 @@ def newton_root_(
 
     On the CPU everything is float64: in float32 the iteration converges to a root that is wrong by
     per cents on ill-conditioned input. On a GPU the dtype is that of the factor. The products are
-    torch's: the last bits of a float64 root may depend on where it lies in the stack.
+    torch's: the last bits of a float64 root may depend on where it lies in the stack. A matrix that
+    the iteration cannot finish (it is indefinite, or has no ridge that the dtype can see) comes out
+    as NaN.
 
     Args:
         root: [B, n, n], written; bitwise symmetric.
@@ -39,8 +45,10 @@ def newton_root_(
     B.diagonal(dim1=1, dim2=2).add_(rho.to(dtype)[:, None])
     tolerance = 1e-10 if dtype == torch.float64 else 1e-6
     limit = iteration_bound(p, relative_eps, factor.shape[-1], tolerance)
-    X, _, _ = coupled_newton(B, p, tolerance, limit, early_exit=on_cpu)
-    X.mul_((0.5 * scale ** (-1 / p)).to(dtype)[:, None, None])
+    X, M, _ = coupled_newton(B, p, tolerance, limit, early_exit=on_cpu)
+    distance, _ = _residual(M)
+    unit = torch.where(distance <= FINISHED, 0.5 * scale ** (-1 / p), torch.nan)
+    X.mul_(unit.to(dtype)[:, None, None])
     root.copy_(torch.add(X, X.mT))
 
 

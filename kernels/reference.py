@@ -254,6 +254,7 @@ def update_blocks_(
 ) -> None:
     """Moves the parameters: ``P = scale[b] * direction``, then steps 8 to 10 of the algorithm.
 
+    ``scale[b] = 0`` stands for a P of zeros, whatever the direction of the block holds.
     Without ``momentum``: ``W <- (1 - lr weight_decay) W - lr P``. With it: ``P <- P + weight_decay
     W``, ``M <- mu M + P``, ``W <- W - lr (P + mu M if nesterov else M)``. ``weight_decay`` is
     decoupled. Computed in the wider dtype of W and P; W is rounded once: to nearest, or if there is
@@ -267,7 +268,8 @@ def update_blocks_(
         merged = param.reshape(dims)
         weight = _blocks_of(merged, start, grid, extent)
         region = slice(offset, offset + weight.numel())
-        move = direction[region].view(count, -1) * scale[block : block + count, None]
+        own = scale[block : block + count, None]
+        move = torch.where(own == 0.0, 0.0, direction[region].view(count, -1) * own)
         move = move.view(weight.shape)
         wide = weight.to(torch.promote_types(weight.dtype, move.dtype))
         if momentum is None:

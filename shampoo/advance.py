@@ -7,6 +7,7 @@ from torch import Tensor
 
 from shampoo import capture, layerwise, ops
 from shampoo.agreement import Attempt
+from shampoo.averages import Number
 from shampoo.direction import gradients, graft, precondition
 from shampoo.exchange import Exchange
 from shampoo.hyperparameters import Hyperparameters
@@ -87,6 +88,15 @@ def due_rows(selection: Selection, hyper: Hyperparameters) -> list[FactorRows]:
     return selection.rows_by_owner([slots.get(count + ahead) for count in counts])
 
 
+def factor_correction(factors: FactorRows, scalars: Scalars) -> Number:
+    """c2 of some factors, [R] where their parameters differ in how many steps they have taken."""
+    if scalars.counted is None:
+        return scalars.correction2
+    stack = factors.stack
+    owners = stack.row_owners[factors.where].to(stack.factor.device, non_blocking=True)
+    return scalars.at(owners).correction2
+
+
 def _accumulate(segment: Segment, scalars: Scalars) -> None:
     """A_k <- beta2 A_k + (1 - beta2) mat_k(G) mat_k(G)^T, from the raw gradient."""
     for part in segment.parts:
@@ -106,13 +116,9 @@ def _refresh(due: Sequence[FactorRows], hyper: Hyperparameters, scalars: Scalars
         root, factor, failures, rooted = (
             factors.take(each) for each in (stack.root, stack.factor, stack.failures, stack.rooted)
         )
-        correction = scalars.correction2
-        if scalars.counted is not None:
-            owners = stack.row_owners[factors.where].to(stack.factor.device, non_blocking=True)
-            correction = scalars.at(owners).correction2
         how: dict[str, Any] = {
             "p": hyper.root_power(stack.order),
-            "correction": correction,
+            "correction": factor_correction(factors, scalars),
             "eps": hyper.eps,
             "relative_eps": hyper.relative_eps,
             "method": hyper.root_method,

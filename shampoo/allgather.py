@@ -18,6 +18,7 @@ from torch import Tensor
 from shampoo.agreement import FAILED
 from shampoo.exchange import Exchange, Round, search_direction
 from shampoo.hyperparameters import Hyperparameters
+from shampoo.limits import narrowed
 from shampoo.patterns import Pattern, Patterns
 from shampoo.scalars import Scalars
 from shampoo.segments import Segment, count_blocks
@@ -111,7 +112,7 @@ class AllGather(Exchange):
 
         offset = _HEADER + start - self._edges[me][part]
         out = self._buffers[part][me, offset : offset + segment.direction.numel()]
-        out.copy_(search_direction(arena, segment, hyper, self.weights))
+        out.copy_(narrowed(search_direction(arena, segment, hyper, self.weights), out.dtype))
 
     def sum_(self, values: Tensor) -> None:
         """Adds up what the ranks of the team know, in place."""

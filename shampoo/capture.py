@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from shampoo.gradients import largest_magnitudes
+from shampoo.gradients import largest_magnitudes, with_decay
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.scalars import Counted, Scalars
 from shampoo.segments import Selection
@@ -136,7 +136,13 @@ class DeviceState:
         self._limits: dict[tuple[bool, ...], Tensor] = {}
         self._captured: list[tuple[Sequence[Selection | None], Sequence[Tensor | None]]] = []
 
-    def accept(self, plan: Plan, grads: Sequence[Tensor | None]) -> Tensor:
+    def accept(
+        self,
+        plan: Plan,
+        grads: Sequence[Tensor | None],
+        params: Sequence[Tensor],
+        hyper: Sequence[Hyperparameters],
+    ) -> Tensor:
         """Whether these gradients make a step, 0-d bool: all fit, and not an inert first one.
 
         If one of them is not fit, the step is counted as skipped.
@@ -154,7 +160,10 @@ class DeviceState:
             ]
             self._limits[pattern] = torch.tensor(limits, dtype=torch.float64, device=self.device)
         magnitudes = largest_magnitudes([grad for grad in grads if grad is not None])
-        is_fit = (magnitudes < self._limits[pattern]).all()
+        there = [place for place, grad in enumerate(grads) if grad is not None]
+        decays = [hyper[plan.members[place].group].coupled_decay for place in there]
+        reach = with_decay(magnitudes, [params[place] for place in there], decays)
+        is_fit = (reach < self._limits[pattern]).all()
         accepted = is_fit & (self._has_stepped | (magnitudes > 0.0).any())
         self.skipped += ~is_fit
         self._has_stepped |= accepted

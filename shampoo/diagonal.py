@@ -1,4 +1,4 @@
-"""Inverse p-th roots of diagonal matrices, element by element."""
+"""Inverse p-th roots that no solver finds: of diagonal matrices, and of those not finite."""
 
 from __future__ import annotations
 
@@ -18,19 +18,26 @@ def diagonal_root_(
     relative_eps: float,
     reads: bool,
 ) -> None:
-    """Overwrites the roots and ridges of those matrices of a stack that are exactly diagonal.
+    """Overwrites the roots of those matrices of a stack that are exactly diagonal, or not finite.
 
-    Their root is ``(diagonal + ridge)^(-1/p)``, with the conventions of ``eigen_root_``; a zero
-    matrix without a ridge has the root I. Arguments as in ``eigen_root_``, and ``reads``: whether
-    the host may look first if there is a diagonal matrix.
+    A diagonal matrix has the root ``(diagonal + ridge)^(-1/p)``, with the conventions of
+    ``eigen_root_``; a zero matrix without a ridge has the root I. A matrix that is not finite has
+    NaN in all of its root, whatever a solver has made of it. Arguments as in ``eigen_root_``, and
+    ``reads``: whether the host may look first if there is a matrix of either kind.
     """
     count, n, _ = factor.shape
-    # Without its last entry, a matrix is n - 1 rows of one diagonal entry and n others.
-    rest = factor.flatten(1)[:, :-1].view(count, n - 1, n + 1)[:, :, 1:]
-    diagonal = largest_entry(rest) == 0 if n > 1 else torch.ones_like(ridge, dtype=torch.bool)
+    values = factor.diagonal(dim1=1, dim2=2).double()  # [B, n]
+    largest = torch.zeros_like(ridge)
+    if n > 1:
+        # Without its last entry, a matrix is n - 1 rows of one diagonal entry and n others.
+        rest = factor.flatten(1)[:, :-1].view(count, n - 1, n + 1)[:, :, 1:]
+        largest = largest_entry(rest)
+    finite = largest.isfinite() & values.isfinite().all(dim=1)
+    diagonal = finite & (largest == 0)
+    if not (reads and finite.all()):
+        root.masked_fill_(~finite[:, None, None], torch.nan)
     if reads and not diagonal.any():
         return
-    values = factor.diagonal(dim1=1, dim2=2).double()  # [B, n]
     own = torch.clamp(relative_eps * schatten4(values), min=eps)
     if eps == 0 and relative_eps == 0:
         cutoff = n * torch.finfo(factor.dtype).eps * values.amax(dim=1)

@@ -11,6 +11,7 @@ from shampoo.averages import Number
 from shampoo.exchange import Exchange
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.kernels.norms import elementwise_power
+from shampoo.limits import kept_scale, summand_limit
 from shampoo.scalars import Scalars
 from shampoo.segments import Part, Segment
 
@@ -68,10 +69,11 @@ def precondition(segment: Segment, hyper: Hyperparameters, scalars: Scalars) -> 
     """Leaves ``P`` in the segment, as ``scale[b] * direction``.
 
     Steps 5 and 6 of algorithm.md 1.3: ``P = D`` before ``start_preconditioning_step`` and for a
-    block without a root, else ``P = M x_1 X_1 ... x_o X_o`` with the norm of D.
+    block without a root, else ``P = M x_1 X_1 ... x_o X_o`` with the norm of D. A block whose P its
+    dtype cannot hold gets the scale 0, and so takes no step; its statistics have moved.
     """
     if scalars.started is False:
-        segment.scale.fill_(1.0)
+        segment.scale.copy_(segment.norm <= summand_limit(segment.norm.dtype))
         return
     # The host does not know whether a step that is replayed has started, or has its roots.
     is_known = scalars.started is True
@@ -101,7 +103,10 @@ def precondition(segment: Segment, hyper: Hyperparameters, scalars: Scalars) -> 
     else:
         divisor = correction.to(norm.dtype) if isinstance(correction, Tensor) else correction
         scale = segment.norm / (norm / divisor + _TINY) / divisor
-    segment.scale.copy_(scale if all(rooted) else torch.where(has_root, scale, 1.0))
+    if not all(rooted):
+        scale = torch.where(has_root, scale, 1.0)
+        norm = torch.where(has_root, norm, segment.norm)
+    segment.scale.copy_(kept_scale(scale, norm))
 
 
 def _roots(part: Part, hyper: Hyperparameters, scalars: Scalars) -> list[Tensor]:

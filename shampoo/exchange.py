@@ -16,6 +16,7 @@ from torch import Tensor
 from shampoo import ops
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.layout import RULES
+from shampoo.limits import scale_
 from shampoo.scalars import Scalars
 from shampoo.segments import Segment
 from shampoo.stacks import Arena
@@ -168,7 +169,8 @@ def search_direction(
         ops.gather_blocks_(weight, *weights(segment), 1.0, False)
     for part in segment.parts:
         blocks = part.of(direction)
-        moved = part.take(blocks).mul_(segment.scale[part.blocks, None].to(direction.dtype))
+        moved = part.take(blocks)
+        scale_(moved, segment.scale[part.blocks])
         if momentum is not None:
             if weight is not None:
                 moved.add_(part.take(part.of(weight)).mul_(hyper.decoupled_decay))

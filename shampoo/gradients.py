@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from shampoo import ops
+from shampoo.limits import summand_limit
 from shampoo.names import parameter_name
 from shampoo.regions import local_tensor
 
@@ -129,9 +130,32 @@ def largest_magnitudes(grads: Sequence[Tensor]) -> Tensor:
     return magnitudes
 
 
+def with_decay(magnitudes: Tensor, weights: Sequence[Tensor], decays: Sequence[float]) -> Tensor:
+    """``max |g| + decay max |W|``: what the elements of ``g + decay W`` cannot exceed.
+
+    Only with coupled decay is there another pass, over the weights that it brings in.
+
+    Args:
+        magnitudes: [m] float64, of the gradients; returned where no decay is coupled.
+        weights: m tensors, none of them empty.
+        decays: the coupled decay of each.
+    """
+    decayed = [index for index, decay in enumerate(decays) if decay != 0.0]
+    if not decayed:
+        return magnitudes
+    largest = largest_magnitudes([weights[index] for index in decayed]).to(magnitudes.device)
+    shares = torch._foreach_mul(largest.unbind(), [decays[index] for index in decayed])
+    reach = magnitudes.clone()
+    places = reach.unbind()
+    torch._foreach_add_([places[index] for index in decayed], shares)
+    return reach
+
+
 def square_limit(numel: int, dtype: torch.dtype) -> float:
     """The magnitude from which statistics of ``dtype`` cannot hold the squares of a gradient.
 
-    One finite gradient beyond it would leave Inf in the factors and moments for ever.
+    2.2e15 in float32, divided by the root of the number of elements. The squares of any number of
+    steps add up below it, with ``betas[1] = 1`` and AdaGrad too; one finite gradient beyond could
+    leave Inf in the factors and moments for ever.
     """
-    return math.sqrt(torch.finfo(dtype).max) / math.sqrt(numel)
+    return math.sqrt(summand_limit(dtype) / numel)

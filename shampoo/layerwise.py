@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shampoo import ops
 from shampoo.exchange import Exchange
+from shampoo.limits import scale_
 from shampoo.segments import Segment
 from shampoo.stacks import Arena
 
@@ -31,8 +32,9 @@ def measure(
         weights = segment.grad
         ops.gather_blocks_(weights, *exchange.weights(segment), 1.0, False)
         for part in segment.parts:
-            blocks, scale = part.of(segment.direction), segment.scale[part.blocks, None]
-            moved = part.take(blocks).mul_(scale)
+            blocks = part.of(segment.direction)
+            moved = part.take(blocks)
+            scale_(moved, segment.scale[part.blocks])
             moved.add_(part.take(part.of(weights)), alpha=weight_decay)
             part.put(blocks, moved)
         for side, flat in enumerate((weights, segment.direction)):
@@ -40,14 +42,18 @@ def measure(
 
 
 def rescale(squares: Tensor, arena: Arena, segments: Sequence[Segment]) -> None:
-    """``P <- P |W| / |P|`` over all blocks of a parameter, 1 where either norm is 0.
+    """``P <- P |W| / |P|`` over all blocks of a parameter, 1 where a norm is 0 or not finite.
+
+    In a layer that is dead P fades into denormal numbers, and the ratio of the two norms beyond the
+    range of float32: it ends at the largest number there, so that P keeps less than the norm of W.
 
     Args:
         squares: [2, blocks], complete.
     """
     sums = squares.new_zeros(2, len(arena.first)).index_add_(1, arena.block_members, squares)
     weight_norm, norm = sums.sqrt()
-    ratio = torch.where((weight_norm > 0) & (norm > 0), weight_norm / norm, 1.0)
+    is_ratio = (weight_norm > 0) & (norm > 0) & weight_norm.isfinite() & norm.isfinite()
+    ratio = torch.where(is_ratio, weight_norm / norm, 1.0).clamp_(max=torch.finfo(arena.dtype).max)
     for segment in segments:
         segment.scale.copy_(ratio[segment.owners])
 

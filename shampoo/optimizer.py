@@ -1,5 +1,6 @@
 """The optimizer: ``step()`` reads as the algorithm, everything below it acts on whole stacks."""
 
+import functools
 import inspect
 import logging
 from collections.abc import Callable, Hashable, Sequence
@@ -30,6 +31,7 @@ from shampoo.persistence import Persistent
 from shampoo.proposal import Proposal, propose
 from shampoo.regions import local_tensor
 from shampoo.replicas import Copies, copies_of
+from shampoo.ridge import RidgeWatch
 from shampoo.scalars import Scalars
 from shampoo.segments import Selection
 from shampoo.solver import check_method
@@ -65,8 +67,11 @@ class Shampoo(Persistent):
         lr: learning rate, a float or a tensor of one element, >= 0.
         betas: ``beta1`` in [0, 1) averages the gradient before preconditioning (0: off, no
             buffer); ``beta2`` in (0, 1] averages the factors (1: plain sums, as in AdaGrad).
-        eps: absolute ridge added to a bias-corrected factor. 0 is allowed together with
-            ``relative_eps=0`` only, and means the pseudo-inverse.
+        eps: absolute ridge added to a bias-corrected factor, which is a square of gradients. Not
+            AdamW's, which is ``grafting_eps``: its 1e-8 turns preconditioning off where gradients
+            are small, of which a warning tells once, at a refresh (on a GPU the next one; not with
+            ``capturable=True``). 0 is allowed together with ``relative_eps=0`` only, and means the
+            pseudo-inverse.
         weight_decay: >= 0.
         relative_eps: the ridge is ``max(eps, relative_eps * s)``, s the Schatten-4 norm of the
             factor, a tight upper bound of its largest eigenvalue.
@@ -91,7 +96,11 @@ class Shampoo(Persistent):
         bias_correction: of the gradient average and the factors.
         grafting: whose step length is used: ``"none"``, ``"sgd"``, ``"adagrad"``, ``"rmsprop"``,
             ``"adam"``, ``"adagrad_normalized"``, ``"rmsprop_normalized"``, ``"adam_normalized"``,
-            ``"lars"`` or ``"lamb"``.
+            ``"lars"`` or ``"lamb"``. The second moment of the normalized ones, alone, sees the
+            gradient of every block scaled to norm 1: the step grows with the gradient, so ``lr`` is
+            to be tuned as SGD's is, not as Adam's; and without a bias correction the first steps of
+            ``"rmsprop_normalized"``, as of ``"rmsprop"``, are ``1 / sqrt(1 - grafting_beta2)``
+            times as long as the correction would make them, 32 times at 0.999.
         grafting_beta2: of the grafted method, None for ``betas[1]``; AdaGrad kinds always sum.
         grafting_eps: added to the root of its second moment, > 0.
         large_dim_method: for tensors with a dimension above ``max_preconditioner_dim``:
@@ -106,11 +115,15 @@ class Shampoo(Persistent):
             AdamW has not. A checkpoint loaded under ``"auto"`` brings the method that it was saved
             with.
         root_method: ``"eigh"``, ``"coupled_newton"``, ``"minimax"``, or ``"auto"`` for what
-            measures fastest at equal accuracy on the device.
+            measures fastest on the device and is accurate enough: ``"minimax"`` for float32 (on a
+            CPU up to 639 a side), whose roots are off by 3e-6 to 3e-3 relative, measured against
+            eigenvalues (:func:`shampoo.inverse_root`), else ``"eigh"``, which is right to 1e-5.
         preconditioner_dtype: float32 or float64, of all statistics whatever the parameters are.
-        nonfinite: what a NaN or Inf in a gradient does, or a value too large to square:
+        nonfinite: what a NaN or Inf in a gradient does, or a value too large to square, from
+            2.2e15 divided by the root of its number of elements on in float32 (7e145 in float64):
             ``"skip"`` leaves everything as it was and counts the step in ``skipped_steps``,
-            ``"raise"`` raises.
+            ``"raise"`` raises. With ``decoupled_weight_decay=False`` the weights that join the
+            gradient count with it.
         max_root_failures: how many refreshes in a row may leave a factor without a valid root
             before a step raises, on all ranks; None, the default, never does, and lets it keep its
             previous root. On a GPU, every step then waits for the counts.
@@ -163,6 +176,13 @@ class Shampoo(Persistent):
     unfrozen, with or without a gradient; a call in which no parameter has one changes nothing. A
     first step whose gradients are all zero only allocates state, because
     torch.distributed.checkpoint makes such a step.
+
+    No finite gradient leaves a parameter, or anything in the state, that is not finite: squares are
+    refused before they overflow (``nonfinite``), roots and directions are checked. A block whose
+    direction its dtype cannot hold, or not a momentum of it (5e30 in float32), takes no step until
+    it is small enough again, while its statistics move. What remains is what an ``lr`` does that
+    carries a weight beyond its own dtype, and a weight near that edge (from 1e30 in float32) that
+    momentum, LARS or LAMB add to the direction.
 
     State, flat under each parameter, k the row-major index in its grid of blocks and m the
     dimension: ``step``, ``calls`` (capturable only: steps asked for), ``block{k}.factor{m}``,
@@ -261,12 +281,6 @@ class Shampoo(Persistent):
                 layout = Layout.of(param.shape, values.geometry)
                 if layout.rule == FACTORED:
                     check_method(values.root_method, values.root_power(layout.order))
-
-    @property
-    def skipped_steps(self) -> int:
-        """Steps skipped because a gradient was not finite. Waits for a device that counts them."""
-        self._settle_skipped()
-        return max(int(group["extra"]["skipped_steps"]) for group in self.param_groups)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -401,6 +415,7 @@ class Shampoo(Persistent):
             exchange, hyper = exchanges[arena.team], step.hyper[arena.group]
             scalars = attempt.run(self._scalars, selection, hyper, proposal.accepted)
             attempt.run(advance, selection, hyper, scalars, exchange)
+            attempt.run(self._ridges.look, selection, hyper, scalars, plan.members)
             if squares is not None:
                 segments = [] if selection is None else selection.segments
                 rescale(arena, segments, squares, hyper, scalars, exchange, attempt)
@@ -423,6 +438,11 @@ class Shampoo(Persistent):
             # The others have gone on to the next step, and hear of it there.
             self._damage = f"It has moved its parameters only in part: {applied.error}."
             logger.error("shampoo: %s", self._damage)
+
+    @functools.cached_property
+    def _ridges(self) -> RidgeWatch:
+        """What has been said of ``eps``; a copy says it again."""
+        return RidgeWatch()
 
     def _select(self, plan: Plan, step: Round) -> Sequence[Selection | None]:
         """The blocks that move, by arena."""
@@ -459,13 +479,6 @@ class Shampoo(Persistent):
         assert self._plan is not None
         self._plan.count_replayed()
         mark_replayed(self._plan.planned(self.param_groups))
-
-    def _count_skipped(self, complaint: str) -> None:
-        for group in self.param_groups:
-            group["extra"]["skipped_steps"] += 1
-        count = self.skipped_steps
-        if count & (count - 1) == 0:  # 1, 2, 4, 8 ...: a run that skips for ever stays readable
-            logger.warning("shampoo: step skipped, %s; %d skipped so far", complaint, count)
 
     def _fill_groups(self) -> None:
         # A pickle of an older version has none of the arguments that came after it, not even in

@@ -81,6 +81,19 @@ class Persistent(Optimizer):
         """Who owns the blocks that have state, on this rank or another."""
         return self._kept if self._plan is None else self._plan.owners()
 
+    @property
+    def skipped_steps(self) -> int:
+        """Steps skipped because a gradient was not finite. Waits for a device that counts them."""
+        self._settle_skipped()
+        return max(int(group["extra"]["skipped_steps"]) for group in self.param_groups)
+
+    def _count_skipped(self, complaint: str) -> None:
+        for group in self.param_groups:
+            group["extra"]["skipped_steps"] += 1
+        count = self.skipped_steps
+        if count & (count - 1) == 0:  # 1, 2, 4, 8 ...: a run that skips for ever stays readable
+            logger.warning("shampoo: step skipped, %s; %d skipped so far", complaint, count)
+
     def _settle_skipped(self) -> None:
         """Adds what the device has counted since to ``extra``."""
         if self._on_device is not None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+import torch
 from torch import Tensor
 
 from shampoo.agreement import OK, REFUSED, SKIPPED, Topic, Verdict, digest
@@ -10,7 +11,7 @@ from shampoo.capture import DeviceState
 from shampoo.errors import NonFiniteGradientError
 from shampoo.exchange import Round
 from shampoo.exchanges import Purpose
-from shampoo.gradients import largest_magnitudes
+from shampoo.gradients import largest_magnitudes, with_decay
 from shampoo.replicas import Copies
 from shampoo.step_plan import Plan
 
@@ -98,29 +99,36 @@ def propose(
             " are not DTensors, pass num_trainers_per_group=1 and check_replicas_every=0."
         )
     present = [
-        (member, grad, limit)
-        for member, grad, limit in zip(plan.members, step.grads, plan.square_limits, strict=True)
+        (member, grad, param, limit)
+        for member, grad, param, limit in zip(
+            plan.members, step.grads, step.params, plan.square_limits, strict=True
+        )
         if grad is not None and grad.numel() > 0  # an empty shard has nothing to say
     ]
     if not present:
         return Proposal(plan, step, purpose, Verdict(OK, False, is_prepared))
     if on_device is not None:
-        accepted = on_device.accept(plan, step.grads)
+        accepted = on_device.accept(plan, step.grads, step.params, step.hyper)
         verdict = Verdict(OK, True, is_prepared)
         return Proposal(plan, step, purpose, verdict, accepted=accepted)
-    magnitudes: list[float] = largest_magnitudes([grad for _, grad, _ in present]).tolist()
+    decays = [step.hyper[member.group].coupled_decay for member, *_ in present]
+    largest = largest_magnitudes([grad for _, grad, _, _ in present])
+    reach = with_decay(largest, [param for _, _, param, _ in present], decays)
+    magnitudes, reaches = torch.stack((largest, reach)).tolist()
     bad = [
-        member
-        for (member, _, limit), magnitude in zip(present, magnitudes, strict=True)
-        if not magnitude < limit
+        (member, decay)
+        for (member, _, _, limit), decay, most in zip(present, decays, reaches, strict=True)
+        if not most < limit
     ]
     if not bad:
         return Proposal(plan, step, purpose, Verdict(OK, any(magnitudes), is_prepared))
+    first, decay = bad[0]
+    added = f", with the weight_decay={decay} that is added to it," if decay != 0.0 else ""
     complaint = (
-        f"the gradient of {bad[0].name} is not finite, or too large to square"
+        f"the gradient of {first.name}{added} is not finite, or too large to square"
         f" ({len(bad)} of {len(present)} gradients are)"
     )
-    is_refused = any(step.hyper[member.group].nonfinite == "raise" for member in bad)
+    is_refused = any(step.hyper[member.group].nonfinite == "raise" for member, _ in bad)
     verdict = Verdict(REFUSED if is_refused else SKIPPED, True, is_prepared)
     if not is_refused:
         return Proposal(plan, step, purpose, verdict, complaint)

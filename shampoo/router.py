@@ -23,6 +23,7 @@ from shampoo.exchange import (
     search_direction,
 )
 from shampoo.hyperparameters import Hyperparameters
+from shampoo.limits import narrowed
 from shampoo.patterns import Pattern, Patterns
 from shampoo.routes import Piece, Routed, Routes, routes_of, spans
 from shampoo.scalars import Scalars
@@ -155,7 +156,8 @@ class Router(Exchange):
         """Puts the pieces of D on the wire."""
         direction = search_direction(arena, segment, hyper, self.weights)
         space = self._space[: len(direction)]
-        space.copy_(direction)  # rounded to what travels, and where views of it have been made
+        # Rounded to what travels, and where views of it have been made.
+        space.copy_(narrowed(direction, space.dtype))
         if segment.key not in self._departures:
             copies = _Copies()
             for block, view in _block_views(segment, space):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -14,8 +14,11 @@ from shampoo.eigen import eigen_root_
 from shampoo.kernels.newton import newton_root_
 from shampoo.precision import full_precision
 from shampoo.schedule import minimax_schedule, smallest_relative_eps, tabulated_powers
+from shampoo.wording import shown
 
 ROOT_METHODS = ("auto", "eigh", "coupled_newton", "minimax")
+
+MOST_POWER = 1 << 20  # the root of which is 1 to float32 for any matrix, or nearly
 
 # Bytes of a stack worked on at a time, which bounds the temporary memory.
 _CPU_CHUNK = 16 << 20
@@ -89,8 +92,8 @@ def check_stack(A: Tensor) -> None:
 def check_damping(eps: float, relative_eps: float, method: str) -> None:
     """Refuses ridges that are negative, not finite, or both zero where a ridge is needed."""
     for name, value in (("eps", eps), ("relative_eps", relative_eps)):
-        if not 0 <= value < math.inf:
-            raise ValueError(f"Invalid {name}={value}. Must be finite and >= 0.0.")
+        if not 0 <= value <= sys.float_info.max:
+            raise ValueError(f"Invalid {name}={shown(value)}. Must be finite and >= 0.0.")
     if eps == 0 and relative_eps == 0 and method not in ("auto", "eigh"):
         raise ValueError(
             f"Invalid eps={eps}, relative_eps={relative_eps} for method={method!r}. One must be "
@@ -102,8 +105,13 @@ def check_method(method: str, p: float) -> None:
     """Refuses a method that does not exist, and a p that it cannot take."""
     if method not in ROOT_METHODS:
         raise ValueError(f"Invalid method={method!r}. Must be one of {', '.join(ROOT_METHODS)}.")
-    if not 0 < p < math.inf:
-        raise ValueError(f"Invalid p={p}. Must be finite and > 0.")
+    if not 0 < p <= sys.float_info.max:
+        raise ValueError(f"Invalid p={shown(p)}. Must be finite and > 0.")
+    if method == "coupled_newton" and p > MOST_POWER:
+        raise ValueError(
+            f"Invalid p={shown(p)} for method='coupled_newton'. Must be <= {MOST_POWER}: use 'eigh'"
+            " or 'auto'."
+        )
     if method == "coupled_newton" and p != int(p):
         raise ValueError(
             f"Invalid p={p} for method='coupled_newton'. Must be an integer: use 'eigh' or 'auto'."
@@ -111,5 +119,6 @@ def check_method(method: str, p: float) -> None:
     if method == "minimax" and p not in tabulated_powers():
         powers = ", ".join(map(str, tabulated_powers()))
         raise ValueError(
-            f"Invalid p={p} for method='minimax'. Must be one of {powers}: use 'eigh' or 'auto'."
+            f"Invalid p={shown(p)} for method='minimax'. Must be one of {powers}: use 'eigh' or"
+            " 'auto'."
         )

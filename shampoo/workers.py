@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from shampoo.agreement import Agreement
 from shampoo.regions import mesh_ranks
+from shampoo.wording import shown
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +75,8 @@ class Workers:
         is_count = isinstance(num_trainers_per_group, int) and num_trainers_per_group >= -1
         if not is_count or isinstance(num_trainers_per_group, bool):
             raise ValueError(
-                f"Invalid num_trainers_per_group={num_trainers_per_group!r}. Must be an integer"
-                " >= -1 (-1: the ranks of one node, 1: blocks are not divided)."
+                f"Invalid num_trainers_per_group={shown(num_trainers_per_group)}. Must be an"
+                " integer >= -1 (-1: the ranks of one node, 1: blocks are not divided)."
             )
         if communication_dtype is not None and communication_dtype not in COMMUNICATION_DTYPES:
             raise ValueError(
@@ -87,8 +88,8 @@ class Workers:
         is_period = isinstance(check_replicas_every, int) and check_replicas_every >= 0
         if not is_period or isinstance(check_replicas_every, bool):
             raise ValueError(
-                f"Invalid check_replicas_every={check_replicas_every!r}. Must be an integer >= 0"
-                " (0: never)."
+                f"Invalid check_replicas_every={shown(check_replicas_every)}. Must be an integer"
+                " >= 0 (0: never)."
             )
         self.process_group = process_group
         self.num_trainers_per_group = num_trainers_per_group

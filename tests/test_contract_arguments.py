@@ -86,6 +86,46 @@ def test_k1_a_value_out_of_range_is_refused(name, value, bound, where):
         assert part in message, f"{part!r} is not in {message!r}"
 
 
+# The bound that a message names, of arguments that take numbers.
+BEYOND = {
+    **dict.fromkeys(("lr", "eps", "weight_decay", "relative_eps", "momentum"), "1.8e+308"),
+    **dict.fromkeys(("exponent_multiplier", "grafting_beta2", "grafting_eps"), "1.8e+308"),
+    **dict.fromkeys(("max_preconditioner_dim", "precondition_frequency"), ">= 1 and <= "),
+    **dict.fromkeys(("start_preconditioning_step", "max_root_failures"), "<= 9007199254740992"),
+    "exponent_override": "<= 1048576",
+}
+
+
+@pytest.mark.parametrize("digits", [400, 6000])  # Python does not print the second at all
+@pytest.mark.parametrize(("name", "bound"), BEYOND.items())
+def test_k1_an_integer_beyond_the_range_of_floats_is_refused(name, bound, digits):
+    with pytest.raises(ValueError, match=f"Invalid {name}=1e{digits} or so. Must be") as caught:
+        Shampoo(one(), **{name: 10**digits})
+    assert bound in str(caught.value)
+    opt = Shampoo(one())
+    opt.param_groups[0]["params"][0].grad = torch.ones_like(opt.param_groups[0]["params"][0])
+    opt.param_groups[0][name] = 10**digits
+    with pytest.raises(ValueError, match=f"Invalid {name}=1e{digits}"):
+        opt.step()
+    assert not opt.state, "the step was refused before anything was made"
+
+
+@pytest.mark.parametrize(
+    ("argument", "shown"),
+    [
+        ({"betas": (10**400, 0.9)}, r"betas\[0\]=1e400"),
+        ({"betas": (0.9, 10**400)}, r"betas\[1\]=1e400"),
+        ({"lr": -(10**400)}, "lr=-1e400"),
+        ({"exponent_override": [2, 10**400]}, r"exponent_override=\[2, 1e400"),
+        ({"num_trainers_per_group": -(10**6000)}, "num_trainers_per_group=-1e6000"),
+        ({"check_replicas_every": -(10**6000)}, "check_replicas_every=-1e6000"),
+    ],
+)
+def test_k1_a_long_integer_inside_a_value_is_refused(argument, shown):
+    with pytest.raises(ValueError, match=f"Invalid {shown} or so"):
+        Shampoo(one(), **argument)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

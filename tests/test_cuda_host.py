@@ -18,6 +18,7 @@ from test_graft_moments import (  # noqa: F401 - the same
 )
 from test_op_numbers import (  # noqa: F401 - the same
     NUMBERS,
+    test_a_scale_of_zero_is_no_step_whatever_the_direction_holds,
     test_every_block_may_draw_by_a_count_of_its_own,
     test_every_block_may_have_corrections_of_its_own,
     test_nothing_times_nan_is_nothing,

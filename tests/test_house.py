@@ -36,27 +36,29 @@ LAYERS = {
     "ops": "backends jit kernels.gram kernels.health kernels.minimax kernels.minimax_triton"
     " kernels.precondition kernels.probe kernels.reference",
     # inverse roots
+    "wording": "",
+    "limits": "",
     "precision": "",
     "generate_coefficients": "",
     "schedule": "kernels.minimax",
     "probe": "kernels.health ops",
     "eigen": "kernels.norms ops",
     "diagonal": "eigen kernels.norms",
-    "solver": "diagonal eigen kernels.newton ops precision schedule",
+    "solver": "diagonal eigen kernels.newton ops precision schedule wording",
     "refresh": "averages precision probe solver",
     "roots": "solver",
     # who works with whom
     "errors": "",
     "agreement": "errors",
     "regions": "",
-    "workers": "agreement regions",
+    "workers": "agreement regions wording",
     # what is where
     "patterns": "",
     "blocking": "",
     "averages": "",
     "grafting": "averages",
     "caller": "",
-    "hyperparameters": "averages blocking caller grafting schedule solver",
+    "hyperparameters": "averages blocking caller grafting schedule solver wording",
     "layout": "blocking hyperparameters",
     "footprint": "grafting hyperparameters layout",
     "cost": "layout",
@@ -79,29 +81,30 @@ LAYERS = {
     "state_dict": "division errors hyperparameters layout names state_keys step_plan workers",
     "consolidation": "agreement step_plan",
     # what travels
-    "exchange": "averages hyperparameters layout ops scalars segments stacks",
-    "allgather": "agreement exchange hyperparameters ops patterns scalars segments stacks",
+    "exchange": "averages hyperparameters layout limits ops scalars segments stacks",
+    "allgather": "agreement exchange hyperparameters limits ops patterns scalars segments stacks",
     "routes": "blocking regions",
-    "router": "agreement averages exchange hyperparameters ops patterns routes scalars segments"
-    " stacks",
+    "router": "agreement averages exchange hyperparameters limits ops patterns routes scalars"
+    " segments stacks",
     "exchanges": "allgather blocking exchange hyperparameters regions router routes stacks"
     " segments step_plan workers",
     # the step
-    "gradients": "names ops regions",
+    "gradients": "limits names ops regions",
     "versions": "exchange",
     "tracing": "regions",
     "scalars": "averages grafting hyperparameters layout",
     "capture": "gradients hyperparameters scalars segments stacks step_plan",
     "proposal": "agreement capture errors exchange exchanges gradients replicas step_plan",
-    "direction": "averages exchange hyperparameters kernels.norms ops scalars segments",
-    "layerwise": "exchange ops segments stacks",
-    "advance": "agreement capture direction exchange hyperparameters layerwise ops precision"
-    " refresh scalars segments stacks",
+    "direction": "averages exchange hyperparameters kernels.norms limits ops scalars segments",
+    "layerwise": "exchange limits ops segments stacks",
+    "advance": "agreement averages capture direction exchange hyperparameters layerwise ops"
+    " precision refresh scalars segments stacks",
+    "ridge": "advance hyperparameters scalars segments solver stacks step_plan",
     "persistence": "agreement capture consolidation division exchanges names state_dict state_keys"
     " step_plan workers",
     "optimizer": "advance agreement capture errors exchange exchanges gradients hyperparameters"
-    " layout names ops parameters persistence proposal regions replicas scalars segments solver"
-    " stacks step_plan thin tracing versions workers",
+    " layout names ops parameters persistence proposal regions replicas ridge scalars segments"
+    " solver stacks step_plan thin tracing versions workers",
     "replay": "optimizer",
     "checkpoint": "hyperparameters layout optimizer state_dict",
     # before the step

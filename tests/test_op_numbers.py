@@ -129,6 +129,23 @@ def test_nothing_times_nan_is_nothing(impl, flat, as_tensor, accumulate):
     assert (out == (3.0 if accumulate else 0.0)).all()
 
 
+@pytest.mark.parametrize(("mu", "nesterov"), [(0.0, False), (0.5, False), (0.5, True)])
+@pytest.mark.parametrize("param", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("flat", FLAT, ids=str)
+def test_a_scale_of_zero_is_no_step_whatever_the_direction_holds(impl, flat, param, mu, nesterov):
+    """Two blocks: the direction of the first is not finite, that of the second moves it."""
+    tiles, _, numel = table([(8, 4)], 4)
+    weight, buffer = torch.ones(8, 4, dtype=param), torch.zeros(numel, dtype=flat)
+    direction = torch.ones(numel, dtype=flat)
+    direction[:16] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0]).repeat(4)
+    scale = torch.tensor([0.0, 2.0], dtype=flat)
+    momentum = buffer if mu else None
+    impl.update_blocks_([weight], momentum, direction, scale, tiles, 0.25, 0.0, mu, nesterov)
+    assert (weight[:4] == 1.0).all()
+    assert (weight[4:] == (1.0 - 0.25 * 2.0 * (1.0 + mu * nesterov))).all()
+    assert (buffer[:16] == 0.0).all()
+
+
 def test_a_number_on_the_device_is_one_float64(op):
     load_compiled()
     for wrong in (torch.tensor(0.5), torch.tensor([0.5] * 9, dtype=torch.float64)):

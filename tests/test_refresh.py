@@ -10,7 +10,7 @@ import torch
 from root_cases import PAIRS, Exact, exact, fixture, spd, stack
 from torch import Tensor
 
-from shampoo import inverse_root, ops
+from shampoo import Shampoo, inverse_root, ops
 from shampoo.kernels import reference
 from shampoo.probe import healthy, probe
 from shampoo.refresh import PendingFlags, refresh_roots_
@@ -250,3 +250,28 @@ def test_refresh_on_a_gpu_repairs_at_the_next_refresh() -> None:
         refresh_roots_(root, factor, failures, rooted, **OPTIONS, pending=pending)
     assert rooted.all()
     assert not failures.any()
+
+
+@pytest.mark.parametrize("root_method", ["auto", "eigh", "coupled_newton", "minimax"])
+@pytest.mark.parametrize("shape", [(4, 4), (1, 6, 1, 2)])
+def test_a_factor_that_is_not_finite_is_counted_and_keeps_its_root(
+    root_method: str, shape: tuple[int, ...]
+) -> None:
+    """A diagonal one too, which takes no solver, and one of size 1."""
+    param = torch.nn.Parameter(torch.zeros(shape))
+    opt = Shampoo([param], precondition_frequency=1, root_method=root_method)
+    param.grad = torch.zeros(shape)
+    param.grad.view(-1)[0] = 1.0  # both factors are diagonal
+    opt.step()
+    state = opt.state[param]
+    kept = state["block0.root0"].clone()
+    for failures in (1, 2):
+        state["block0.factor0"][0, 0] = torch.inf
+        opt.step()
+        assert int(state["block0.failures0"]) == failures
+        assert int(state["block0.failures1"]) == 0
+        assert torch.equal(state["block0.root0"], kept)
+        assert param.isfinite().all()
+    state["block0.factor0"][0, 0] = 1.0
+    opt.step()
+    assert int(state["block0.failures0"]) == 0

@@ -76,6 +76,21 @@ def test_synthetic_spectra(method: str, relative_eps: float, p: int) -> None:
         assert reference.error(X[i], p, relative_eps * reference.norm) <= limit
 
 
+@pytest.mark.parametrize(
+    ("method", "promised"),
+    [("eigh", 1e-5), ("coupled_newton", 1e-5), ("minimax", 3e-3), ("auto", 3e-3)],
+)
+@pytest.mark.parametrize("p", [2, 3, 4, 6, 8])
+def test_every_method_is_as_accurate_as_its_documentation_says(
+    method: str, promised: float, p: int
+) -> None:
+    factors = [(exact(name, side), fixture(name)[side]) for name in PAIRS for side in range(2)]
+    for relative_eps in (1e-4, 1e-6):
+        for reference, A in factors:
+            X = inverse_root(A[None], p, relative_eps=relative_eps, method=method)[0]
+            assert reference.error(X, p, relative_eps * reference.norm) <= promised
+
+
 @pytest.mark.parametrize("method", ["minimax", "coupled_newton"])
 def test_large_matrix(method: str) -> None:
     A = spd(torch.logspace(0, -6, 320))
@@ -137,6 +152,22 @@ def test_newton_that_diverges_stops_with_a_finite_iterate() -> None:
     assert (M - torch.eye(24, dtype=torch.float64)).norm() <= 24**0.5
     assert X.isfinite().all()
     assert int(count) < 30
+
+
+@pytest.mark.parametrize("p", [1, 2, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_newton_says_so_of_a_matrix_that_it_cannot_finish(p: int, dtype: torch.dtype) -> None:
+    """An indefinite one diverges, and without a ridge eigenvalues of zero never grow to one."""
+    indefinite = torch.logspace(0, -3, 24)
+    indefinite[-1] = -0.1
+    deficient = torch.cat([torch.ones(12), torch.zeros(12)])
+    A = torch.stack([spd(s, dtype=dtype) for s in (indefinite, deficient, deficient + 0.5)])
+    X = inverse_root(A, p, eps=1e-30, relative_eps=0.0, method="coupled_newton")
+    assert X[:2].isnan().all()
+    reference = Exact(A[2])
+    assert reference.error(X[2], p, 1e-30) <= 1e-5, "the neighbour is right"
+    with_ridge = inverse_root(A[1:2], p, relative_eps=1e-6, method="coupled_newton")
+    assert with_ridge.isfinite().all()
 
 
 @pytest.mark.parametrize("method", ["eigh", "coupled_newton"])
@@ -285,6 +316,28 @@ def test_neighbours_input_and_generator_are_untouched(method: str) -> None:
         assert not dirty[2].isfinite().all()
         keep = [0, 1, 3, 4, 5]
         assert torch.equal(dirty[keep], clean[keep])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("p", [1, 2, 4])
+@pytest.mark.parametrize("n", [1, 2, 5])
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_a_matrix_that_is_not_finite_has_no_root(method: str, p: int, n: int, bad: float) -> None:
+    """Diagonal, full or all of it, of any size, between neighbours that keep their bits."""
+    places = [(0, 0), (n - 1, n - 1), (0, n - 1)]
+    A = torch.eye(n).repeat(2 * len(places) + 3, 1, 1) * 3.0
+    A[0] = stack(1, n)[0] + torch.eye(n)
+    A[len(places) + 1 : 2 * len(places) + 1] += 0.5
+    clean = inverse_root(A, p, method=method)
+    for i, (row, column) in enumerate(places * 2):
+        A[1 + i, row, column] = A[1 + i, column, row] = bad
+    A[-1] = bad
+    root = inverse_root(A, p, method=method)
+    assert root[1:-2].isnan().all()
+    assert root[-1].isnan().all()
+    assert torch.equal(root[[0, -2]], clean[[0, -2]])
+    if method in ("auto", "eigh"):
+        assert inverse_root(A, p, eps=0.0, relative_eps=0.0, method=method)[1:-2].isnan().all()
 
 
 @pytest.mark.parametrize("method", METHODS)
