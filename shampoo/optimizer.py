@@ -37,7 +37,7 @@ from shampoo.segments import Selection
 from shampoo.solver import check_method
 from shampoo.step_plan import Plan
 from shampoo.thin import warn_of_thin
-from shampoo.versions import mark_moved, mark_replayed
+from shampoo.versions import mark_moved
 from shampoo.workers import Team, Workers
 
 logger = logging.getLogger(__name__)
@@ -473,12 +473,6 @@ class Shampoo(Persistent):
         plan = self._current_plan()
         plan.assign_slots(self.param_groups, values)
         return capture.coming_refresh(plan, values)
-
-    def replayed(self) -> None:
-        """Says that a graph with one step was replayed, for which ``step()`` was not called."""
-        assert self._plan is not None
-        self._plan.count_replayed()
-        mark_replayed(self._plan.planned(self.param_groups))
 
     def _fill_groups(self) -> None:
         # A pickle of an older version has none of the arguments that came after it, not even in

@@ -21,6 +21,7 @@ from shampoo.names import check_distinct
 from shampoo.state_dict import match, signed
 from shampoo.state_keys import is_own
 from shampoo.step_plan import Plan
+from shampoo.versions import mark_replayed
 from shampoo.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,12 @@ class Persistent(Optimizer):
         count = self.skipped_steps
         if count & (count - 1) == 0:  # 1, 2, 4, 8 ...: a run that skips for ever stays readable
             logger.warning("shampoo: step skipped, %s; %d skipped so far", complaint, count)
+
+    def replayed(self) -> None:
+        """Says that a graph with one step was replayed, for which ``step()`` was not called."""
+        assert self._plan is not None
+        self._plan.count_replayed()
+        mark_replayed(self._plan.planned(self.param_groups))
 
     def _settle_skipped(self) -> None:
         """Adds what the device has counted since to ``extra``."""

@@ -101,7 +101,7 @@ LAYERS = {
     " precision refresh scalars segments stacks",
     "ridge": "advance hyperparameters scalars segments solver stacks step_plan",
     "persistence": "agreement capture consolidation division exchanges names state_dict state_keys"
-    " step_plan workers",
+    " step_plan versions workers",
     "optimizer": "advance agreement capture errors exchange exchanges gradients hyperparameters"
     " layout names ops parameters persistence proposal regions replicas ridge scalars segments"
     " solver stacks step_plan thin tracing versions workers",

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import Parameter
 from trajectory import assert_same_bits, snapshot
 
-from shampoo import Shampoo, jit
+from shampoo import Shampoo, jit, tracing
 
 HYPER: dict[str, Any] = {"max_preconditioner_dim": 4, "precondition_frequency": 2, "lr": 0.05}
 BATCH = torch.linspace(-1, 1, 12).view(2, 6)
@@ -185,7 +185,8 @@ def shapes_of_state(dtype: torch.dtype, hyper: dict[str, Any]) -> tuple[Any, Any
         )
         if isinstance(params[0], FakeTensor):
             assert all(isinstance(v, FakeTensor) for p in params for v in opt.state[p].values())
-    return found, opt._plan.counts()
+    with tracing.answering(params):
+        return found, opt._plan.counts()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
