@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 from shampoo.agreement import digest
 from shampoo.blocking import Tile
 from shampoo.division import Owners, Share, divide
-from shampoo.errors import BlockGridMismatchError, IncompleteCheckpointError, RootFailureError
+from shampoo.entries import check_shape
+from shampoo.errors import IncompleteCheckpointError, RootFailureError
 from shampoo.gradients import square_limit
 from shampoo.grafting import GRAFTING
 from shampoo.hyperparameters import Geometry, Hyperparameters
@@ -28,7 +29,7 @@ from shampoo.regions import check_placements, local_tensor
 from shampoo.segments import Selection, select
 from shampoo.solver import check_method
 from shampoo.stacks import Arena
-from shampoo.state_keys import LASTING, MOMENTS, kinds_in, parse
+from shampoo.state_keys import LASTING, MOMENTS, foreign, is_own, kinds_in, parse
 from shampoo.workers import Team, Workers
 
 logger = logging.getLogger(__name__)
@@ -171,7 +172,7 @@ class Plan:
             self._check_whole(published, state)
         # Only now, when all of it is known to fit: a plan that cannot be built leaves no trace.
         for param in params:
-            state[param] = {}
+            state[param] = foreign(state.get(param, {}))
         for param, name, view in published:
             state[param][name] = view
 
@@ -187,7 +188,8 @@ class Plan:
         for index, (group, geometry) in enumerate(zip(groups, self._geometries, strict=True)):
             seen = []
             for position, param in enumerate(group["params"]):
-                planned = _is_trained(param) or (param.numel() > 0 and bool(state.get(param)))
+                has_state = param.numel() > 0 and any(map(is_own, state.get(param, ())))
+                planned = _is_trained(param) or has_state
                 seen.append(_Seen(param, planned, param.device, param.dtype, param.shape))
                 if planned:
                     name = parameter_name(group, index, position)
@@ -443,14 +445,7 @@ class Plan:
             param = params[member]
             value = state.get(param, {}).get(key)
             if value is not None and value is not view:
-                if value.shape != view.shape:
-                    raise BlockGridMismatchError(
-                        f"{self.members[member].name}: {key} has shape {tuple(value.shape)}, but"
-                        f" this optimizer cuts it to {tuple(view.shape)}. The shape of the"
-                        " parameter, max_preconditioner_dim and the other arguments that decide"
-                        " the blocks cannot change once training has begun: set them back, or"
-                        " build a new optimizer."
-                    )
+                check_shape(self.members[member].name, key, value, view)
                 view.copy_(value)
             published.append((param, key, view))
         return published

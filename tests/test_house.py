@@ -61,14 +61,18 @@ LAYERS = {
     "ownership": "",
     "slots": "",
     "state_keys": "",
+    "entries": "errors state_keys",
     "division": "cost layout ownership workers",
     "stacks": "blocking layout refresh slots state_keys workers",
     "segments": "refresh stacks",
     "replicas": "errors regions workers",
-    "step_plan": "agreement blocking division errors gradients grafting hyperparameters layout"
-    " patterns regions segments solver stacks state_keys workers",
-    "state_dict": "division errors hyperparameters layout state_keys step_plan workers",
-    "consolidation": "agreement step_plan",
+    "step_plan": "agreement blocking division entries errors gradients grafting hyperparameters"
+    " layout patterns regions segments solver stacks state_keys workers",
+    "fillable": "division state_keys step_plan workers",
+    "state_dict": "division entries errors fillable hyperparameters layout state_keys step_plan"
+    " workers",
+    "consolidation": "agreement state_keys step_plan",
+    "inquiry": "",
     # what travels
     "exchange": "averages hyperparameters layout ops scalars segments stacks",
     "allgather": "agreement exchange hyperparameters ops patterns scalars segments stacks",
@@ -86,8 +90,8 @@ LAYERS = {
     "layerwise": "exchange ops segments stacks",
     "advance": "agreement capture direction exchange hyperparameters layerwise ops precision"
     " refresh scalars segments stacks",
-    "persistence": "agreement capture consolidation division exchanges state_dict step_plan"
-    " workers",
+    "persistence": "agreement capture consolidation division exchanges fillable inquiry state_dict"
+    " state_keys step_plan workers",
     "optimizer": "advance agreement capture errors exchange exchanges hyperparameters"
     " layout ops persistence proposal regions replicas scalars segments solver stacks step_plan"
     " workers",
