@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shampoo.division import Owners
-from shampoo.state_keys import MOMENTS, foreign, is_own
+from shampoo.state_keys import COUNTS, MOMENTS, foreign, is_own, parse
 from shampoo.step_plan import Plan
 from shampoo.workers import Workers
 
@@ -29,12 +29,13 @@ def fillable_state(
     workers: Workers,
     kept: Mapping[Tensor, Owners] | None,
     on_host: bool,
+    brought: Mapping[Tensor, Mapping[str, Any]],
 ) -> dict[Any, Any]:
     """All that this rank may find in a whole state; does not communicate.
 
     For the blocks it owns every kind of state there is, called for now or not: the file's
-    hyper-parameters decide. Of other owners' blocks the counts, which torch loads on every rank,
-    known there or not.
+    hyper-parameters decide. Of other owners' blocks the counts, and whatever else has no dimensions
+    in the file: torch loads these on every rank, and fails on a name that it has not got from here.
 
     Args:
         groups: the optimizer's parameter groups.
@@ -42,6 +43,7 @@ def fillable_state(
         workers: who shares the work.
         kept: owners of blocks that are decided already.
         on_host: make blanks in host memory, where torch has been told to keep all values.
+        brought: what the file has of each parameter, where this rank has the file.
     """
     known: MutableMapping[Tensor, dict[str, Any]] = {
         param: {key: value for key, value in entries.items() if is_own(key)}
@@ -60,12 +62,21 @@ def fillable_state(
                 entry = params[member], key, _blank(view, params[member], on_host)
                 if arena is own or view.dim() == 0:
                     found[entry[0]][key] = entry[2]
+                    named = parse(key)
+                    if named is not None and named.kind == "failures":
+                        slot = str(named._replace(kind="slot"))  # of a staggered schedule
+                        found[entry[0]][slot] = entry[2]
                 else:
                     others.append(entry)
     if others and not any(blank.dim() for entries in found.values() for blank in entries.values()):
         # A rank that owns nothing: torch takes the device of all values from what has dimensions.
         param, key, blank = others[0]
         found[param][key] = blank
+    for param in params:
+        file = brought.get(param, {})
+        loose = {key for key, value in file.items() if getattr(value, "ndim", 0) == 0}
+        names = (loose | {*COUNTS}) - found[param].keys()
+        found[param] |= dict.fromkeys(names, found[param]["step"])
     for param, entries in state.items():
         if param not in found:
             found[param] = entries

@@ -9,8 +9,12 @@ load makes a whole.
 """
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import FrameType
+from typing import Any
+
+from torch import Tensor
 
 _PACKAGE = "torch.distributed.checkpoint"
 _MODULE = "torch.distributed.checkpoint.state_dict"
@@ -28,6 +32,8 @@ class Inquiry:
         on_first_rank: it keeps the state of all ranks on the first rank alone, in host memory.
         is_broadcast: the first rank alone has brought it.
         on_host: it moves what it gets to host memory.
+        file: with ``is_to_fill``, what it loads, where this rank has it.
+        brought: of that the state of each parameter.
     """
 
     is_by_checkpoint: bool = False
@@ -36,6 +42,8 @@ class Inquiry:
     on_first_rank: bool = False
     is_broadcast: bool = False
     on_host: bool = False
+    file: Mapping[str, Any] = field(default_factory=dict)
+    brought: Mapping[Tensor, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def inquiry() -> Inquiry:
@@ -59,6 +67,7 @@ def inquiry() -> Inquiry:
     on_host = bool(getattr(options, "cpu_offload", False))
     # While torch fills the names of a load, it has turned this option off for its own purposes.
     is_to_fill = _LOAD in by_name and _SAVE in by_name
+    file = (is_to_fill and by_name[_LOAD].f_locals.get("optim_state_dict")) or {}
     is_full = is_to_fill or bool(getattr(options, "full_state_dict", False))
     return Inquiry(
         is_by_checkpoint=True,
@@ -67,4 +76,18 @@ def inquiry() -> Inquiry:
         on_first_rank=is_full and on_host and _LOAD not in by_name,
         is_broadcast=is_full and bool(getattr(options, "broadcast_from_rank0", False)),
         on_host=on_host,
+        file=file,
+        brought=_brought(file, getattr(options, "fqn_param_mapping", {})),
     )
+
+
+def _brought(file: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[Tensor, Mapping[str, Any]]:
+    """The state of each parameter; ``names`` has their names, and the other way round."""
+    state = file.get("state", {})
+    return {
+        param: state[name]
+        for param, all_names in names.items()
+        if isinstance(param, Tensor)
+        for name in all_names
+        if isinstance(state.get(name), Mapping)
+    }

@@ -19,10 +19,10 @@ from shampoo.agreement import Attempt
 from shampoo.consolidation import Whole, consolidate
 from shampoo.division import Owners
 from shampoo.exchanges import Exchanges
-from shampoo.fillable import fillable_state
+from shampoo.fillable import Blank, fillable_state
 from shampoo.inquiry import inquiry
-from shampoo.state_dict import foreign_state, match, signed
-from shampoo.state_keys import is_own
+from shampoo.state_dict import check_origin, foreign_state, match, signed
+from shampoo.state_keys import MOMENTS, is_own, parse
 from shampoo.step_plan import Plan
 from shampoo.workers import Team, Workers
 
@@ -101,16 +101,18 @@ class Persistent(Optimizer):
         state of all blocks, which all ranks must ask for together.
         """
         self._settle_skipped()
-        holders = self._workers.holders([p for group in self.param_groups for p in group["params"]])
+        holders = self._workers.holders(self._all_params())
         inquirer = inquiry()
         ranks, published = holders.size, self._consolidated or None
+        # With cpu_offload torch keeps it on the first rank alone, which may not be one of these.
+        is_kept = not inquirer.on_first_rank or 0 in holders.ranks
         if inquirer.is_to_fill:
-            groups, kept, on_host = self.param_groups, self._owners(), inquirer.on_host
-            published = fillable_state(groups, self.state, self._workers, kept, on_host)
-        elif inquirer.is_full and not holders.is_alone:
-            # torch takes it from the first rank of the world, which may not be one of these.
-            first = 0 if 0 in holders.ranks else holders.ranks[0]
-            published = self._gather(holders, first if inquirer.on_first_rank else None)
+            if inquirer.file and not inquirer.is_broadcast:
+                # Here, since torch fails on names of groups that it does not find in ours.
+                check_origin(inquirer.file["param_groups"], inquirer.file["state"])
+            published = self._fillable_state(inquirer.on_host, inquirer.brought)
+        elif inquirer.is_full and is_kept and not holders.is_alone:
+            published = self._gather(holders, 0 if inquirer.on_first_rank else None)
         elif self._consolidated is None and not inquirer.is_by_checkpoint:
             self._warn_of_a_part(holders)
         if published is None:
@@ -121,6 +123,32 @@ class Persistent(Optimizer):
             return signed(super().state_dict(), holders.ranks[holders.me], 1)
         finally:
             self.state = own
+
+    def _all_params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _fillable_state(
+        self, on_host: bool = False, brought: Mapping[Tensor, Mapping[str, Any]] | None = None
+    ) -> Whole:
+        """Blank values of all that this rank may find in a whole state."""
+        groups, workers, kept = self.param_groups, self._workers, self._owners()
+        return fillable_state(groups, self.state, workers, kept, on_host, brought or {})
+
+    def fillable_moments(self) -> dict[Tensor, dict[str, Tensor]]:
+        """Blank moments of every kind, called for or not, for the blocks that this rank owns.
+
+        By parameter and key, for what loads by names: a file may have what this optimizer calls for
+        once it has taken on the hyper-parameters of the file. Do not write into them.
+        """
+        return {
+            param: {
+                key: value
+                for key, value in entries.items()
+                if isinstance(value, Blank) and (named := parse(key)) and named.kind in MOMENTS
+            }
+            for param, entries in self._fillable_state().items()
+            if isinstance(entries, Mapping)
+        }
 
     def _warn_of_a_part(self, holders: Team) -> None:
         """Says, once, that a state is not what a user of one file would take it for."""
@@ -141,8 +169,7 @@ class Persistent(Optimizer):
         """The whole state on one rank, or on all."""
         attempt = Attempt(is_shared=True)
         plan = attempt.run(self._current_plan)
-        device = self.param_groups[0]["params"][0].device
-        agreement = self._workers.agreement(holders, device)
+        agreement = self._workers.agreement(holders, self._all_params()[0].device)
         agreement.check(attempt)
         assert plan is not None
         params = plan.planned(self.param_groups)
@@ -164,8 +191,7 @@ class Persistent(Optimizer):
             ValueError: if ``to`` does not hold the parameters.
             ShampooDistributedError: on all ranks if one of them has failed; nothing was gathered.
         """
-        params = [param for group in self.param_groups for param in group["params"]]
-        holders = self._workers.holders(params)
+        holders = self._workers.holders(self._all_params())
         if holders.is_alone:
             return  # the state is whole
         if to not in holders.ranks:
@@ -197,14 +223,14 @@ class Persistent(Optimizer):
 
         def keep_state(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
             # torch broadcasts the file of one rank: what one rank lacks in it, all must refuse.
-            holders = self._workers.holders([p for g in self.param_groups for p in g["params"]])
+            holders = self._workers.holders(self._all_params())
             attempt = Attempt(is_shared=inquirer.is_broadcast and not holders.is_alone)
             found = attempt.run(
                 *(match, self.param_groups, self.defaults, incoming, self._workers),
                 *(self._owners(), strict, inquirer.is_full, self._foreign_names()),
             )
             if inquirer.is_broadcast and not holders.is_alone:
-                device = self.param_groups[0]["params"][0].device
+                device = self._all_params()[0].device
                 self._workers.agreement(holders, device).check(attempt)
             self._incoming = found
             return {**incoming, "state": foreign_state(incoming)}

@@ -27,7 +27,7 @@ from shampoo.errors import (
 from shampoo.fillable import Blank
 from shampoo.hyperparameters import Geometry, Hyperparameters
 from shampoo.layout import Layout
-from shampoo.state_keys import LASTING, MOMENTS, foreign, is_own, is_unknown, kinds_in, parse
+from shampoo.state_keys import MOMENTS, foreign, is_own, is_unknown, kinds_in, may_begin, parse
 from shampoo.step_plan import Member, Plan, parameter_name
 from shampoo.workers import Team, Workers
 
@@ -74,7 +74,7 @@ def match(
         ValueError: if a saved hyper-parameter or count is out of range.
     """
     saved_groups = state_dict["param_groups"]
-    _check_origin(saved_groups, state_dict["state"], known)
+    check_origin(saved_groups, state_dict["state"], known)
     sizes = [len(group["params"]) for group in groups]
     if [len(group["params"]) for group in saved_groups] != sizes:
         return {}  # torch's own load is about to raise, in words its users know
@@ -134,10 +134,21 @@ def foreign_state(state_dict: Mapping[str, Any]) -> dict[Any, Any]:
     return found
 
 
-def _check_origin(
-    saved_groups: Iterable[Mapping[str, Any]], state: Mapping[Any, Any], known: Container[str]
+def check_origin(
+    saved_groups: Iterable[Mapping[str, Any]],
+    state: Mapping[Any, Any],
+    known: Container[str] = (),
 ) -> None:
-    """Refuses the state of another optimizer, before its hyper-parameters are taken for ours."""
+    """Refuses the state of another optimizer, before its hyper-parameters are taken for ours.
+
+    Args:
+        saved_groups: of the checkpoint.
+        state: of the checkpoint, by whatever names its parameters have.
+        known: names of state that is not ours and that this optimizer has already.
+
+    Raises:
+        ForeignCheckpointError: naming what it has.
+    """
     entries = [each for each in state.values() if isinstance(each, Mapping)]
     keys = {key for each in entries for key in _own_entries(each)}
     if any(parse(key) is not None for key in keys):
@@ -280,8 +291,7 @@ class _Beginnings:
         if key in self._found[param]:
             return False
         named = parse(key)
-        may_begin = named is not None and named.kind in MOMENTS and named.kind not in LASTING
-        if not may_begin or named is None or named.kind in self._kinds[member.group]:
+        if named is None or not may_begin(key) or named.kind in self._kinds[member.group]:
             return True
         if not self._is_own_file:
             prefix = f"block{named.block}."

@@ -55,6 +55,12 @@ def is_unknown(key: Any) -> bool:
     return isinstance(key, str) and _BLOCK.match(key) is not None and parse(key) is None
 
 
+def may_begin(key: Any) -> bool:
+    """Whether a key is of a moment that begins at zero where nothing has been saved under it."""
+    named = parse(key)
+    return named is not None and named.kind in MOMENTS and named.kind not in LASTING
+
+
 def kinds_in(entries: Iterable[Any]) -> set[str]:
     """The kinds of state that keys name."""
     return {named.kind for named in map(parse, entries) if named is not None}

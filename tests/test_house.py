@@ -96,7 +96,7 @@ LAYERS = {
     " layout ops persistence proposal regions replicas scalars segments solver stacks step_plan"
     " workers",
     "replay": "optimizer",
-    "checkpoint": "hyperparameters optimizer state_dict",
+    "checkpoint": "hyperparameters optimizer state_dict state_keys",
     # before the step
     "architectures": "",
     "traffic": "layout",
