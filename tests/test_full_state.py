@@ -10,6 +10,7 @@ import pytest
 import resharded_runs as runs
 import torch
 import torch.distributed as dist
+from fault_runs import LAYOUTS, TIMEOUT, Run, broken, said_by, wait_for_all
 from test_faults_consolidation import is_same
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -21,7 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from shampoo import BlockGridMismatchError, ForeignCheckpointError, Shampoo, checkpoint
+import shampoo
+from shampoo import Shampoo, checkpoint
 
 WORLDS = [(2, "replicated"), (2, "fsdp"), (4, "groups"), (4, "fsdp")]
 
@@ -85,6 +87,57 @@ def test_a_full_state_holds_everything_and_resumes_to_the_bit(ranks, world, layo
         assert set(found.values()) == {found["straight"]}, found
         whole = list(alone.values())
         assert names == [whole, count] * (2 if rank == 0 else 1)
+
+
+def layouts_in_full(rank: int, layout: str) -> tuple[bool, bool]:
+    """Whether a full state is that which is consolidated, and an average in it is whole."""
+    run = Run(layout)
+    model = nn.ParameterList(run.params)
+    run.step(1, 2)
+    for param in run.params:
+        run.opt.state[param]["ema"] = 2 * param.detach()
+    full = get_optimizer_state_dict(model, run.opt, options=options())["state"]
+    averages = [entries.pop("ema") for entries in full.values()]
+    is_average = all(
+        torch.equal(average, 2 * runs.whole(param))
+        for average, param in zip(averages, run.params, strict=True)
+    )
+    run.opt.consolidate_state_dict(to=0)
+    whole = from_first(
+        [
+            {key: value for key, value in entries.items() if key != "ema"}
+            for entries in run.opt.state_dict()["state"].values()
+        ]
+    )
+    is_whole = is_same(dict(enumerate(full.values())), dict(enumerate(whole)))
+    return is_whole and len(full) == len(run.params), is_average
+
+
+@pytest.mark.parametrize("layout", ["fsdp2 and plain", "tensor parallel, ddp 2x2"])
+def test_teams_that_hold_copies_or_parts_are_whole(ranks, layout):
+    world = LAYOUTS[layout].world
+    assert ranks.returns(layouts_in_full, world, layout) == [(True, True)] * world
+
+
+def fail_to_gather(rank: int, target: str) -> tuple[tuple[str, str], int]:
+    """What is said where the second rank fails, and how much there is at the next try."""
+    model, optimizer = runs.build("replicated")
+    runs.train(model, optimizer, range(2))
+    with broken(target, rank == 1):
+        said = said_by(lambda: get_optimizer_state_dict(model, optimizer, options=options()))
+    wait_for_all(target)
+    state = get_optimizer_state_dict(model, optimizer, options=options())["state"]
+    return said, sum(map(len, state.values()))
+
+
+@pytest.mark.parametrize("point", ["_outgoing", "_room", "_buffer", "_pack", "_unpack"])
+def test_a_rank_fails_while_all_gather(ranks, point):
+    [alone] = ranks.returns(runs.keys_of_the_state, 1)
+    target = f"shampoo.consolidation:{point}"
+    for (error, words), count in ranks.run(fail_to_gather, 2, target, timeout=TIMEOUT):
+        assert error == "ShampooDistributedError"
+        assert words.startswith(f"rank 1: MemoryError: no memory for {target}")
+        assert count == sum(map(len, alone.values()))
 
 
 def load_a_part(rank: int, layout: str) -> list[tuple[str, str, bool]]:
@@ -175,7 +228,9 @@ def test_a_full_load_refuses_other_blocks_in_its_own_words():
     state = get_optimizer_state_dict(*linear(max_preconditioner_dim=2), options=options())
     model, optimizer = linear(max_preconditioner_dim=4)
     before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(BlockGridMismatchError, match=r"max_preconditioner_dim=2, this .* uses 4"):
+    with pytest.raises(
+        shampoo.BlockGridMismatchError, match=r"max_preconditioner_dim=2, this .* uses 4"
+    ):
         set_optimizer_state_dict(model, optimizer, state, options=options())
     assert is_same(optimizer.state_dict()["state"], before["state"])
 
@@ -199,7 +254,9 @@ def test_a_full_load_names_another_optimizer_and_keeps_its_own():
     state = get_optimizer_state_dict(model, adam, options=options())
     optimizer.state[model.weight]["ema"] = torch.ones(5, 6)
     before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ForeignCheckpointError, match=r"it has exp_avg, exp_avg_sq; no block"):
+    with pytest.raises(
+        shampoo.ForeignCheckpointError, match=r"it has exp_avg, exp_avg_sq; no block"
+    ):
         set_optimizer_state_dict(model, optimizer, state, options=options())
     after = optimizer.state_dict()
     assert after["param_groups"] == before["param_groups"]
@@ -218,7 +275,7 @@ def load_adam(rank: int) -> str:
     try:
         how = options(broadcast_from_rank0=True)
         set_optimizer_state_dict(model, optimizer, state, options=how)
-    except ForeignCheckpointError as error:
+    except shampoo.ForeignCheckpointError as error:
         assert optimizer.state_dict()["param_groups"] == before["param_groups"]
         assert is_same(optimizer.state_dict()["state"], before["state"])
         return str(error)
