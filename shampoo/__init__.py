@@ -2,6 +2,7 @@
 
 from shampoo.errors import (
     BlockGridMismatchError,
+    ForeignCheckpointError,
     IncompleteCheckpointError,
     NonFiniteGradientError,
     PlanMismatchError,
@@ -18,6 +19,7 @@ from shampoo.roots import inverse_root
 __version__ = "0.1.0"
 __all__ = [
     "BlockGridMismatchError",
+    "ForeignCheckpointError",
     "IncompleteCheckpointError",
     "NonFiniteGradientError",
     "PlanMismatchError",

@@ -14,6 +14,9 @@ import torch
 import torch.distributed as dist
 
 from shampoo.errors import (
+    BlockGridMismatchError,
+    ForeignCheckpointError,
+    IncompleteCheckpointError,
     NonFiniteGradientError,
     PlanMismatchError,
     ReplicaMismatchError,
@@ -30,7 +33,15 @@ Result = TypeVar("Result")
 
 # Errors that keep their type on the ranks that only hear of them.
 _SHARED_ERRORS = {
-    kind.__name__: kind for kind in (NonFiniteGradientError, ReplicaMismatchError, RootFailureError)
+    kind.__name__: kind
+    for kind in (
+        BlockGridMismatchError,
+        ForeignCheckpointError,
+        IncompleteCheckpointError,
+        NonFiniteGradientError,
+        ReplicaMismatchError,
+        RootFailureError,
+    )
 }
 
 

@@ -22,8 +22,10 @@ from typing import IO, Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
@@ -31,6 +33,7 @@ from shampoo.hyperparameters import AUTO, Geometry
 from shampoo.layout import Layout
 from shampoo.optimizer import Shampoo
 from shampoo.state_dict import check_blocks
+from shampoo.state_keys import is_own, may_begin
 
 _MARKER = "complete"
 _EXTRA = "extra.pt"
@@ -158,6 +161,7 @@ def load(
         methods = _check_blocks(optimizer, states["optimizer"]["param_groups"], place)
         if _adopt(optimizer, methods):
             states = _states(model, optimizer)
+        _ask_for_what_is_saved(optimizer, states["optimizer"], place)
     _transfer(state_dict_loader.load, states, place)
     set_state_dict(
         model,
@@ -218,6 +222,45 @@ def _adopt(optimizer: Shampoo, methods: Sequence[str]) -> bool:
     if is_cut_otherwise:
         optimizer.state.clear()
     return is_cut_otherwise
+
+
+def _ask_for_what_is_saved(optimizer: Shampoo, asked: dict[str, Any], place: Path) -> None:
+    """Adds what is in the files, and takes away what may begin at zero and is not.
+
+    DCP reads what it is asked for. A schedule may have raised momentum or beta1 on either side of
+    the save, and what wrappers keep under parameters a new optimizer does not have.
+
+    Args:
+        asked: the state of the optimizer by names, in which DCP is about to load.
+    """
+    metadata = FileSystemReader(place).read_metadata()
+    saved: dict[str, dict[str, Any]] = {}
+    for flat, path in (metadata.planner_data or {}).items():
+        if len(path) == 4 and path[:2] == ("optimizer", "state"):
+            saved.setdefault(path[2], {})[path[3]] = metadata.state_dict_metadata[flat]
+    moments = optimizer.fillable_moments()
+    for group, named in zip(optimizer.param_groups, asked["param_groups"], strict=True):
+        for param, name in zip(group["params"], named["params"], strict=True):
+            if name not in saved:
+                continue  # if its state is asked for, DCP says so
+            entries, found = asked["state"].setdefault(name, {}), saved[name]
+            for key, blank in moments.get(param, {}).items():
+                if key in found and key not in entries:
+                    entries[key] = torch.empty(blank.shape, dtype=blank.dtype, device=blank.device)
+                elif key in entries and key not in found and may_begin(key):
+                    del entries[key]
+            for key in found.keys() - entries.keys():
+                if not is_own(key):
+                    entries[key] = _room_for(found[key], param)
+
+
+def _room_for(saved: Any, param: Tensor) -> Any:
+    """What DCP puts a value of somebody else's into."""
+    if not isinstance(saved, TensorStorageMetadata):
+        return None  # an object, of which it makes another
+    if saved.size == param.shape:  # as its parameter is sharded, as torch's own state is
+        return torch.empty_like(param, dtype=saved.properties.dtype, requires_grad=False)
+    return torch.empty(saved.size, dtype=saved.properties.dtype, device=param.device)
 
 
 def _transfer(move: Callable[..., Any], states: dict[str, Any], place: Path) -> None:

@@ -1,7 +1,7 @@
-"""The whole state on one rank, for those who save from one rank only (distributed.md 7).
+"""The whole state on one rank, for those who save from one rank only (distributed.md 7), or on all.
 
-Owners send their blocks, packed, to the host memory of one rank. Past some 100 GB, save with
-``torch.distributed.checkpoint`` instead: every rank then writes what it owns.
+Owners send their blocks, packed, to the host memory of one rank, or to all others. Past some
+100 GB, save with ``torch.distributed.checkpoint`` instead: every rank then writes what it owns.
 """
 
 import itertools
@@ -13,10 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shampoo.agreement import Agreement, Attempt
+from shampoo.state_keys import is_own, parse
 from shampoo.step_plan import Plan
 
 _BATCH = 1 << 26  # bytes of a message, unless a single tensor is larger
-Whole = dict[Tensor, dict[str, Tensor]]
+Whole = dict[Tensor, dict[str, Any]]
 
 
 class Entry(NamedTuple):
@@ -36,9 +37,9 @@ class Entry(NamedTuple):
 def consolidate(
     plan: Plan,
     params: Sequence[Tensor],
-    state: Mapping[Tensor, dict[str, Any]],
+    state: Mapping[Any, Any],
     group: dist.ProcessGroup,
-    to: int,
+    to: int | None,
     agreement: Agreement,
 ) -> Whole | None:
     """Gathers the state of all blocks; a collective of all ranks that hold the parameters.
@@ -48,41 +49,55 @@ def consolidate(
         params: the planned ones, in plan order.
         state: what this rank owns.
         group: the ranks that hold the parameters.
-        to: the global rank that receives.
+        to: the global rank that receives, in host memory; None for all of them, each on the
+            devices of its parameters.
         agreement: of the same ranks.
 
     Returns:
-        The whole state, copied to the host, on rank ``to``; None on the others.
+        The whole state, copied, where it is received; None on the other ranks. What is not this
+        optimizer's is this rank's, as it is.
 
     Raises:
         ShampooDistributedError: on all ranks if one of them has failed, for want of memory, say.
     """
-    is_receiver = dist.get_rank() == to
+    me, ranks = dist.get_rank(), dist.get_process_group_ranks(group)
+    is_receiver = to is None or me == to
     attempt = Attempt(is_shared=True)
-    outgoing = [] if is_receiver else attempt.run(_outgoing, plan, params, state, to) or []
-    manifest = [entry for entry, _ in outgoing]
-    manifests: list[Any] = [None] * dist.get_world_size(group)
-    dist.gather_object(manifest, manifests if is_receiver else None, to, group)
+    teammate = ranks[0] if to is None else to
+    outgoing = attempt.run(_outgoing, plan, params, state, teammate) if me != to else []
+    manifest = [entry for entry, _ in outgoing or []]
+    manifests: list[Any] = [[] if rank != me else manifest for rank in ranks]
+    if to is None:
+        dist.all_gather_object(manifests, manifest, group)
+    else:
+        dist.gather_object(manifest, manifests if is_receiver else None, to, group)
     # gloo sends from the host only.
     is_gloo = dist.get_backend(group) == "gloo"
     device = torch.device("cpu") if is_gloo else plan.arenas[0].device
     # All memory is asked for before the first message: nobody is left to wait for one.
-    whole = attempt.run(_room, params, state, manifests) if is_receiver else None
-    buffer = attempt.run(_buffer, manifests if is_receiver else [manifest], device)
+    whole: Whole | None = None
+    if is_receiver:
+        coming = [list(entries) for entries in manifests]
+        coming[ranks.index(me)] = []
+        whole = attempt.run(_room, params, state, coming, to is not None)
+    buffer = attempt.run(_buffer, manifests, device)
     agreement.check(attempt)
     assert buffer is not None
+    assert outgoing is not None
     # Whatever else fails, a device perhaps, messages keep their number and lengths.
-    if not is_receiver:
-        for start, stop in _batches(manifest):
-            message = buffer[: _nbytes(manifest[start:stop])]
-            attempt.run(_pack, message, [value for _, value in outgoing[start:stop]])
-            dist.send(message, to, group)
-    else:
-        assert whole is not None
-        for source, entries in zip(dist.get_process_group_ranks(group), manifests, strict=True):
-            for start, stop in _batches(entries):
-                message = buffer[: _nbytes(entries[start:stop])]
+    for source, entries in zip(ranks, manifests, strict=True):
+        for start, stop in _batches(entries):
+            message = buffer[: _nbytes(entries[start:stop])]
+            if source == me:
+                attempt.run(_pack, message, [value for _, value in outgoing[start:stop]])
+            if to is None:
+                dist.broadcast(message, source, group)
+            elif source == me:
+                dist.send(message, to, group)
+            else:
                 dist.recv(message, source, group)
+            if source != me:
+                assert whole is not None
                 places = [whole[params[e.member]][e.key] for e in entries[start:stop]]
                 attempt.run(_unpack, message, places)
     agreement.check(attempt)
@@ -90,32 +105,40 @@ def consolidate(
 
 
 def _outgoing(
-    plan: Plan, params: Sequence[Tensor], state: Mapping[Tensor, dict[str, Any]], to: int
+    plan: Plan, params: Sequence[Tensor], state: Mapping[Any, Any], to: int
 ) -> list[tuple[Entry, Tensor]]:
-    """What this rank sends."""
+    """What this rank sends: its blocks, unless it is of a team that ``to`` is not in.
+
+    Counts of a parameter every rank has, and other teams own copies of the same blocks.
+    """
     return [
         (Entry(index, key, value.dtype, tuple(value.shape)), value)
         for index, (member, param) in enumerate(zip(plan.members, params, strict=True))
-        if to in member.team.ranks  # other teams own copies of the same blocks
-        for key, value in state[param].items()
-        if key != "step"  # which every rank has
+        if to in member.team.ranks
+        for key, value in state.get(param, {}).items()
+        if parse(key) is not None
     ]
 
 
 def _room(
     params: Sequence[Tensor],
-    state: Mapping[Tensor, dict[str, Any]],
+    state: Mapping[Any, Any],
     manifests: Sequence[Sequence[Entry]],
+    on_host: bool,
 ) -> Whole:
     """A copy of what this rank owns, with room for what comes."""
     host = torch.device("cpu")
-    whole = {
-        param: {key: value.to(host, copy=True) for key, value in state[param].items()}
+    whole: Whole = {
+        param: {
+            key: value.to(host if on_host else value.device, copy=True) if is_own(key) else value
+            for key, value in state.get(param, {}).items()
+        }
         for param in params
     }
     for entry in itertools.chain(*manifests):
         # A tensor of its own: a view would be saved with all of its message.
-        room = torch.empty(entry.shape, dtype=entry.dtype, device=host)
+        device = host if on_host else params[entry.member].device
+        room = torch.empty(entry.shape, dtype=entry.dtype, device=device)
         whole[params[entry.member]][entry.key] = room
     return whole
 

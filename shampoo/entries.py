@@ -47,7 +47,7 @@ def as_count(name: str, key: str, value: Any) -> Tensor:
         return published  # as saved: nothing waits for a device
     is_one = isinstance(value, Real) or getattr(value, "shape", None) in ((), (1,))
     try:
-        number = float(value) if is_one else None
+        number = float(value.item() if hasattr(value, "item") else value) if is_one else None
     except (TypeError, ValueError, RuntimeError):  # a complex number, a text
         number = None
     if number is None:

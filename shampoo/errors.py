@@ -17,6 +17,10 @@ class IncompleteCheckpointError(ShampooError):
     """A checkpoint lacks blocks of a parameter that it claims to hold."""
 
 
+class ForeignCheckpointError(ShampooError):
+    """A checkpoint is another optimizer's."""
+
+
 class PlanMismatchError(ShampooError):
     """Ranks that train one model would cut, own or move its blocks differently."""
 

@@ -1,11 +1,13 @@
 """What an optimizer keeps between steps, and how it is saved, copied and loaded.
 
-Nothing here communicates but :meth:`Persistent.consolidate_state_dict`: frameworks save and load on
-one rank, or before there are others (distributed.md, rule 16).
+Nothing here communicates but :meth:`Persistent.consolidate_state_dict`, and what torch calls for a
+``full_state_dict``, in which all ranks take part anyway: frameworks save and load on one rank, or
+before there are others (distributed.md, rule 16).
 """
 
 import logging
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,15 +16,17 @@ from torch.optim.optimizer import Optimizer
 
 from shampoo import capture
 from shampoo.agreement import Attempt
-from shampoo.consolidation import consolidate
+from shampoo.consolidation import Whole, consolidate
 from shampoo.division import Owners
 from shampoo.exchanges import Exchanges
+from shampoo.fillable import Blank, fillable_state
+from shampoo.inquiry import inquiry
 from shampoo.names import check_distinct
-from shampoo.state_dict import match, signed
-from shampoo.state_keys import is_own
+from shampoo.state_dict import check_origin, foreign_state, match, signed
+from shampoo.state_keys import MOMENTS, is_own, parse
 from shampoo.step_plan import Plan
 from shampoo.versions import mark_replayed
-from shampoo.workers import Workers
+from shampoo.workers import Team, Workers
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +41,8 @@ class Persistent(Optimizer):
     _on_device: capture.DeviceState | None = None  # of the plan, if it is capturable
     _incoming: dict[Tensor, dict[str, Any]] | None = None
     _damage: str = ""  # why this rank cannot go on until it has loaded a checkpoint
-    _consolidated: dict[Tensor, dict[str, Tensor]] | None = None
+    _consolidated: Whole | None = None  # empty where another rank has got it
+    _has_warned: bool = False  # of a state that holds some blocks only
     _workers: Workers
 
     def _fill_groups(self) -> None:
@@ -117,15 +122,10 @@ class Persistent(Optimizer):
         self._settle_skipped()
         state = super().__getstate__()
         state["_workers"], state["_kept"] = self._workers, self._owners()
-        state["state"] = {
-            param: {
-                key: value.clone() if is_own(key) and isinstance(value, Tensor) else value
-                for key, value in entries.items()
-            }
-            if isinstance(entries, dict)
-            else entries
-            for param, entries in self.state.items()
-        }
+        # A defaultdict as torch has it, for wrappers that fill the entries of a copy.
+        state["state"] = defaultdict(
+            dict, {param: _apart(entries) for param, entries in self.state.items()}
+        )
         return state
 
     def state_dict(self) -> dict[str, Any]:
@@ -133,20 +133,86 @@ class Persistent(Optimizer):
 
         Saved and loaded by every rank, by ``torch.distributed.checkpoint``, or by one rank after
         :meth:`consolidate_state_dict`. Does not communicate, but waits for a device that counts
-        the steps.
+        the steps. Where ``get_state_dict`` of torch calls it for a ``full_state_dict``, it is the
+        state of all blocks, which all ranks must ask for together.
         """
         self._settle_skipped()
-        holders = self._workers.holders([p for group in self.param_groups for p in group["params"]])
-        if self._consolidated is None:
-            return signed(super().state_dict(), holders.ranks[holders.me], holders.size)
+        holders = self._workers.holders(self._all_params())
+        inquirer = inquiry()
+        ranks, published = holders.size, self._consolidated or None
+        # With cpu_offload torch keeps it on the first rank alone, which may not be one of these.
+        is_kept = not inquirer.on_first_rank or 0 in holders.ranks
+        if inquirer.is_to_fill:
+            if inquirer.file and not inquirer.is_broadcast:
+                # Here, since torch fails on names of groups that it does not find in ours.
+                check_origin(inquirer.file["param_groups"], inquirer.file["state"])
+            published = self._fillable_state(inquirer.on_host, inquirer.brought)
+        elif inquirer.is_full and is_kept and not holders.is_alone:
+            published = self._gather(holders, 0 if inquirer.on_first_rank else None)
+        elif self._consolidated is None and not inquirer.is_by_checkpoint:
+            self._warn_of_a_part(holders)
+        if published is None:
+            return signed(super().state_dict(), holders.ranks[holders.me], ranks)
         own = self.state
-        self.state = defaultdict(dict, self._consolidated)
+        self.state = defaultdict(dict, {**own, **published})
         try:
             return signed(super().state_dict(), holders.ranks[holders.me], 1)
         finally:
             self.state = own
 
-    @torch.no_grad()
+    def _all_params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _fillable_state(
+        self, on_host: bool = False, brought: Mapping[Tensor, Mapping[str, Any]] | None = None
+    ) -> Whole:
+        """Blank values of all that this rank may find in a whole state."""
+        groups, workers, kept = self.param_groups, self._workers, self._owners()
+        return fillable_state(groups, self.state, workers, kept, on_host, brought or {})
+
+    def fillable_moments(self) -> dict[Tensor, dict[str, Tensor]]:
+        """Blank moments of every kind, called for or not, for the blocks that this rank owns.
+
+        By parameter and key, for what loads by names: a file may have what this optimizer calls for
+        once it has taken on the hyper-parameters of the file. Do not write into them.
+        """
+        return {
+            param: {
+                key: value
+                for key, value in entries.items()
+                if isinstance(value, Blank) and (named := parse(key)) and named.kind in MOMENTS
+            }
+            for param, entries in self._fillable_state().items()
+            if isinstance(entries, Mapping)
+        }
+
+    def _warn_of_a_part(self, holders: Team) -> None:
+        """Says, once, that a state is not what a user of one file would take it for."""
+        owners = [
+            (team, owner) for team, all_of in (self._owners() or {}).values() for owner in all_of
+        ]
+        part = sum(owner == team.me for team, owner in owners)
+        if part < len(owners) and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "shampoo: state_dict() on rank %d holds %d of %d blocks, those that this rank owns."
+                " To save from one rank, call consolidate_state_dict() on all ranks first; or use"
+                " shampoo.checkpoint or torch.distributed.checkpoint, in which all ranks save.",
+                *(holders.ranks[holders.me], part, len(owners)),
+            )
+
+    def _gather(self, holders: Team, to: int | None) -> Whole | None:
+        """The whole state on one rank, or on all."""
+        attempt = Attempt(is_shared=True)
+        plan = attempt.run(self._current_plan)
+        agreement = self._workers.agreement(holders, self._all_params()[0].device)
+        agreement.check(attempt)
+        assert plan is not None
+        params = plan.planned(self.param_groups)
+        group = self._workers.group(holders)
+        with torch.no_grad():
+            return consolidate(plan, params, self.state, group, to, agreement)
+
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Gathers the whole state in host memory of one rank, for saving from that rank only.
 
@@ -161,21 +227,13 @@ class Persistent(Optimizer):
             ValueError: if ``to`` does not hold the parameters.
             ShampooDistributedError: on all ranks if one of them has failed; nothing was gathered.
         """
-        params = [param for group in self.param_groups for param in group["params"]]
-        holders = self._workers.holders(params)
+        holders = self._workers.holders(self._all_params())
         if holders.is_alone:
             return  # the state is whole
         if to not in holders.ranks:
             raise ValueError(f"Invalid to={to!r}. Must be one of the ranks {holders.ranks}.")
         self._consolidated = None  # its memory is free before as much is asked for
-        attempt = Attempt(is_shared=True)
-        plan = attempt.run(self._current_plan)
-        agreement = self._workers.agreement(holders, params[0].device)
-        agreement.check(attempt)
-        assert plan is not None
-        params = plan.planned(self.param_groups)
-        group = self._workers.group(holders)
-        self._consolidated = consolidate(plan, params, self.state, group, to, agreement)
+        self._consolidated = self._gather(holders, to) or {}
 
     def load_state_dict(self, state_dict: dict[str, Any], *, strict: bool = True) -> None:
         """Loads what ``state_dict()`` returned; training continues bit for bit.
@@ -192,17 +250,26 @@ class Persistent(Optimizer):
 
         Raises:
             IncompleteCheckpointError: if blocks are missing.
-            BlockGridMismatchError: if blocks have other shapes.
+            BlockGridMismatchError: if blocks have other shapes or floating dtypes.
+            ForeignCheckpointError: for the state of another optimizer.
             ValueError: for other numbers of groups or parameters, or a value out of range.
                 In every case the optimizer is as it was.
         """
+        inquirer = inquiry()
 
         def keep_state(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
-            self._incoming = match(
-                *(self.param_groups, self.defaults, incoming),
-                *(self._workers, self._owners(), strict),
+            # torch broadcasts the file of one rank: what one rank lacks in it, all must refuse.
+            holders = self._workers.holders(self._all_params())
+            attempt = Attempt(is_shared=inquirer.is_broadcast and not holders.is_alone)
+            found = attempt.run(
+                *(match, self.param_groups, self.defaults, incoming, self._workers),
+                *(self._owners(), strict, inquirer.is_full, self._foreign_names()),
             )
-            return {**incoming, "state": {}}
+            if inquirer.is_broadcast and not holders.is_alone:
+                device = self._all_params()[0].device
+                self._workers.agreement(holders, device).check(attempt)
+            self._incoming = found
+            return {**incoming, "state": foreign_state(incoming)}
 
         # Registered now, so that it sees what the user's own hooks make of the state.
         hook = self.register_load_state_dict_pre_hook(keep_state)
@@ -211,6 +278,11 @@ class Persistent(Optimizer):
         finally:
             hook.remove()
             self._incoming = None
+
+    def _foreign_names(self) -> set[str]:
+        """The names of state that others have put under parameters."""
+        entries = [each for each in self.state.values() if isinstance(each, Mapping)]
+        return {key for each in entries for key in each if not is_own(key)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called by torch when it loads, copies and unpickles; the plan is made anew."""
@@ -222,6 +294,17 @@ class Persistent(Optimizer):
         self._plan = self._exchanges = self._on_device = self._consolidated = None
         self._damage = ""
         if self._incoming is not None:
-            self.state = defaultdict(dict, self._incoming)
+            for param, entries in self._incoming.items():
+                self.state[param] = {**entries, **self.state.get(param, {})}
             if self._incoming:
                 self._current_plan()
+
+
+def _apart(entries: Any) -> Any:
+    """What is under a key of the state, with tensors of its own in the place of views."""
+    if not isinstance(entries, Mapping):
+        return entries
+    return {
+        key: value.clone() if is_own(key) and isinstance(value, Tensor) else value
+        for key, value in entries.items()
+    }

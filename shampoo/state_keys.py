@@ -21,6 +21,7 @@ _KEY = re.compile(
     rf"(?:(?P<moment>{'|'.join(MOMENTS)})"
     rf"|(?P<kind>{'|'.join(FACTOR_STATE)})(?P<mode>0|[1-9]\d*))"
 )
+_BLOCK = re.compile(r"block\d+\.")
 
 
 class BlockKey(NamedTuple):
@@ -47,6 +48,17 @@ def parse(key: Any) -> BlockKey | None:
 def is_own(key: Any) -> bool:
     """Whether a key is this optimizer's."""
     return key in COUNTS or parse(key) is not None
+
+
+def is_unknown(key: Any) -> bool:
+    """Whether a key is named as that of a block, but none of this version: a later one's, say."""
+    return isinstance(key, str) and _BLOCK.match(key) is not None and parse(key) is None
+
+
+def may_begin(key: Any) -> bool:
+    """Whether a key is of a moment that begins at zero where nothing has been saved under it."""
+    named = parse(key)
+    return named is not None and named.kind in MOMENTS and named.kind not in LASTING
 
 
 def kinds_in(entries: Iterable[Any]) -> set[str]:

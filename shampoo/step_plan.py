@@ -38,7 +38,7 @@ from shampoo.segments import (
 )
 from shampoo.solver import check_method
 from shampoo.stacks import Arena
-from shampoo.state_keys import LASTING, MOMENTS, kinds_in, parse
+from shampoo.state_keys import LASTING, MOMENTS, is_own, kinds_in, parse
 from shampoo.workers import Team, Workers
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,8 @@ class Plan:
         for index, (group, geometry) in enumerate(zip(groups, self._geometries, strict=True)):
             seen = []
             for position, param in enumerate(group["params"]):
-                planned = is_trained(param) or (param.numel() > 0 and bool(state.get(param)))
+                has_state = param.numel() > 0 and any(map(is_own, state.get(param) or ()))
+                planned = is_trained(param) or has_state
                 seen.append(Seen(param, planned, param.device, param.dtype, param.shape))
                 if planned:
                     name = parameter_name(group, index, position)

@@ -282,15 +282,23 @@ def test_a_checkpoint_of_another_merge_is_refused():
     assert_refused(opt, params, source.state_dict(), shampoo.BlockGridMismatchError)
 
 
-def test_state_that_is_not_ours_is_loaded_and_kept():
+def test_unknown_values_of_blocks_are_named_in_one_warning_and_kept(said):
     params, opt = trained(4)
     state = saved_and_loaded(opt.state_dict())
-    state["state"][0]["block0.from_the_future"] = torch.ones(2)
+    for index in range(4):
+        state["state"][index]["block0.from_the_future"] = torch.ones(2)
+        state["state"][index]["block9.factor0"] = torch.ones(2, 2)
     others = twins_of(params)
     other = Shampoo(others, **HYPER)
     other.load_state_dict(state)
+    [kept, ignored] = said().splitlines()
+    assert "keeping 4 unknown values of state, which nothing uses: block0.from_the" in kept
+    assert "ignoring 4 unknown values of state: block9.factor0 of parameter 0" in ignored
+    assert all(words.endswith(" and 1 more") for words in (kept, ignored))
+    for param in others:
+        assert torch.equal(other.state[param].pop("block0.from_the_future"), torch.ones(2))
+        assert "block9.factor0" not in other.state[param]
     continue_both(params, opt, others, other)
-    assert other.state[others[0]]["block0.from_the_future"].tolist() == [1.0, 1.0]
 
 
 def test_group_keys_that_a_checkpoint_lacks_take_their_defaults_with_a_warning(said):

@@ -78,8 +78,11 @@ LAYERS = {
     " layout names parameters patterns publication regions segments solver stacks state_keys"
     " workers",
     "thin": "caller footprint hyperparameters layout names",
-    "state_dict": "division errors hyperparameters layout names state_keys step_plan workers",
-    "consolidation": "agreement step_plan",
+    "fillable": "division state_keys step_plan workers",
+    "state_dict": "division entries errors fillable hyperparameters layout names state_keys"
+    " step_plan workers",
+    "consolidation": "agreement state_keys step_plan",
+    "inquiry": "",
     # what travels
     "exchange": "averages hyperparameters layout limits ops scalars segments stacks",
     "allgather": "agreement exchange hyperparameters limits ops patterns scalars segments stacks",
@@ -100,13 +103,13 @@ LAYERS = {
     "advance": "agreement averages capture direction exchange hyperparameters layerwise ops"
     " precision refresh scalars segments stacks",
     "ridge": "advance hyperparameters scalars segments solver stacks step_plan",
-    "persistence": "agreement capture consolidation division exchanges names state_dict state_keys"
-    " step_plan versions workers",
+    "persistence": "agreement capture consolidation division exchanges fillable inquiry names"
+    " state_dict state_keys step_plan versions workers",
     "optimizer": "advance agreement capture errors exchange exchanges gradients hyperparameters"
     " layout names ops parameters persistence proposal regions replicas ridge scalars segments"
     " solver stacks step_plan thin tracing versions workers",
     "replay": "optimizer",
-    "checkpoint": "hyperparameters layout optimizer state_dict",
+    "checkpoint": "hyperparameters layout optimizer state_dict state_keys",
     # before the step
     "architectures": "",
     "traffic": "layout",
