@@ -275,6 +275,7 @@ class Machine:
     def change(self, name: str, value: Any) -> None:
         for world in self.worlds:
             world.optimizer.zero_grad()
+            world.optimizer.step()  # now all of them have planned
         old = [[group[name] for group in world.optimizer.param_groups] for world in self.worlds]
         self.write(name, value)
         befores = [Snapshot(world) for world in self.worlds]

@@ -107,8 +107,8 @@ BAD: list[tuple[str, Any]] = [
 ]
 GEOMETRY: list[tuple[str, Any]] = [
     *(("max_preconditioner_dim", 2), ("max_preconditioner_dim", 5), ("merge_dims", "full")),
-    *(("precondition_1d", True), ("precondition", False), ("large_dim_method", "diagonal")),
-    *(("preconditioner_dtype", "float64"), ("refresh_schedule", "staggered")),
+    *(("precondition_1d", True), ("large_dim_method", "diagonal")),
+    ("refresh_schedule", "staggered"),
     *(("grafting", name) for name in ("sgd", "rmsprop", "lars")),
     ("capturable", True),
 ]
