@@ -99,7 +99,7 @@ def test_the_loss_goes_the_right_direction(trial, is_contiguous):
     assert params[0].is_contiguous() == is_contiguous
     fit, optimizer = Fit(params), trial.make(params)
     first = fit.loss().detach()
-    for _ in range(8):
+    for _ in range(6):
         optimizer.step(fit.closure(optimizer))
     assert_goes_its_way(trial, first, fit.loss().detach())
 
@@ -134,7 +134,7 @@ def test_a_group_has_its_own_value_and_leaves_the_others_alone(trial, name):
     twin = trial.make([{"params": twins[:1]}, {"params": twins[1:]}])
     assert optimizer.param_groups[0][name] == value != optimizer.param_groups[1][name]
     for each in (optimizer, twin):
-        take(each, 4)
+        take(each, 3)
     assert not torch.equal(ours[0], twins[0])
     assert torch.equal(ours[1], twins[1])
     if name == "lr":
@@ -147,7 +147,7 @@ def test_a_tensor_is_a_learning_rate(trial, shape):
     rate = torch.full(shape, 0.01)
     optimizer, twin = trial.make(new_params(), lr=rate), trial.make(new_params(), lr=rate.item())
     for each in (optimizer, twin):
-        take(each, 4)
+        take(each, 3)
     for param, expected in zip(params_of(optimizer), params_of(twin), strict=True):
         torch.testing.assert_close(param, expected, rtol=1e-6, atol=1e-7)
     assert torch.equal(rate, torch.full(shape, 0.01)), "it is read, never written"
@@ -192,12 +192,12 @@ def test_an_empty_parameter_and_one_without_a_gradient_are_passed_by(trial):
     empty, idle = Parameter(torch.empty(0, 3)), Parameter(torch.ones(2, 2))
     optimizer, twin = trial.make([empty, *params, idle]), trial.make(new_params())
     generator = torch.Generator().manual_seed(0)
-    for _ in range(4):
+    for _ in range(3):
         empty.grad = torch.empty(0, 3)
         for param in params:
             param.grad = torch.randn(param.shape, generator=generator)
         optimizer.step()
-    take(twin, 4)
+    take(twin, 3)
     assert torch.equal(idle, torch.ones(2, 2))
     assert all(torch.equal(p, q) for p, q in zip(params, params_of(twin), strict=True))
 
@@ -206,7 +206,7 @@ def test_an_empty_parameter_and_one_without_a_gradient_are_passed_by(trial):
 def test_gradients_are_never_written_into(trial):
     optimizer = trial.make(new_params())
     take(optimizer, 2)
-    for _ in range(4):
+    for _ in range(3):
         grads = [param.grad for param in params_of(optimizer)]
         copies = [grad.clone() for grad in grads]
         versions = [grad._version for grad in grads]
@@ -224,7 +224,7 @@ def test_gradients_are_never_written_into(trial):
 def test_a_closure_is_called_once_with_gradients_enabled(trial):
     fits = Fit(new_params()), Fit(new_params())
     with_closure, without = (trial.make(fit.params) for fit in fits)
-    for _ in range(4):
+    for _ in range(3):
         calls = []
         evaluate = fits[0].closure(with_closure)
 
@@ -247,7 +247,7 @@ def test_the_mode_of_autograd_changes_no_bit_and_stays(trial):
     for mode, optimizer in zip(modes, optimizers, strict=True):
         with mode():
             before = torch.is_grad_enabled()
-            take(optimizer, 4)
+            take(optimizer, 3)
             assert torch.is_grad_enabled() == before
         for param in params_of(optimizer):
             assert param.is_leaf
@@ -262,11 +262,11 @@ def test_the_default_dtype_decides_nothing(trial):
     """A process that computes in float64 may train a float32 model."""
     optimizer, twin = trial.make(new_params()), trial.make(new_params())
     params = [param.detach() for param in params_of(optimizer)]
-    take(twin, 4)
+    take(twin, 3)
     torch.set_default_dtype(torch.float64)
     try:
         generator = torch.Generator().manual_seed(0)
-        for _ in range(4):
+        for _ in range(3):
             for param in params_of(optimizer):
                 param.grad = torch.randn(param.shape, generator=generator, dtype=torch.float32)
             optimizer.step()
@@ -285,7 +285,7 @@ def test_dtypes_side_by_side_go_as_they_would_alone(trial):
     mixed = [param for dtype in dtypes for param in new_params(dtype)]
     together = trial.make(mixed)
     alone = [trial.make(new_params(dtype)) for dtype in dtypes]
-    for step in range(4):
+    for step in range(3):
         generator = torch.Generator().manual_seed(step)
         grads = [torch.randn(param.shape, generator=generator) for param in mixed]
         params = [param for optimizer in alone for param in params_of(optimizer)]

@@ -242,7 +242,7 @@ class Trial:
     def make(self, params: Iterable[Any], **more: Any) -> torch.optim.Optimizer:
         return self.info.optim_cls(params, **{**self.kwargs, **more})
 
-    def trained(self, steps: int = 4, **more: Any) -> torch.optim.Optimizer:
+    def trained(self, steps: int = 3, **more: Any) -> torch.optim.Optimizer:
         optimizer = self.make(new_params(), **more)
         take(optimizer, steps)
         return optimizer
