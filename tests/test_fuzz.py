@@ -35,7 +35,7 @@ def profile(runs: int) -> settings:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@profile(500)
+@profile(600)
 @given(programs())
 def test_a_program_keeps_what_every_program_must(program):
     """Finite, alike in all twins, unchanged after an error, with the steps that were taken."""
@@ -140,6 +140,9 @@ FOUND = {
     ),
     "LARS on denormal gradients": Program(
         [Weight((4, 4))], {"grafting": "lars"}, [Op("step", (0, (Slope("normal", -42),)))]
+    ),
+    "LAMB on tiny gradients of large weights": Program(
+        [Weight((4, 4), power=19)], {"grafting": "lamb"}, [Op("step", (0, (Slope("normal", -30),)))]
     ),
     "a first step that is refused leaves no state": Program(
         [Weight((3, 4))], {"nonfinite": "raise"}, [Op("step", (0, (Slope("nan"),)))]
