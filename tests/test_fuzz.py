@@ -29,6 +29,7 @@ def profile(runs: int) -> settings:
         database=None,
         deadline=None,
         print_blob=True,
+        report_multiple_bugs=False,  # each is made small, which takes minutes
         suppress_health_check=list(HealthCheck),
     )
 
