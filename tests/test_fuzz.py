@@ -5,6 +5,7 @@ drawn anew each time (``--hypothesis-seed`` draws them again). A program that fa
 as it gets and printed; it goes into :data:`FOUND` when it is mended.
 """
 
+import logging
 import os
 from typing import Any
 
@@ -19,6 +20,16 @@ from torch.nn import Parameter
 from shampoo import Shampoo
 
 RUNS = int(os.environ.get("SHAMPOO_FUZZ", "0"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quiet():
+    """Steps are skipped by the hundred; what is logged of them would bury what has failed."""
+    logger = logging.getLogger("shampoo")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    yield
+    logger.setLevel(level)
 
 
 def profile(runs: int) -> settings:
