@@ -131,7 +131,7 @@ class Persistent(Optimizer):
         agreement.check(attempt)
         assert plan is not None
         params = plan.planned(self.param_groups)
-        group = self._workers.group(holders)
+        group = self._workers.group(holders).live()
         self._consolidated = consolidate(plan, params, self.state, group, to, agreement)
 
     def load_state_dict(self, state_dict: dict[str, Any], *, strict: bool = True) -> None:
