@@ -106,7 +106,7 @@ def _step_without_its_group(rank: int) -> Any:
 
 
 def test_a_step_without_its_group_says_so(ranks: Ranks) -> None:
-    """Today's torch names neither the group nor what to do."""
+    """gloo would go on with it while somebody holds it, and NCCL would not."""
     for rank, (error, is_same) in enumerate(ranks.returns(_step_without_its_group, 4)):
         own = "(0, 1)" if rank < 2 else "(2, 3)"
         assert f"the process group of the ranks {own} has been destroyed" in error
