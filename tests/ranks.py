@@ -9,6 +9,7 @@ rank that did so earlier would close its connections on another that still makes
 its last collective.
 """
 
+import contextlib
 import datetime
 import gc
 import multiprocessing
@@ -60,7 +61,8 @@ class _Rank:
     def send(self, message: Any) -> None:
         """A job, or None to end it."""
         self._is_ready = False
-        self.connection.send(message)
+        with contextlib.suppress(BrokenPipeError):  # it has died: what it says next is that
+            self.connection.send(message)
 
     def kill(self) -> None:
         """Ends the process."""
