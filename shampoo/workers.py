@@ -102,7 +102,8 @@ class Workers:
         # A process group does not outlive the default one, nor a copy or pickle: its ranks do.
         part = None if process_group is world else process_group
         self._ranks = None if part is None else dist.get_process_group_ranks(part)
-        self.process_group = None if part is None else GroupHandle(part)
+        # On a rank outside it torch gives a number in its place: replicas() says so, by the ranks.
+        self.process_group = GroupHandle(part) if isinstance(part, dist.ProcessGroup) else None
         self._trainers: dict[int, int] = {}  # by how many ranks hold the parameters
         self._groups: dict[tuple[int, ...], GroupHandle] = {}
         # Of one dimension, by their ranks.
