@@ -11,6 +11,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CUDA_TORCH ?= torch==2.11.0
 VENV ?= .venv
+# Processes of the test run, each with up to four ranks of its own. Files stay whole: the tests of one
+# share builds and runs. In alphabetical order, which ends with short files.
+WORKERS ?= 2
 
 BIN := $(abspath $(VENV))/bin
 CUDA := $(abspath $(VENV))/cuda
@@ -39,7 +42,7 @@ endif
 
 # Not `python -m pytest`: that puts the checkout, which has no shampoo/kernels, before the package.
 pytest: $(VENV)/installed
-	$(BIN)/pytest -q --durations=10
+	$(BIN)/pytest -q --durations=10 -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Builds the wheel and uses it as a stranger would: in an environment of its own, from elsewhere.
 # torch is lent to it by a path file, which does not make the development install visible.

@@ -7,20 +7,24 @@ GPUs. Started again with the same folder, on any number of ranks, it goes on fro
 checkpoint; with ``torchrun --max-restarts=1`` it does so by itself.
 """
 
-import torch.distributed as dist
+import argparse
+
+import torch
 from torch.nn.parallel import DistributedDataParallel
-from training import VisionTransformer, arguments, optimizer_of, start, train
+from training import VisionTransformer, arguments, end, optimizer_of, start, train
 
 
 def main() -> None:
     args = arguments()
     device = start()
+    run(device, args)
+    end()
+
+
+def run(device: torch.device, args: argparse.Namespace) -> None:
+    """A function of its own: model and optimizer end with it, before the process group does."""
     model = DistributedDataParallel(VisionTransformer().to(device))
     train(model, optimizer_of(model), device, args)
-    # DDP goes first. If it were the last to hold the process group, that would end under Python's
-    # lock, and wait for threads of gloo that may be waiting for it.
-    del model
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ them, so that the run ends in the same bits on one rank and on two, replicated o
 """
 
 import argparse
+import gc
 import hashlib
 import os
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
@@ -76,6 +79,24 @@ def start() -> torch.device:
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device, **members)
     return device
+
+
+def end(mesh: DeviceMesh | None = None) -> None:
+    """Ends the process group and its threads, while Python runs; model and optimizer have gone.
+
+    A thread of gloo lets go of the tensors of the last collective when it gets to it. Where that is
+    while the interpreter is taken apart, the process aborts: "terminate called without an active
+    exception", after the last line of a run that has succeeded.
+    """
+    # FSDP2's modules lie in cycles and hold the group. So does DDP, which must not be the last to:
+    # the group would end under Python's lock, and wait for threads that may be waiting for it.
+    gc.collect()
+    group = weakref.ref(dist.group.WORLD)
+    dist.destroy_process_group()
+    if mesh is not None:
+        # Since torch 2.13 a mesh holds its groups, and caches of DTensor hold the mesh for ever.
+        vars(mesh).get("_pg_registry", {}).clear()
+    assert group() is None, "something holds the process group: its threads have not ended"
 
 
 def optimizer_of(model: nn.Module) -> Shampoo:

@@ -24,6 +24,7 @@ from shampoo.errors import (
     ShampooDistributedError,
     ShampooError,
 )
+from shampoo.group_handle import GroupHandle
 
 # What a rank says of its step; the largest word counts.
 OK, SKIPPED, REFUSED, FAILED = range(4)
@@ -114,7 +115,7 @@ class Agreement:
         device: on which it communicates.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+    def __init__(self, group: GroupHandle, device: torch.device) -> None:
         self._group = group
         self._device = device
 
@@ -163,11 +164,12 @@ class Agreement:
     def fail(self, error: Exception | None) -> NoReturn:
         """Raises on all ranks alike, naming the first rank that has an error."""
         reason = None if error is None else (type(error).__name__, str(error))
-        reasons: list[tuple[str, str] | None] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(reasons, reason, group=self._group)
+        group = self._group.live()
+        reasons: list[tuple[str, str] | None] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(reasons, reason, group=group)
         if error is not None and all(other == reason for other in reasons):
             raise error  # all ranks were asked for the same impossible thing: say it in its words
-        ranks = dist.get_process_group_ranks(self._group)
+        ranks = dist.get_process_group_ranks(group)
         rank, (kind, message) = next(
             (rank, other) for rank, other in zip(ranks, reasons, strict=True) if other is not None
         )
@@ -178,15 +180,16 @@ class Agreement:
 
     def _max(self, values: Sequence[int]) -> list[int]:
         tensor = torch.tensor(values, dtype=torch.int64, device=self._device)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group.live())
         agreed: list[int] = tensor.tolist()
         return agreed
 
     def _name_difference(self, noun: str, entries: Sequence[Entry]) -> NoReturn:
         """Raises with the first entry in which a rank differs from the first rank."""
-        everyone: list[Sequence[Entry]] = [()] * dist.get_world_size(self._group)
-        dist.all_gather_object(everyone, entries, group=self._group)
-        ranks = dist.get_process_group_ranks(self._group)
+        group = self._group.live()
+        everyone: list[Sequence[Entry]] = [()] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, entries, group=group)
+        ranks = dist.get_process_group_ranks(group)
         for rank, theirs in zip(ranks, everyone, strict=True):
             if len(theirs) != len(everyone[0]):
                 raise PlanMismatchError(

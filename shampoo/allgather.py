@@ -17,6 +17,7 @@ from torch import Tensor
 
 from shampoo.agreement import FAILED
 from shampoo.exchange import Exchange, Round, search_direction
+from shampoo.group_handle import GroupHandle
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.limits import narrowed
 from shampoo.patterns import Pattern, Patterns
@@ -49,7 +50,7 @@ class AllGather(Exchange):
     def __init__(
         self,
         crews: Sequence[Sequence[Arena]],
-        group: dist.ProcessGroup | None,
+        group: GroupHandle | None,
         dtype: torch.dtype,
         overlap: bool,
     ) -> None:
@@ -117,7 +118,7 @@ class AllGather(Exchange):
     def sum_(self, values: Tensor) -> None:
         """Adds up what the ranks of the team know, in place."""
         if self._group is not None:
-            dist.all_reduce(values, group=self._group)
+            dist.all_reduce(values, group=self._group.live())
 
     def _launch(self, until: int, word: int) -> None:
         """Starts to send the parts before ``until`` that have not been sent yet."""
@@ -128,7 +129,7 @@ class AllGather(Exchange):
             work = None
             if self._group is not None:
                 is_async = len(self._buffers) > 1
-                work = _all_gather(buffer.view(-1), buffer[me], self._group, is_async)
+                work = _all_gather(buffer.view(-1), buffer[me], self._group.live(), is_async)
             self._works.append(work)
 
     def send(self, word: int) -> int:

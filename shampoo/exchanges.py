@@ -1,6 +1,7 @@
 """All buffers of a plan, made at its first step, in which process groups come into being."""
 
 import functools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,18 +29,19 @@ class Purpose:
 
     Attributes:
         weighted: by arena, whether weights travel to the owners of its blocks.
-        world: the default process group.
+        world: the default process group, which ends in spite of this.
     """
 
     plan: Plan
     weighted: tuple[bool, ...]
-    world: dist.ProcessGroup | None
+    world: weakref.ref[dist.ProcessGroup] | None
 
     @classmethod
     def of(cls, plan: Plan, hyper: Sequence[Hyperparameters], workers: Workers) -> "Purpose":
         """What a step needs."""
         weighted = tuple(needs_weights(arena, hyper[arena.group]) for arena in plan.arenas)
-        return cls(plan, weighted, workers.world())
+        world = workers.world()
+        return cls(plan, weighted, None if world is None else weakref.ref(world))
 
 
 class Exchanges:

@@ -376,7 +376,7 @@ class Shampoo(Persistent):
 
     def _compare(self, copies: Sequence[Copies], agreement: Agreement) -> None:
         """Raises on all ranks if two of one team hold different bits."""
-        errors = [held.compare(self._workers.group(held.team)) for held in copies]
+        errors = [held.compare(self._workers.group(held.team).live()) for held in copies]
         error = next((error for error in errors if error is not None), None)
         # Not raised here: the teams that found nothing must hear of it.
         if agreement.confirm(OK if error is None else FAILED) != OK:

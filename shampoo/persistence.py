@@ -209,7 +209,7 @@ class Persistent(Optimizer):
         agreement.check(attempt)
         assert plan is not None
         params = plan.planned(self.param_groups)
-        group = self._workers.group(holders)
+        group = self._workers.group(holders).live()
         with torch.no_grad():
             return consolidate(plan, params, self.state, group, to, agreement)
 

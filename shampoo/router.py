@@ -22,6 +22,7 @@ from shampoo.exchange import (
     Round,
     search_direction,
 )
+from shampoo.group_handle import GroupHandle
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.limits import narrowed
 from shampoo.patterns import Pattern, Patterns
@@ -101,7 +102,7 @@ class Router(Exchange):
         self,
         arenas: Sequence[Arena],
         routed: Sequence[Routed],
-        group: dist.ProcessGroup,
+        group: GroupHandle,
         gradient_dtype: torch.dtype,
         dtype: torch.dtype,
         longest: int,
@@ -137,7 +138,7 @@ class Router(Exchange):
     def fetch(self) -> None:
         """The first all-to-all."""
         # No word: ranks have agreed before, and what goes wrong from here on is said in send().
-        self._incoming.wire.exchange(self._group, 0)
+        self._incoming.wire.exchange(self._group.live(), 0)
 
     def gradients(self, segment: Segment) -> Blocks:
         """The pieces that came, put together where directions will be."""
@@ -169,11 +170,11 @@ class Router(Exchange):
 
     def sum_(self, values: Tensor) -> None:
         """Adds up what the ranks of the team know, in place."""
-        dist.all_reduce(values, group=self._group)
+        dist.all_reduce(values, group=self._group.live())
 
     def send(self, word: int) -> int:
         """The second all-to-all, with this rank's word; returns the team's."""
-        words = self._directions.exchange(self._group, word)
+        words = self._directions.exchange(self._group.live(), word)
         return FAILED if bool((words != 0).any()) else word
 
     def apply(self) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 from shampoo.agreement import Agreement
+from shampoo.group_handle import GroupHandle
 from shampoo.regions import mesh_ranks
 from shampoo.wording import shown
 
@@ -91,18 +93,22 @@ class Workers:
                 f"Invalid check_replicas_every={shown(check_replicas_every)}. Must be an integer"
                 " >= 0 (0: never)."
             )
-        self.process_group = process_group
         self.num_trainers_per_group = num_trainers_per_group
         self.communication_dtype = communication_dtype
         self.overlap = overlap
         self.check_replicas_every = check_replicas_every
-        self._world = self.world()
+        # Nothing here holds a group, or a mesh, which holds some: they end when torch lets go.
+        world = self.world()
+        self._world = None if world is None else weakref.ref(world)
         # A process group does not outlive the default one, nor a copy or pickle: its ranks do.
-        is_part = process_group is not None and process_group is not self._world
-        self._ranks = dist.get_process_group_ranks(process_group) if is_part else None
+        part = None if process_group is world else process_group
+        self._ranks = None if part is None else dist.get_process_group_ranks(part)
+        # On a rank outside it torch gives a number in its place: replicas() says so, by the ranks.
+        self.process_group = GroupHandle(part) if isinstance(part, dist.ProcessGroup) else None
         self._trainers: dict[int, int] = {}  # by how many ranks hold the parameters
-        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-        self._meshes: dict[tuple[int, ...], DeviceMesh] = {}  # of one dimension, by their ranks
+        self._groups: dict[tuple[int, ...], GroupHandle] = {}
+        # Of one dimension, by their ranks.
+        self._meshes: dict[tuple[int, ...], weakref.ref[DeviceMesh]] = {}
         self._agreements: dict[tuple[tuple[int, ...], torch.device], Agreement] = {}
 
     @staticmethod
@@ -145,7 +151,7 @@ class Workers:
         if isinstance(param, DTensor):
             team = _team_of_mesh(param)
             if param.device_mesh.ndim == 1:
-                self._meshes[team.ranks] = param.device_mesh
+                self._meshes[team.ranks] = weakref.ref(param.device_mesh)
             return team if not team.is_alone else Team(team.ranks, 0)
         everyone = self.replicas()
         size = self._trainers.get(everyone.size, 1)
@@ -166,27 +172,29 @@ class Workers:
         ordered = tuple(sorted(ranks | {rank}))
         return Team(ordered, ordered.index(rank))
 
-    def group(self, team: Team) -> dist.ProcessGroup:
+    def group(self, team: Team) -> GroupHandle:
         """The process group of a team, made at first use: all of the team must ask for it."""
         self._forget_dead_groups()
         if team.ranks not in self._groups:
-            self._groups[team.ranks] = self._make_group(team)
+            self._groups[team.ranks] = GroupHandle(self._make_group(team))
         return self._groups[team.ranks]
 
     def _make_group(self, team: Team) -> dist.ProcessGroup:
         """A group that exists where there is one; a new one takes a name that ranks must share."""
-        parent = self.process_group or self._world
+        world = self.world()
+        parent = world if self.process_group is None else self.process_group.live()
         assert parent is not None
         everyone = tuple(dist.get_process_group_ranks(parent))
         if everyone == team.ranks:
             return parent
-        mesh = self._meshes.get(team.ranks)
+        known = self._meshes.get(team.ranks)
+        mesh = None if known is None else known()
         if mesh is not None:
             own: dist.ProcessGroup = mesh.get_group()
             if tuple(dist.get_process_group_ranks(own)) == team.ranks:
                 return own
         backend = dist.get_backend_config(parent)
-        if parent is self._world and not team.is_sharded and len(everyone) % team.size == 0:
+        if parent is world and not team.is_sharded and len(everyone) % team.size == 0:
             # All ranks make all of these together. Among the ranks of one alone, torch numbers
             # groups by those that a rank is in: one that some have and others have not, say for
             # logging on the first rank, and they would wait for each other under two names.
@@ -211,8 +219,9 @@ class Workers:
 
     def _forget_dead_groups(self) -> None:
         world = self.world()
-        if world is not self._world:
-            self._world, self.process_group = world, None
+        if world is not (None if self._world is None else self._world()):
+            self._world = None if world is None else weakref.ref(world)
+            self.process_group = None
             self._groups.clear()
             self._meshes.clear()
             self._agreements.clear()

@@ -17,8 +17,8 @@ from shampoo.kernels import reference
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if os.environ.get("CI") != "true":
-        return
+    if os.environ.get("CI") != "true" or hasattr(session.config, "workerinput"):
+        return  # a worker of pytest-xdist sends its reports to the process that started it
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     reasons = {report.longrepr[2] for report in reporter.stats.get("skipped", [])}
     if missing := sorted(reason for reason in reasons if "GPU" not in reason):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from patience import GROUP_TIMEOUT
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -16,7 +17,7 @@ from torch.nn import Parameter
 
 from shampoo import Shampoo, ShampooError
 
-TIMEOUT = 30.0  # seconds; a rank that waits for one that does not come fails after it
+TIMEOUT = GROUP_TIMEOUT  # where a rank waits for one that does not come, which is the fault
 SHAPES = ((13, 9), (20, 6), (9, 13), (5,), (8, 8))  # 13 blocks, whole shards of some are empty
 HYPER: dict[str, Any] = {
     "lr": 0.1,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE
 
 pytest.importorskip("rich", reason="the benchmark needs the extra: pip install 'shampoo[bench]'")
 pytest.importorskip("matplotlib", reason="the plots need the extra: pip install 'shampoo[bench]'")
@@ -215,7 +216,12 @@ def test_command_writes_json_and_png(tmp_path):
     arguments = ["--device", "cpu", "--threads", "1", "--small", "--refresh", "3", "--models"]
     command = [sys.executable, "-c", RUN, *arguments, "mlp", "vit-b16-layer", "--json", str(target)]
     done = subprocess.run(
-        command, cwd=tmp_path, env=os.environ.copy(), capture_output=True, text=True, timeout=300
+        command,
+        cwd=tmp_path,
+        env=os.environ.copy(),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     for word in ("ordinary step", "root step", "amortised", "adamw-fused", "floor ms"):

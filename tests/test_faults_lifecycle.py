@@ -412,6 +412,8 @@ def _stay_away(rank: int) -> Any:
     run.feed(2)
     error = "nothing"
     if rank == 0:
+        # Now: on a busy machine, to make a group and to take a step may take longer.
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=3), dist.group.WORLD)
         try:
             run.opt.step()
         except RuntimeError as raised:  # torch's own
@@ -421,7 +423,7 @@ def _stay_away(rank: int) -> Any:
 
 
 def test_a_rank_that_does_not_step_is_noticed_after_the_timeout(ranks: Ranks) -> None:
-    zero, one = ranks.run(_stay_away, 2, timeout=3.0)
+    zero, one = ranks.run(_stay_away, 2)
     assert "Timed out waiting 3000ms" in zero[0]
     assert zero[1]
     assert one == ("nothing", True)

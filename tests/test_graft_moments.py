@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from pairwise import pairwise
 from test_ops import FLAT, LAYOUTS, assert_as_good, make, table
 
 from shampoo.kernels import reference
@@ -69,15 +70,18 @@ def test_graft_moments(impl, flat, present, beta1, normalized):
             assert_as_good(actual, expected, torch.cat(column))
 
 
+# alpha, accumulate, normalized
+GATHERS = [(1.0, False, False), (-0.3, False, True), (0.3, True, False), (1.0, True, True)]
+
+
 @pytest.mark.parametrize(
-    ("alpha", "accumulate", "normalized"),
-    [(1.0, False, False), (-0.3, False, True), (0.3, True, False), (1.0, True, True)],
+    ("layout", "how", "param", "flat"),
+    pairwise(LAYOUTS, GATHERS, [torch.bfloat16, torch.float32], FLAT),
+    ids=str,
 )
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("param", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("flat", FLAT, ids=str)
-def test_graft_moments_gathers(impl, flat, param, layout, alpha, accumulate, normalized):
+def test_graft_moments_gathers(impl, flat, param, layout, how):
     """The same bits as to gather first: in ``grad``, the moments, the directions and norms."""
+    alpha, accumulate, normalized = how
     sources = [make(layout, param), make(layout, torch.float32)]
     dims = LAYOUTS[layout][1]
     tiles, boxes, numel = table([dims, dims], 16, skip=3)

@@ -49,9 +49,10 @@ LAYERS = {
     "roots": "solver",
     # who works with whom
     "errors": "",
-    "agreement": "errors",
+    "group_handle": "errors",
+    "agreement": "errors group_handle",
     "regions": "",
-    "workers": "agreement regions wording",
+    "workers": "agreement group_handle regions wording",
     # what is where
     "patterns": "",
     "blocking": "",
@@ -85,10 +86,11 @@ LAYERS = {
     "inquiry": "",
     # what travels
     "exchange": "averages hyperparameters layout limits ops scalars segments stacks",
-    "allgather": "agreement exchange hyperparameters limits ops patterns scalars segments stacks",
-    "routes": "blocking regions",
-    "router": "agreement averages exchange hyperparameters limits ops patterns routes scalars"
+    "allgather": "agreement exchange group_handle hyperparameters limits ops patterns scalars"
     " segments stacks",
+    "routes": "blocking regions",
+    "router": "agreement averages exchange group_handle hyperparameters limits ops patterns routes"
+    " scalars segments stacks",
     "exchanges": "allgather blocking exchange hyperparameters regions router routes stacks"
     " segments step_plan workers",
     # the step
@@ -175,9 +177,10 @@ SOURCES = [
 ]
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_file_is_long(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
+def test_no_file_is_long():
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
+    assert len(lengths) > 100
+    assert {path: length for path, length in lengths.items() if length > 500} == {}
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from op_arguments import good_arguments
+from pairwise import pairwise
 from torch import Tensor
 
 from shampoo import jit, ops
@@ -112,11 +113,14 @@ def assert_as_good(
     assert error(actual, truth) <= 16.0 * coarsest  # the reference itself is right
 
 
-@pytest.mark.parametrize(("alpha", "accumulate"), [(1.0, False), (0.3, False), (0.3, True)])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("param", PARAM, ids=str)
-@pytest.mark.parametrize("flat", FLAT, ids=str)
-def test_gather_blocks(impl, flat, param, layout, alpha, accumulate):
+SUMS = [(1.0, False), (0.3, False), (0.3, True)]  # alpha, accumulate
+
+
+@pytest.mark.parametrize(
+    ("layout", "param", "how", "flat"), pairwise(LAYOUTS, PARAM, SUMS, FLAT), ids=str
+)
+def test_gather_blocks(impl, flat, param, layout, how):
+    alpha, accumulate = how
     sources = [make(layout, param), make(layout, torch.float32)]
     dims = LAYOUTS[layout][1]
     tiles, boxes, numel = table([dims, dims], 16, skip=3)
@@ -159,10 +163,9 @@ def update_truth(param, dims, boxes, momentum, direction, scale, lr, decay, mu, 
     return weights.reshape(param.shape), momentum
 
 
-@pytest.mark.parametrize("move", MOVES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("param", PARAM, ids=str)
-@pytest.mark.parametrize("flat", FLAT, ids=str)
+@pytest.mark.parametrize(
+    ("layout", "param", "move", "flat"), pairwise(LAYOUTS, PARAM, MOVES, FLAT), ids=str
+)
 def test_update_blocks(impl, flat, param, layout, move):
     dims, (mu, nesterov) = LAYOUTS[layout][1], MOVES[move]
     tiles, boxes, numel = table([dims], 16, skip=2)
