@@ -51,7 +51,7 @@ def fillable_state(
         if isinstance(param, Tensor)
     }
     plan = Plan(groups, known, workers, device="meta", kept=kept, is_partial=True)
-    params = plan.planned(groups)
+    params = plan.planned
     found: dict[Any, Any] = {param: {} for param in params}
     others: list[tuple[Tensor, str, Tensor]] = []
     for crew in plan.crews:

@@ -1,6 +1,7 @@
 """What must hold of gradients before a step may change anything."""
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,33 @@ _PLAIN = (Parameter, Tensor)  # surely no DTensors
 _NAMES = "float64, float32, bfloat16 or float16"
 
 
-def check_gradients(groups: Sequence[Mapping[str, Any]], is_first: bool) -> None:
+Form = tuple[torch.Size, torch.device, torch.layout]
+_FORM = operator.attrgetter("shape", "device", "layout")
+_DTYPE = operator.attrgetter("dtype")
+
+
+def form_of(param: Tensor) -> Form | None:
+    """What the gradients of a parameter are like; None where that takes a closer look."""
+    is_simple = type(param) in _PLAIN and param.device.type != "meta"
+    return (param.shape, param.device, torch.strided) if is_simple else None
+
+
+def are_ordinary(params: Sequence[Tensor], forms: Sequence[Form | None]) -> bool:
+    """Whether gradients surely fit their parameters, seen from far: every step asks it of all."""
+    pairs = [
+        (grad, form)
+        for param, form in zip(params, forms, strict=True)
+        if (grad := param.grad) is not None
+    ]
+    there = [grad for grad, _ in pairs]
+    return (
+        {*map(type, there)} <= {Tensor}
+        and {*map(_DTYPE, there)} <= _DTYPES
+        and list(map(_FORM, there)) == [form for _, form in pairs]
+    )
+
+
+def check_gradients(groups: Sequence[Mapping[str, Any]]) -> None:
     """Refuses what cannot be a step, before there is even a plan of one.
 
     torch looks at a gradient when it is assigned. What a parameter becomes through ``.data``
@@ -28,7 +55,6 @@ def check_gradients(groups: Sequence[Mapping[str, Any]], is_first: bool) -> None
 
     Args:
         groups: ``optimizer.param_groups``.
-        is_first: whether to look also at what stays as it is as long as a parameter lives.
 
     Raises:
         RuntimeError: for a gradient unlike its parameter in shape, device, layout or placement, or
@@ -36,10 +62,9 @@ def check_gradients(groups: Sequence[Mapping[str, Any]], is_first: bool) -> None
             or one that only inference mode may write. Names the parameter, both values and the
             remedy.
     """
-    may_write = not is_first or torch.is_inference_mode_enabled()
+    may_write = torch.is_inference_mode_enabled()
     for index, group in enumerate(groups):
         for position, param in enumerate(group["params"]):
-            # Every step asks this of every parameter: it has to be quick.
             grad, device = param.grad, param.device
             if grad is None:
                 is_fit = device.type != "meta" or not param.requires_grad
@@ -51,7 +76,7 @@ def check_gradients(groups: Sequence[Mapping[str, Any]], is_first: bool) -> None
                     and grad.device == device
                     and device.type != "meta"
                     and (may_write or not param.is_inference())
-                    and (not is_first or param.dtype in _DTYPES)
+                    and param.dtype in _DTYPES
                 )
                 if is_fit and not (type(grad) is Tensor and type(param) in _PLAIN):
                     is_fit = _is_placed_alike(param, grad)

@@ -16,7 +16,7 @@ from shampoo.agreement import FAILED, OK, SKIPPED, Agreement, Attempt, Verdict
 from shampoo.errors import ShampooDistributedError
 from shampoo.exchange import Round
 from shampoo.exchanges import Exchanges, Purpose, join_groups
-from shampoo.gradients import check_gradients
+from shampoo.gradients import are_ordinary, check_gradients
 from shampoo.hyperparameters import (
     AUTO,
     FORMER_DEFAULTS,
@@ -321,7 +321,7 @@ class Shampoo(Persistent):
                     self._take(proposal)
                 finally:
                     # Also of a step that failed midway: it may have moved some of them.
-                    mark_moved(proposal.plan.planned(self.param_groups), proposal.round)
+                    mark_moved(proposal.plan.planned, proposal.round)
                     if self._exchanges is not None:
                         self._exchanges.close()
         return loss
@@ -355,12 +355,15 @@ class Shampoo(Persistent):
         """Looks at this rank's part of the parameters and gradients. Changes nothing."""
         if self._damage:
             raise ShampooDistributedError(f"{self._damage} Load the last checkpoint.")
-        check_gradients(self.param_groups, is_first=self._plan is None)
+        plan = self._plan
+        is_current = plan is not None and plan.is_current(self.param_groups, self._workers)
+        if plan is None or not is_current or not are_ordinary(plan.planned, plan.forms):
+            check_gradients(self.param_groups)
         values = [Hyperparameters.read(group) for group in self.param_groups]
-        plan = self._current_plan()
+        plan = self._current_plan(is_current)
         plan.check_methods(values)
         plan.check_roots(values)
-        params = plan.planned(self.param_groups)
+        params = plan.planned
         grads = [None if param.grad is None else local_tensor(param.grad) for param in params]
         purpose = Purpose.of(plan, values, self._workers)
         is_prepared = self._exchanges is not None and self._exchanges.purpose == purpose
@@ -387,7 +390,7 @@ class Shampoo(Persistent):
         plan = proposal.plan
         join_groups(plan, self._workers)
         attempt = Attempt(is_shared=not plan.holders.is_alone)
-        params = plan.planned(self.param_groups)
+        params = plan.planned
         self._exchanges = None  # its buffers are free before new ones are asked for
         self._exchanges = attempt.run(Exchanges, proposal.purpose, params, self._workers)
         if not plan.holders.is_alone:

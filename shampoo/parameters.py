@@ -1,31 +1,43 @@
 """One parameter as an optimizer finds it: can it be trained, is it, and is it what it was?"""
 
-from dataclasses import dataclass
+import itertools
+import operator
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from shampoo.regions import check_placements
 
+_ATTRIBUTES = operator.attrgetter("device", "dtype", "shape")
 
-@dataclass(frozen=True)
-class Seen:
-    """What a parameter was when the plan was built."""
 
-    param: Tensor
-    planned: bool
-    device: torch.device
-    dtype: torch.dtype
-    shape: torch.Size
+class SeenParams:
+    """The parameters of a group as they were when a plan was built of them.
 
-    def still(self, param: Tensor) -> bool:
-        """Whether a parameter is what it was."""
-        if self.param is not param:
-            return False
-        if not self.planned:
-            return not is_trained(param)
-        is_same = param.device == self.device and param.dtype == self.dtype
-        return is_same and param.shape == self.shape
+    Every step asks of every parameter if it still is what it was, so nothing here loops in Python.
+
+    Args:
+        params: of the group.
+        are_planned: for every one, whether it is in the plan.
+
+    Attributes:
+        planned: those that are.
+    """
+
+    def __init__(self, params: Sequence[Tensor], are_planned: Sequence[bool]) -> None:
+        self.planned = list(itertools.compress(params, are_planned))
+        self._params = list(params)
+        self._others = [p for p, is_in in zip(params, are_planned, strict=True) if not is_in]
+        self._attributes = list(map(_ATTRIBUTES, self.planned))
+
+    def still(self, params: Sequence[Tensor]) -> bool:
+        """Whether these are the same, and would be planned alike."""
+        return (
+            len(params) == len(self._params)
+            and all(map(operator.is_, params, self._params))
+            and list(map(_ATTRIBUTES, self.planned)) == self._attributes
+            and not any(map(is_trained, self._others))
+        )
 
 
 def is_trained(param: Tensor) -> bool:

@@ -49,13 +49,17 @@ class Persistent(Optimizer):
         """Gives groups that an older version saved what they lack."""
         raise NotImplementedError
 
-    def _current_plan(self) -> Plan:
+    def _current_plan(self, is_current: bool | None = None) -> Plan:
         """The plan, of what ``state`` shows: what was put there since is what trains.
 
         Rebuilt if parameters were added, swapped, unfrozen or moved since.
+
+        Args:
+            is_current: whether the plan still holds, for a caller that has asked it.
         """
         plan = self._plan
-        is_current = plan is not None and plan.is_current(self.param_groups, self._workers)
+        if is_current is None:
+            is_current = plan is not None and plan.is_current(self.param_groups, self._workers)
         if plan is None or not is_current or not plan.is_intact(self.state):
             capture.check_warm(False)
             is_capturable = capture.is_capturable(self.param_groups)
@@ -104,7 +108,7 @@ class Persistent(Optimizer):
         """Says that a graph with one step was replayed, for which ``step()`` was not called."""
         assert self._plan is not None
         self._plan.count_replayed()
-        mark_replayed(self._plan.planned(self.param_groups))
+        mark_replayed(self._plan.planned)
 
     def _settle_skipped(self) -> None:
         """Adds what the device has counted since to ``extra``."""
@@ -208,7 +212,7 @@ class Persistent(Optimizer):
         agreement = self._workers.agreement(holders, self._all_params()[0].device)
         agreement.check(attempt)
         assert plan is not None
-        params = plan.planned(self.param_groups)
+        params = plan.planned
         group = self._workers.group(holders).live()
         with torch.no_grad():
             return consolidate(plan, params, self.state, group, to, agreement)

@@ -226,7 +226,7 @@ def _check_complete(
     expected = {param: dict(entries) for param, entries in found.items()}
     plan = Plan(groups, expected, workers, device="meta", kept=kept, is_partial=True)
     plan.check_methods([Hyperparameters.read(group) for group in groups])
-    members = list(zip(plan.members, plan.planned(groups), strict=True))
+    members = list(zip(plan.members, plan.planned, strict=True))
     beginnings = _Beginnings(groups, members, found, plan.holders)
     wanted = _keys_of_all_owners(plan, is_full)
     is_lacking = any(

@@ -20,15 +20,14 @@ from shampoo.blocking import Tile
 from shampoo.division import Owners, Share, divide
 from shampoo.entries import check_value, is_absent
 from shampoo.errors import IncompleteCheckpointError, RootFailureError
-from shampoo.gradients import square_limit
+from shampoo.gradients import Form, form_of, square_limit
 from shampoo.grafting import GRAFTING
 from shampoo.hyperparameters import Geometry, Hyperparameters
 from shampoo.layout import ADAGRAD, Layout
 from shampoo.names import parameter_name
-from shampoo.parameters import Seen, check_parameter, is_trained
+from shampoo.parameters import SeenParams, check_parameter, is_trained
 from shampoo.patterns import Pattern, Patterns
 from shampoo.publication import Publication, State
-from shampoo.regions import local_tensor
 from shampoo.segments import (
     Segment,
     Selection,
@@ -95,14 +94,14 @@ class Plan:
     ) -> None:
         self.members: list[Member] = []
         self._geometries = [Geometry.of(group) for group in groups]
-        self._seen: list[list[Seen]] = []
+        self._seen: list[SeenParams] = []
         self._replicas = workers.replicas()
         self._workspaces: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._segments: list[list[Segment]] | None = None  # by arena
         self._selections: Patterns[list[Selection]] = Patterns()
         self.present: Pattern = ()  # of the last step
         self._enlist(groups, state, workers, kept)
-        params = self.planned(groups)
+        params = self.planned
         self.holders = workers.holders([param for group in groups for param in group["params"]])
         # Whether teams may work out the same, each for itself: groups of trainers, or columns of a
         # mesh with what tensor parallelism does not divide.
@@ -138,17 +137,17 @@ class Plan:
         """Finds the parameters to move, and the owners of their blocks."""
         found: list[tuple[int, int, str, Tensor, Layout]] = []
         for index, (group, geometry) in enumerate(zip(groups, self._geometries, strict=True)):
-            seen = []
+            are_planned = []
             for position, param in enumerate(group["params"]):
                 has_state = param.numel() > 0 and any(map(is_own, state.get(param) or ()))
                 planned = is_trained(param) or has_state
-                seen.append(Seen(param, planned, param.device, param.dtype, param.shape))
+                are_planned.append(planned)
                 if planned:
                     name = parameter_name(group, index, position)
                     check_parameter(param, name)
                     layout = Layout.of(param.shape, geometry)
                     found.append((index, position, name, param, layout))
-            self._seen.append(seen)
+            self._seen.append(SeenParams(group["params"], are_planned))
         workers.settle_trainers(
             sum(layout.blocks for *_, param, layout in found if not isinstance(param, DTensor))
         )
@@ -169,10 +168,9 @@ class Plan:
 
     def owners(self) -> dict[Tensor, Owners]:
         """Who owns the blocks of every planned parameter."""
-        planned = [seen.param for group in self._seen for seen in group if seen.planned]
         return {
             param: (member.team, member.owners)
-            for param, member in zip(planned, self.members, strict=True)
+            for param, member in zip(self.planned, self.members, strict=True)
         }
 
     def _place(
@@ -222,19 +220,22 @@ class Plan:
                 arena.place()
         return list(crews.values())
 
-    def planned(self, groups: Sequence[dict[str, Any]]) -> list[Tensor]:
+    @functools.cached_property
+    def planned(self) -> list[Tensor]:
         """The planned parameters, in plan order."""
-        return [groups[member.group]["params"][member.position] for member in self.members]
+        return [param for seen in self._seen for param in seen.planned]
+
+    @functools.cached_property
+    def forms(self) -> list[Form | None]:
+        """What gradients of the planned parameters must be like."""
+        return list(map(form_of, self.planned))
 
     def is_current(self, groups: Sequence[dict[str, Any]], workers: Workers) -> bool:
         """Whether the plan still holds: same parameters, same geometry, same ranks."""
         if len(groups) != len(self._seen) or workers.replicas() != self._replicas:
             return False
         for group, geometry, seen in zip(groups, self._geometries, self._seen, strict=True):
-            params = group["params"]
-            if len(params) != len(seen) or Geometry.of(group) != geometry:
-                return False
-            if not all(before.still(param) for before, param in zip(seen, params, strict=True)):
+            if Geometry.of(group) != geometry or not seen.still(group["params"]):
                 return False
         return True
 
@@ -307,21 +308,20 @@ class Plan:
 
     def entries(self) -> list[dict[str, str]]:
         """What ranks that train together must have planned alike, parameter by parameter."""
-        planned = [seen for group in self._seen for seen in group if seen.planned]
         return [
             {
                 "name": member.name,
-                "shape": str(tuple(seen.shape)),
-                "dtype": str(seen.dtype),
+                "shape": str(tuple(param.shape)),
+                "dtype": str(param.dtype),
                 **{
                     field.name: str(getattr(self.geometry(member), field.name))
                     for field in fields(Geometry)
                 },
-                "placements": str(getattr(seen.param, "placements", "none, it is no DTensor")),
+                "placements": str(getattr(param, "placements", "none, it is no DTensor")),
                 "ranks that divide its blocks": str(member.team.size),
                 "owners of its blocks": str(member.owners),
             }
-            for member, seen in zip(self.members, planned, strict=True)
+            for member, param in zip(self.members, self.planned, strict=True)
         ]
 
     @functools.cached_property
@@ -331,10 +331,6 @@ class Plan:
             square_limit(member.layout.numel, self.geometry(member).dtype)
             for member in self.members
         ]
-
-    def params(self, groups: Sequence[dict[str, Any]]) -> list[Tensor]:
-        """What this rank holds of the planned parameters, in plan order."""
-        return [local_tensor(param) for param in self.planned(groups)]
 
     def add_missing_moments(
         self,
@@ -351,8 +347,7 @@ class Plan:
             ):
                 if needed and name not in arena.moments:
                     arena.add_moment(name)
-                    params = self.planned(groups)
-                    for param, key, view in self._fill(arena, params, state, (name,)):
+                    for param, key, view in self._fill(arena, self.planned, state, (name,)):
                         if parse(key) is not None:  # counts are there
                             self._publication.add(param, key, view, state)
                     self._forget_segments()
