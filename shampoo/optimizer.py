@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 from shampoo import capture, ops, tracing
 from shampoo.advance import advance, rescale
-from shampoo.agreement import FAILED, OK, SKIPPED, Agreement, Attempt, Verdict
+from shampoo.agreement import FAILED, OK, SKIPPED, Attempt, Verdict
 from shampoo.errors import ShampooDistributedError
 from shampoo.exchange import Round
 from shampoo.exchanges import Exchanges, Purpose, join_groups
@@ -30,7 +30,7 @@ from shampoo.parameters import check_parameter
 from shampoo.persistence import Persistent
 from shampoo.proposal import Proposal, propose
 from shampoo.regions import local_tensor
-from shampoo.replicas import Copies, copies_of
+from shampoo.replicas import check_copies, copies_of
 from shampoo.ridge import RidgeWatch
 from shampoo.scalars import Scalars
 from shampoo.segments import Selection
@@ -338,7 +338,7 @@ class Shampoo(Persistent):
             topics = () if proposal is None else proposal.topics
             verdict = agreement.settle(verdict, topics, error)
             if proposal is not None and proposal.copies:
-                self._compare(proposal.copies, agreement)
+                check_copies(proposal.copies, self._workers, agreement)
         elif error is not None:
             raise error
         assert proposal is not None
@@ -376,14 +376,6 @@ class Shampoo(Persistent):
                 names = [member.name for member in plan.members]
                 proposal.copies = copies_of(names, params, self._workers.replicas())
         return proposal
-
-    def _compare(self, copies: Sequence[Copies], agreement: Agreement) -> None:
-        """Raises on all ranks if two of one team hold different bits."""
-        errors = [held.compare(self._workers.group(held.team).live()) for held in copies]
-        error = next((error for error in errors if error is not None), None)
-        # Not raised here: the teams that found nothing must hear of it.
-        if agreement.confirm(OK if error is None else FAILED) != OK:
-            agreement.fail(error)
 
     def _prepare(self, proposal: Proposal) -> None:
         """Makes process groups and buffers; all ranks do in the step in which one needs them."""

@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from shampoo.agreement import FAILED, OK, Agreement
 from shampoo.errors import ReplicaMismatchError
 from shampoo.regions import local_tensor
-from shampoo.workers import Team
+from shampoo.workers import Team, Workers
 
 _CHUNK = 1 << 20  # elements that are widened to 64 bits at a time
 _WEIGHT = 0x1E3779B97F4A7C15  # spreads a bit over all 64
@@ -73,6 +74,15 @@ class Copies:
             " Load the last checkpoint, or broadcast parameters and optimizer from a healthy rank;"
             " then look for defective memory or a kernel that is not deterministic."
         )
+
+
+def check_copies(copies: Sequence[Copies], workers: Workers, agreement: Agreement) -> None:
+    """Raises ReplicaMismatchError on all ranks if two of one team hold different bits."""
+    errors = [held.compare(workers.group(held.team).live()) for held in copies]
+    error = next((error for error in errors if error is not None), None)
+    # Not raised here: the teams that found nothing must hear of it.
+    if agreement.confirm(OK if error is None else FAILED) != OK:
+        agreement.fail(error)
 
 
 def copies_of(names: Sequence[str], params: Sequence[Tensor], replicas: Team) -> list[Copies]:

@@ -7,7 +7,6 @@ run of its blocks that have one shape. Factors of one size and order sit in one
 What ``optimizer.state`` publishes are views of these tensors.
 """
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -39,6 +38,7 @@ class FactorStack:
     rooted: Tensor = field(init=False)  # [K] bool, derived from root
     slot: Tensor = field(init=False)  # [K] int32 on the host, when in a period roots are refreshed
     owners: list[int] = field(default_factory=list)  # [K], the parameter by its place in the arena
+    row_owners: Tensor = field(init=False)  # the same on the host
     pending: PendingFlags = field(init=False)  # verdicts on roots that are on their way to the host
 
     def allocate(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -50,6 +50,7 @@ class FactorStack:
             self.failures = torch.zeros(self.count, dtype=torch.int32, device=device)
             self.rooted = torch.zeros(self.count, dtype=torch.bool, device=device)
             self.slot = torch.zeros(self.count, dtype=torch.int32, device="cpu")
+            self.row_owners = torch.tensor(self.owners, dtype=torch.int64, device="cpu")
             self.pending = PendingFlags(self.count)
             self._seen = self._versions()
 
@@ -58,11 +59,6 @@ class FactorStack:
         if not self.diagonal:
             self.rooted.copy_(is_root(self.root))
             self.mark_seen()
-
-    @functools.cached_property
-    def row_owners(self) -> Tensor:
-        """``owners`` as a tensor on the host."""
-        return torch.tensor(self.owners, dtype=torch.int64, device="cpu")
 
     def mark_seen(self) -> None:
         """Says that what has been written into roots and slots so far is known."""

@@ -73,7 +73,7 @@ LAYERS = {
     "division": "cost layout ownership workers",
     "stacks": "blocking layout refresh slots state_keys workers",
     "segments": "rows stacks",
-    "replicas": "errors regions workers",
+    "replicas": "agreement errors regions workers",
     "parameters": "regions",
     "step_plan": "agreement blocking division entries errors gradients grafting hyperparameters"
     " layout names parameters patterns publication regions segments solver stacks state_keys"
