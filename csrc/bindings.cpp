@@ -40,11 +40,10 @@ void move_moments(const std::optional<at::Tensor>& grad, const std::optional<at:
                   const MomentsFor& moments_for) {
   const auto table =
       moments_of(grad, exp_avg, exp_avg_sq, direction, norm, sources, tiles, accumulate);
+  if (table.empty()) return;
   const int64_t blocks = blocks_of(table);
   const Moments moments = moments_for(blocks);
-  check_corrections(exp_avg, exp_avg_sq, moments.correction1, moments.correction2,
-                    std::max<int64_t>(blocks, 1));
-  if (table.empty()) return;
+  check_corrections(exp_avg, exp_avg_sq, moments.correction1, moments.correction2, blocks);
   const auto memory = sources_of("sources", sources);
   with_flat(norm, [&](auto flat) {
     using Flat = decltype(flat);

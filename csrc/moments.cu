@@ -211,10 +211,6 @@ std::vector<PartTable> part_tables(const std::vector<Tile>& tiles,
   return tables;
 }
 
-}  // namespace
-
-namespace {
-
 constexpr int64_t kWeights = sizeof(Weights<double>) / sizeof(double);
 
 int64_t blocks_of(const std::vector<Tile>& tiles) {

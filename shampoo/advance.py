@@ -85,16 +85,19 @@ def due_rows(selection: Selection, hyper: Hyperparameters) -> list[FactorRows]:
         return [] if slot is None else selection.rows_of_slot(slot)
     if not any(slot is not None for slot in slots.values()):
         return []
-    return selection.rows_by_owner([slots.get(count + ahead) for count in counts])
+    return selection.rows_by_owner(
+        tuple(
+            slots[count + ahead] if is_here else None
+            for count, is_here in zip(counts, selection.present, strict=True)
+        )
+    )
 
 
 def factor_correction(factors: FactorRows, scalars: Scalars) -> Number:
     """c2 of some factors, [R] where their parameters differ in how many steps they have taken."""
     if scalars.counted is None:
         return scalars.correction2
-    stack = factors.stack
-    owners = stack.row_owners[factors.where].to(stack.factor.device, non_blocking=True)
-    return scalars.at(owners).correction2
+    return scalars.at(factors.owners).correction2
 
 
 def _accumulate(segment: Segment, scalars: Scalars) -> None:

@@ -19,7 +19,7 @@ from shampoo.agreement import FAILED
 from shampoo.exchange import Exchange, Round, search_direction
 from shampoo.group_handle import GroupHandle
 from shampoo.hyperparameters import Hyperparameters
-from shampoo.limits import narrowed
+from shampoo.limits import clamped
 from shampoo.patterns import Pattern, Patterns
 from shampoo.scalars import Scalars
 from shampoo.segments import Segment, count_blocks
@@ -113,7 +113,7 @@ class AllGather(Exchange):
 
         offset = _HEADER + start - self._edges[me][part]
         out = self._buffers[part][me, offset : offset + segment.direction.numel()]
-        out.copy_(narrowed(search_direction(arena, segment, hyper, self.weights), out.dtype))
+        out.copy_(clamped(search_direction(arena, segment, hyper, self.weights), out.dtype))
 
     def sum_(self, values: Tensor) -> None:
         """Adds up what the ranks of the team know, in place."""
@@ -153,7 +153,7 @@ class AllGather(Exchange):
             arena = self._crews[index][self._team.me]
             hyper = self.round.hyper[arena.group]
             dtype = arena.update_dtype if hyper.momentum > 0 else arena.dtype
-            members = list(arena.first)
+            members = arena.members
             for part, tiles, ones in entries:
                 self.move(arena, members, wide(part, arena.device, dtype), tiles, ones)
 

@@ -9,6 +9,7 @@ it has asked for.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,7 @@ from torch.optim.optimizer import Optimizer
 
 from shampoo.gradients import largest_magnitudes, with_decay
 from shampoo.hyperparameters import Hyperparameters
+from shampoo.patterns import Pattern, Patterns
 from shampoo.scalars import Counted, Scalars
 from shampoo.segments import Selection
 from shampoo.stacks import Arena
@@ -32,12 +34,10 @@ _NEUTRAL = {
     "lr": 0.0,
     "momentum": 1.0,
     "beta1": 1.0,
-    "correction1": 1.0,
     "beta2": 1.0,
     "factor_weight": 0.0,
-    "correction2": 1.0,
 }
-_NEUTRAL_MOMENT = {"beta": 1.0, "weight": 0.0, "correction": 1.0}
+_NEUTRAL_MOMENT = {"beta": 1.0, "weight": 0.0}
 
 
 def is_capturing() -> bool:
@@ -87,6 +87,8 @@ def coming_refresh(plan: Plan, values: Sequence[Hyperparameters]) -> tuple[Hasha
 
 
 def _coming_slot(plan: Plan, arena: Arena, hyper: Hyperparameters) -> Hashable:
+    if not arena.rooted_stacks():
+        return None
     counts = arena.counts()
     # Of parameters that had a gradient: a graph repeats a step in which the same ones have.
     moving = [
@@ -127,14 +129,20 @@ class DeviceState:
             )
         self.device = plan.arenas[0].device
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._has_stepped = torch.stack([arena.taken.max() > 0 for arena in plan.arenas]).any()
+        self._has_stepped = torch.zeros((), dtype=torch.bool, device=self.device)
+        self.settle(plan)
         neutral = [*_NEUTRAL.values(), *_NEUTRAL_MOMENT.values()]
         self._neutral = torch.tensor(neutral, dtype=torch.float64, device=self.device)
         self._zeros = torch.zeros_like(self._neutral).unbind()
-        # Never dropped, since a graph may read them: by the pattern of present gradients, and what
-        # was captured, of which plan and exchanges keep only the latest.
-        self._limits: dict[tuple[bool, ...], Tensor] = {}
-        self._captured: list[tuple[Sequence[Selection | None], Sequence[Tensor | None]]] = []
+        self._limits: Patterns[Tensor] = Patterns()
+        # Never dropped, since a graph may read it: what was captured, of which the others keep only
+        # the latest.
+        self._captured: list[object] = []
+
+    def settle(self, plan: Plan) -> None:
+        """Takes in what others have written into the counts of steps."""
+        taken = [arena.taken.max() > 0 for arena in plan.arenas]
+        self._has_stepped.copy_(torch.stack(taken).any())  # in place: a graph may read it
 
     def accept(
         self,
@@ -152,18 +160,17 @@ class DeviceState:
         """
         pattern = tuple(grad is not None for grad in grads)
         check_warm(pattern in self._limits)
-        if pattern not in self._limits:
-            limits = [
-                limit
-                for limit, grad in zip(plan.square_limits, grads, strict=True)
-                if grad is not None
-            ]
-            self._limits[pattern] = torch.tensor(limits, dtype=torch.float64, device=self.device)
+
+        def limits_of(pattern: Pattern) -> Tensor:
+            limits = list(itertools.compress(plan.square_limits, pattern))
+            return torch.tensor(limits, dtype=torch.float64, device=self.device)
+
+        limits = self._limits.get(pattern, limits_of)
         magnitudes = largest_magnitudes([grad for grad in grads if grad is not None])
         there = [place for place, grad in enumerate(grads) if grad is not None]
         decays = [hyper[plan.members[place].group].coupled_decay for place in there]
         reach = with_decay(magnitudes, [params[place] for place in there], decays)
-        is_fit = (reach < self._limits[pattern]).all()
+        is_fit = (reach < limits).all()
         accepted = is_fit & (self._has_stepped | (magnitudes > 0.0).any())
         self.skipped += ~is_fit
         self._has_stepped |= accepted
@@ -179,10 +186,10 @@ class DeviceState:
             squares: what LARS and LAMB add up, by arena.
         """
         if is_capturing():
-            self._captured.append((selections, squares))
+            self._captured.append((selections, squares, self._limits.latest))
 
     def scalars(self, hyper: Hyperparameters, selection: Selection, accepted: Tensor) -> Scalars:
-        """Counts a step of an arena; its numbers, 0-d float64 on the device.
+        """Counts a step of an arena; its numbers, float64 on the device, 0-d or by parameter.
 
         Raises:
             ValueError: if ``lr`` or a beta is a tensor elsewhere.
@@ -197,12 +204,13 @@ class DeviceState:
                     f"Invalid {name} on {number.device}. Must be on {self.device}, as the"
                     " parameters are: a graph cannot follow it elsewhere."
                 )
-        arena, ranks = selection.arena, selection.ranks
-        is_whole = len(ranks) == len(selection.present)
+        arena = selection.arena
+        is_whole = all(selection.present)
         arena.taken += accepted if is_whole else selection.is_here & accepted
-        # The host cannot see which of the steps that it has asked for were taken.
-        arena.is_uniform = arena.is_uniform and is_whole
-        plain = Scalars.of(hyper, arena.rule, arena.taken[ranks[0]].double())
+        # Which of the steps that the host has asked for were taken, it cannot see: every parameter
+        # has numbers of its own, so that a graph stays right whatever has happened in between.
+        counted = _counted(hyper, arena, accepted)
+        plain = Scalars.of(hyper, arena.rule, 1)
         numbers = [getattr(plain, name) for name in _NEUTRAL]
         numbers += [getattr(plain.moment, name) for name in _NEUTRAL_MOMENT]
         # Those of the host go into the arguments of one launch: a copy could not be captured.
@@ -213,13 +221,14 @@ class DeviceState:
         moved: dict[str, Any] = dict(zip(_NEUTRAL, gated, strict=False))
         moment: dict[str, Any] = dict(zip(_NEUTRAL_MOMENT, gated[len(_NEUTRAL) :], strict=True))
         moved["moment"] = replace(plain.moment, **moment)
-        counted = None if arena.is_uniform else _counted(hyper, arena, accepted)
         return replace(plain, **moved, accepted=accepted, counted=counted)
 
 
 def _counted(hyper: Hyperparameters, arena: Arena, accepted: Tensor) -> Counted:
     """The numbers of parameters that may have taken different numbers of steps."""
-    steps = arena.taken.clamp(min=1).double()  # one that has taken none has nothing to correct
+    # One that has taken no step has nothing to correct. Not whole vectors, which torch raises to
+    # powers by another function than what is left over at their end.
+    steps = torch.stack((arena.taken, arena.taken), dim=-1).clamp_(min=1).double()[:, 0]
     plain = Scalars.of(hyper, arena.rule, steps)
     one = torch.ones_like(steps)
     numbers = [

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from shampoo.errors import BlockGridMismatchError
 from shampoo.state_keys import COUNTS, parse
@@ -90,13 +91,21 @@ def check_value(name: str, key: str, value: Any, view: Tensor) -> Tensor:
         view: the place for it; may be on the meta device.
 
     Raises:
-        BlockGridMismatchError: for another shape or floating dtype, with both and the remedy.
+        BlockGridMismatchError: for another shape or floating dtype, with both and the remedy, and
+            for what is no plain dense tensor with data.
         ValueError: for a count that is not a whole number >= 0.
     """
     if is_count(key):
         return as_count(name, key, value)
     check_shape(name, key, value, view)
     assert isinstance(value, Tensor)
+    is_meta = value.device.type == "meta" != view.device.type
+    if is_meta or value.layout != torch.strided or isinstance(value, DTensor):
+        kind = "without data, on meta" if is_meta else f"a {type(value).__name__}, {value.layout}"
+        raise BlockGridMismatchError(
+            f"{name}: {key} is {kind}. Must be a plain dense tensor with data: the block lies on"
+            " this rank alone."
+        )
     if value.dtype != view.dtype:
         raise BlockGridMismatchError(
             f"{name}: {key} is {value.dtype}, but this optimizer keeps it in {view.dtype}. A cast"

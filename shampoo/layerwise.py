@@ -59,7 +59,7 @@ def rescale(squares: Tensor, arena: Arena, segments: Sequence[Segment]) -> None:
 
 
 def _block_squares(flat: Tensor, segment: Segment) -> Tensor:
-    """Squared norm of every block, [B] float64."""
+    """Squared norm of every active block, [R] float64."""
     squares = [
         torch.linalg.vector_norm(part.take(part.of(flat)), dim=1, dtype=torch.float64).square()
         for part in segment.parts

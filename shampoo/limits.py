@@ -41,7 +41,7 @@ def scale_(blocks: Tensor, scale: Tensor) -> None:
     blocks.mul_(factor).masked_fill_(factor == 0.0, 0.0)  # the host does not look if there is one
 
 
-def narrowed(values: Tensor, dtype: torch.dtype) -> Tensor:
+def clamped(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Values that ``dtype`` can hold: its largest number in place of what is larger."""
     largest = torch.finfo(dtype).max
     # Directions stay below half of their range, and bfloat16 has nearly that of float32.

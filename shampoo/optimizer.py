@@ -1,6 +1,5 @@
 """The optimizer: ``step()`` reads as the algorithm, everything below it acts on whole stacks."""
 
-import functools
 import inspect
 import logging
 from collections.abc import Callable, Hashable, Sequence
@@ -31,7 +30,6 @@ from shampoo.persistence import Persistent
 from shampoo.proposal import Proposal, propose
 from shampoo.regions import local_tensor
 from shampoo.replicas import check_copies, copies_of
-from shampoo.ridge import RidgeWatch
 from shampoo.scalars import Scalars
 from shampoo.segments import Selection
 from shampoo.solver import check_method
@@ -172,9 +170,9 @@ class Shampoo(Persistent):
     gradients for the same parameters; a rank that cannot go on takes the others with it, with the
     same error, instead of leaving them to wait.
 
-    ``step()`` counts from 1 for every parameter since it joined the optimizer or was first
-    unfrozen, with or without a gradient; a call in which no parameter has one changes nothing. A
-    first step whose gradients are all zero only allocates state, because
+    Steps are a parameter's own: bias corrections, ``start_preconditioning_step`` and the refreshes
+    of its roots count those in which it has a gradient. A call in which none has one changes
+    nothing. A first step whose gradients are all zero only allocates state, because
     torch.distributed.checkpoint makes such a step.
 
     No finite gradient leaves a parameter, or anything in the state, that is not finite: squares are
@@ -362,6 +360,7 @@ class Shampoo(Persistent):
         values = [Hyperparameters.read(group) for group in self.param_groups]
         plan = self._current_plan(is_current)
         plan.check_methods(values)
+        plan.check_counts()
         plan.check_roots(values)
         params = plan.planned
         grads = [None if param.grad is None else local_tensor(param.grad) for param in params]
@@ -433,11 +432,6 @@ class Shampoo(Persistent):
             # The others have gone on to the next step, and hear of it there.
             self._damage = f"It has moved its parameters only in part: {applied.error}."
             logger.error("shampoo: %s", self._damage)
-
-    @functools.cached_property
-    def _ridges(self) -> RidgeWatch:
-        """What has been said of ``eps``; a copy says it again."""
-        return RidgeWatch()
 
     def _select(self, plan: Plan, step: Round) -> Sequence[Selection | None]:
         """The blocks that move, by arena."""

@@ -27,6 +27,11 @@ class Patterns(Generic[Value]):
             del self._made[next(iter(self._made))]
         return value
 
+    @property
+    def latest(self) -> Value | None:
+        """What was asked for last, None if nothing is kept."""
+        return self._made[next(reversed(self._made))] if self._made else None
+
     def clear(self) -> None:
         """Forgets everything."""
         self._made.clear()

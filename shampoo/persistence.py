@@ -5,6 +5,7 @@ Nothing here communicates but :meth:`Persistent.consolidate_state_dict`, and wha
 before there are others (distributed.md, rule 16).
 """
 
+import functools
 import logging
 from collections import defaultdict
 from collections.abc import Mapping
@@ -22,6 +23,8 @@ from shampoo.exchanges import Exchanges
 from shampoo.fillable import Blank, fillable_state
 from shampoo.inquiry import inquiry
 from shampoo.names import check_distinct
+from shampoo.patterns import Pattern
+from shampoo.ridge import RidgeWatch
 from shampoo.state_dict import check_origin, foreign_state, match, signed
 from shampoo.state_keys import MOMENTS, is_own, parse
 from shampoo.step_plan import Plan
@@ -64,28 +67,49 @@ class Persistent(Optimizer):
             capture.check_warm(False)
             is_capturable = capture.is_capturable(self.param_groups)
             if plan is not None and is_current and plan.take_in(self.state):
+                if self._on_device is not None:
+                    self._on_device.settle(plan)
                 return plan
-            check_distinct(self.param_groups)  # frameworks write into the lists
-            live = {param for group in self.param_groups for param in group["params"]}
-            tensors = [param for param in self.state if isinstance(param, Tensor)]
-            if dead := [param for param in tensors if param not in live]:
-                logger.warning(
-                    "shampoo: %d parameters were replaced; their state is dropped", len(dead)
-                )
-            for param in dead:
-                del self.state[param]
-            self._settle_skipped()
-            before = dict(self.state)
-            plan = Plan(self.param_groups, self.state, self._workers, kept=self._owners())
-            try:
-                is_counted = is_capturable and bool(plan.arenas)
-                self._on_device = capture.DeviceState(plan) if is_counted else None
-            except ValueError:
-                self.state.clear()  # of what the plan has put in place of the entries before
-                self.state.update(before)
-                raise
-            self._plan = plan  # only now: what could not be captured must not be taken for it
+            plan = self._make_plan(is_capturable)
         return plan
+
+    @torch.no_grad()
+    def _make_plan(self, is_capturable: bool) -> Plan:
+        """A plan of what is there, in place of the one before."""
+        check_distinct(self.param_groups)  # frameworks write into the lists
+        self._settle_skipped()
+        before = dict(self.state)
+        plan = Plan(self.param_groups, self.state, self._workers, kept=self._owners())
+        try:
+            is_counted = is_capturable and bool(plan.arenas)
+            self._on_device = capture.DeviceState(plan) if is_counted else None
+        except ValueError:
+            self.state.clear()  # of what the plan has put in place of the entries before
+            self.state.update(before)
+            raise
+        live = set(self._all_params())
+        dead = [
+            param
+            for param, entries in self.state.items()
+            if isinstance(param, Tensor) and param not in live and any(map(is_own, entries or ()))
+        ]
+        for param in dead:
+            del self.state[param]
+        if dead:
+            logger.warning(
+                "shampoo: %d parameters were replaced; their state is dropped", len(dead)
+            )
+            plan.mark_shown(self.state)
+        # Only now: what could not be captured must not be taken for it. And what knows the memory
+        # of the plan before lets go of it.
+        self._plan, self._exchanges = plan, None
+        self._ridges.forget()
+        return plan
+
+    @functools.cached_property
+    def _ridges(self) -> RidgeWatch:
+        """What has been said of ``eps``; a copy says it again."""
+        return RidgeWatch()
 
     def _owners(self) -> dict[Tensor, Owners] | None:
         """Who owns the blocks that have state, on this rank or another."""
@@ -104,11 +128,24 @@ class Persistent(Optimizer):
         if count & (count - 1) == 0:  # 1, 2, 4, 8 ...: a run that skips for ever stays readable
             logger.warning("shampoo: step skipped, %s; %d skipped so far", complaint, count)
 
-    def replayed(self) -> None:
-        """Says that a graph with one step was replayed, for which ``step()`` was not called."""
-        assert self._plan is not None
-        self._plan.count_replayed()
-        mark_replayed(self._plan.planned)
+    def replayed(self, present: Pattern | None = None) -> None:
+        """Says that a graph with one step was replayed, for which ``step()`` was not called.
+
+        Args:
+            present: which of the planned parameters have a gradient in it, None for those that had
+                one in the last step.
+
+        Raises:
+            RuntimeError: if no step has been taken with these parameters.
+        """
+        plan = self._plan
+        if plan is None or not plan.present:
+            raise RuntimeError(
+                "replayed() before any step() with the parameters that are there now: a graph of a"
+                " step is captured in one. Take it and capture it again."
+            )
+        plan.count_replayed(plan.present if present is None else present)
+        mark_replayed(plan.planned)
 
     def _settle_skipped(self) -> None:
         """Adds what the device has counted since to ``extra``."""

@@ -5,6 +5,7 @@ extended. Blocks train in the memory of arenas, of which state shows views. Wher
 what stands in its place is taken in: what state shows when ``step()`` is called is what trains.
 """
 
+from collections import Counter
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -60,7 +61,11 @@ class Publication:
     def publish(self, state: State) -> None:
         """Puts the views into ``state``, beside what is not this optimizer's."""
         for param, (_, views) in self._published.items():
-            state[param] = {**foreign(state.get(param) or {}), **views}
+            state[param] = {**foreign(_entries_of(state, param)), **views}
+        self._shown = _copy(state)
+
+    def mark_shown(self, state: State) -> None:
+        """Says that all of ``state`` is known."""
         self._shown = _copy(state)
 
     def add(self, param: Tensor, key: str, view: Tensor, state: State) -> None:
@@ -83,8 +88,10 @@ class Publication:
         """
         anew: list[Tensor] = []
         copies: list[tuple[Tensor, Tensor]] = []
-        for param, (name, views) in self._published.items():
-            entries = state.get(param) or {}
+        changed = self._changed(state)
+        for param in changed:
+            name, views = self._published[param]
+            entries = _entries_of(state, param)
             own = {key: value for key, value in entries.items() if is_own(key)}
             if not own:
                 anew += [view for key, view in views.items() if not _is_slot(key)]
@@ -96,8 +103,10 @@ class Publication:
                     for key, view in views.items()
                     if own[key] is not view
                 ]
-        # Those that are views of ours may be overwritten by others: two that were swapped, say.
-        ours = {view.untyped_storage().data_ptr() for view, _ in copies}
+        # Those that are views of ours may be overwritten before they are read: two that were
+        # swapped, say, or an entry that has moved to another parameter.
+        written = (*anew, *(view for view, _ in copies))
+        ours = {view.untyped_storage().data_ptr() for view in written}
         copies = [
             (view, value.clone() if value.untyped_storage().data_ptr() in ours else value)
             for view, value in copies
@@ -106,12 +115,36 @@ class Publication:
             view.zero_()
         for view, value in copies:
             view.copy_(value)
-        for param, (_, views) in self._published.items():
-            if not isinstance(state.get(param), dict):
-                state[param] = {}
-            state[param].update(views)
-        self._shown = _copy(state)
+        shared = Counter(map(id, state.values()))
+        for param in changed:
+            held, (_, views) = state.get(param), self._published[param]
+            if isinstance(held, dict) and shared[id(held)] == 1:
+                held.update(views)  # whoever holds it sees what trains
+            else:
+                state[param] = {**foreign(_entries_of(state, param)), **views}
+        self._shown.update(_copy({param: state[param] for param in changed}))
+        others = {key: entries for key, entries in state.items() if key not in self._published}
+        for key in [key for key in self._shown if key not in self._published]:
+            del self._shown[key]
+        self._shown.update(_copy(others))
         return len(anew) + len(copies)
+
+    def _changed(self, state: State) -> list[Tensor]:
+        """The parameters under which something else stands than was published."""
+
+        def is_shown(param: Tensor) -> bool:
+            try:
+                return bool(state.get(param) == self._shown.get(param))
+            except Exception:
+                return False
+
+        with _NoneIsEqual():
+            return [param for param in self._published if not is_shown(param)]
+
+
+def _entries_of(state: Mapping[Any, Any], param: Tensor) -> Mapping[Any, Any]:
+    entries = state.get(param)
+    return entries if isinstance(entries, Mapping) else {}
 
 
 def _copy(state: Mapping[Any, Any]) -> dict[Any, Any]:

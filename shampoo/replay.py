@@ -6,8 +6,10 @@ from typing import Any
 import torch
 
 from shampoo.optimizer import Shampoo
+from shampoo.patterns import Pattern
 
 Recorded = tuple[Callable[[], None], Any]
+Kept = tuple[Callable[[], None], Any, Pattern]  # and which gradients were there
 
 
 def record_graph(iteration: Callable[[], Any], pool: Any) -> Recorded:
@@ -71,7 +73,7 @@ class Replay:
         self._iteration = iteration
         self._record = record
         self._pool: Any = None
-        self._recorded: dict[Hashable, Recorded | None] = {}  # None: has run eagerly
+        self._recorded: dict[Hashable, Kept | None] = {}  # None: has run eagerly
         self._plan: object = None
 
     def __call__(self) -> Any:
@@ -88,10 +90,12 @@ class Replay:
         if recorded is None:
             if self._pool is None and torch.cuda.is_available():
                 self._pool = torch.cuda.graph_pool_handle()
-            recorded = self._recorded[kind] = self._record(self._iteration, self._pool)
-        replay, result = recorded
+            replay, result = self._record(self._iteration, self._pool)
+            assert optimizer._plan is not None
+            recorded = self._recorded[kind] = (replay, result, optimizer._plan.present)
+        replay, result, present = recorded
         replay()
-        optimizer.replayed()
+        optimizer.replayed(present)
         return result
 
 

@@ -51,6 +51,10 @@ class RidgeWatch:
         self._has_warned = False
         self._looks: dict[int, _Look] = {}  # by arena
 
+    def forget(self) -> None:
+        """Lets go of looks at a plan that is no more."""
+        self._looks.clear()
+
     def look(
         self,
         selection: Selection,

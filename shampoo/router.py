@@ -24,7 +24,7 @@ from shampoo.exchange import (
 )
 from shampoo.group_handle import GroupHandle
 from shampoo.hyperparameters import Hyperparameters
-from shampoo.limits import narrowed
+from shampoo.limits import clamped
 from shampoo.patterns import Pattern, Patterns
 from shampoo.routes import Piece, Routed, Routes, routes_of, spans
 from shampoo.scalars import Scalars
@@ -158,7 +158,7 @@ class Router(Exchange):
         direction = search_direction(arena, segment, hyper, self.weights)
         space = self._space[: len(direction)]
         # Rounded to what travels, and where views of it have been made.
-        space.copy_(narrowed(direction, space.dtype))
+        space.copy_(clamped(direction, space.dtype))
         if segment.key not in self._departures:
             copies = _Copies()
             for block, view in _block_views(segment, space):
@@ -183,7 +183,7 @@ class Router(Exchange):
         for arena, tiles, ones in self._table():
             hyper = self.round.hyper[arena.group]
             dtype = arena.update_dtype if hyper.momentum > 0 else arena.dtype
-            self.move(arena, list(arena.first), wide(dtype), tiles, ones)
+            self.move(arena, arena.members, wide(dtype), tiles, ones)
 
     def _table(self) -> list[tuple[Arena, Tensor, Tensor]]:
         """For every arena with present pieces here: tiles, scales of 1."""

@@ -86,7 +86,7 @@ class Part:
         if count == 0:
             return []
         if count == len(active):
-            return [self._narrow(slice(0, count), first, None)]
+            return [self._narrow(slice(0, count), first)]
         if self.grad[0].numel() < _LARGE_BLOCK:
             rows = rows.to(self.grad.device, non_blocking=True)
             part = Part(
@@ -102,9 +102,9 @@ class Part:
                 self,
             )
             return [part]
-        return [self._narrow(slice(*run), first + done, None) for done, run in _runs(rows)]
+        return [self._narrow(slice(*run), first + done) for done, run in _runs(rows)]
 
-    def _narrow(self, run: slice, first: int, rows: Rows) -> "Part":
+    def _narrow(self, run: slice, first: int) -> "Part":
         size = self.grad[0].numel()
         start = self.elements.start
         return Part(
@@ -116,7 +116,7 @@ class Part:
             [factor[run] for factor in self.factors],
             [None if root is None else root[run] for root in self.roots],
             [rooted[run] for rooted in self.rooted],
-            rows,
+            None,
             self,
         )
 
@@ -248,6 +248,12 @@ class FactorRows:
     where: slice | Tensor  # ascending; a tensor, [R] int64, is on the host
 
     @functools.cached_property
+    def owners(self) -> Tensor:
+        """[R], the parameters of the factors, by their places in the arena."""
+        owners = self.stack.row_owners[self.where]
+        return owners.to(self.stack.factor.device, non_blocking=True)
+
+    @functools.cached_property
     def rows(self) -> Tensor:
         """``where`` as rows to be copied together, on the device of the stack."""
         assert isinstance(self.where, Tensor)
@@ -263,6 +269,9 @@ class FactorRows:
             put(state, self.rows, taken)
 
 
+Slots = tuple[int | None, ...]
+
+
 @dataclass(frozen=True)
 class Selection:
     """What one arena does in a step with a given pattern of gradients."""
@@ -271,6 +280,8 @@ class Selection:
     present: tuple[bool, ...]  # for every parameter of the arena
     segments: list[Segment]
     _rows: dict[int, list[FactorRows]] = field(default_factory=dict)  # by slot
+    # By slots. For ever, if capturable: a graph may read the tables of any of them.
+    _rows_by_owner: dict[Slots, list[FactorRows]] = field(default_factory=dict)
 
     @functools.cached_property
     def ranks(self) -> list[int]:
@@ -293,21 +304,21 @@ class Selection:
             ]
         return self._rows[slot]
 
-    def rows_by_owner(self, slots: Sequence[int | None]) -> list[FactorRows]:
+    def rows_by_owner(self, slots: Slots) -> list[FactorRows]:
         """The factors that are refreshed where parameters differ in how many steps they have taken.
 
         Args:
-            slots: for every parameter of the arena, the slot that is due, None if there is none.
+            slots: for every parameter of the arena, the slot that is due, None if there is none or
+                the parameter has no gradient.
         """
-        if all(slots[rank] is None for rank in self.ranks):
-            return []
-        due = torch.tensor(
-            [
-                -1 if slot is None or not is_here else slot
-                for slot, is_here in zip(slots, self.present, strict=True)
-            ],
-            device="cpu",
-        )
+        if slots not in self._rows_by_owner:
+            if not self.arena.is_capturable:
+                self._rows_by_owner.clear()  # they hardly come again
+            self._rows_by_owner[slots] = self._rows_of(slots)
+        return self._rows_by_owner[slots]
+
+    def _rows_of(self, slots: Slots) -> list[FactorRows]:
+        due = torch.tensor([-1 if slot is None else slot for slot in slots], device="cpu")
         return [
             rows
             for stack in self.arena.rooted_stacks()

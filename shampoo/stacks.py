@@ -152,7 +152,6 @@ class Arena:
         # for. State shows them, so what is written there counts.
         self.steps = torch.empty(0, dtype=torch.int64)
         self.taken = torch.empty(0)  # [members], if capturable: on the device, without skipped ones
-        self.is_uniform = True  # if capturable: whether all of ``taken`` are known to be equal
         self.moments: dict[str, Tensor] = {}
         self.factor_stacks: list[FactorStack] = []
         self._stacks: dict[tuple[tuple[int, ...], tuple[bool, ...]], BlockStack] = {}

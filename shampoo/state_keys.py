@@ -5,6 +5,7 @@ looked at as a whole: ``exp_avg`` is part of the word ``exp_avg_sq``, and a user
 ``slot_weights`` are not the slots of a schedule.
 """
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ class BlockKey(NamedTuple):
         return f"block{self.block}.{self.kind}{'' if self.mode is None else self.mode}"
 
 
+@functools.lru_cache(maxsize=1 << 16)  # the same keys are asked for again and again
 def parse(key: Any) -> BlockKey | None:
     """What a key says of a block; None if it is none of this optimizer's, or is of no block."""
     found = _KEY.fullmatch(key) if isinstance(key, str) else None

@@ -239,6 +239,7 @@ class Plan:
                 return False
         return True
 
+    @torch.no_grad()
     def take_in(self, state: State) -> bool:
         """Makes what ``state`` shows, whoever put it there, what trains.
 
@@ -256,6 +257,10 @@ class Plan:
             self._forget_segments()
         return True
 
+    def mark_shown(self, state: State) -> None:
+        """Says that what is in ``state`` beside the planned parameters is known."""
+        self._publication.mark_shown(state)
+
     def is_intact(self, state: State) -> bool:
         """Whether ``state`` shows what trains, so that :meth:`take_in` has nothing to do."""
         return self._publication.is_intact(state) and not self._is_edited()
@@ -268,8 +273,6 @@ class Plan:
         for arena in self.arenas:
             for factors in arena.factor_stacks:
                 factors.mark_rooted()
-            if arena.is_capturable and len(arena.taken) > 0 and arena.taken.device.type != "meta":
-                arena.is_uniform = bool((arena.taken == arena.taken[0]).all())
 
     def _forget_segments(self) -> None:
         """Lets segments be made anew: memory, roots or slots are others."""
@@ -294,9 +297,9 @@ class Plan:
         for arena in self.arenas:
             arena.count_step(present)
 
-    def count_replayed(self) -> None:
-        """A graph has taken the last step once more; what it wrote into roots is known."""
-        self.count_step(self.present)
+    def count_replayed(self, present: Pattern) -> None:
+        """A graph has taken a step with these gradients; what it wrote into roots is known."""
+        self.count_step(present)
         for arena in self.arenas:
             for stack in arena.rooted_stacks():
                 stack.mark_seen()
@@ -347,9 +350,10 @@ class Plan:
             ):
                 if needed and name not in arena.moments:
                     arena.add_moment(name)
-                    for param, key, view in self._fill(arena, self.planned, state, (name,)):
-                        if parse(key) is not None:  # counts are there
-                            self._publication.add(param, key, view, state)
+                    for member, key, view in arena.views((name,)):
+                        named = parse(key)
+                        if named is not None and named.kind == name:
+                            self._publication.add(self.planned[member], key, view, state)
                     self._forget_segments()
 
     def check_methods(self, hyperparameters: Sequence[Hyperparameters]) -> None:
@@ -358,6 +362,17 @@ class Plan:
             values = hyperparameters[arena.group]
             for order in {factors.order for factors in arena.factor_stacks}:
                 check_method(values.root_method, values.root_power(order))
+
+    def check_counts(self) -> None:
+        """Raises ValueError if somebody has written a count of steps that cannot be one."""
+        for arena in self.arenas:
+            counts = arena.counts()
+            if (count := min(counts)) < 0:
+                member = arena.members[counts.index(count)]
+                raise ValueError(
+                    f"Invalid step={count} in the state of {self.members[member].name}. Must be"
+                    " >= 0: write what it was, or remove the entry to start the parameter anew."
+                )
 
     def check_roots(self, hyperparameters: Sequence[Hyperparameters]) -> None:
         """Raises RootFailureError if a factor has failed for longer than its group allows."""
@@ -445,22 +460,26 @@ class Plan:
         return published
 
     def _check_whole(self, published: Published, state: State) -> None:
-        """Refuses to go on without blocks that others owned when the state was made."""
+        """Refuses to go on without a part of what a parameter cannot go on without."""
         names = {
             param: member.name
-            for param, member in zip(self.owners(), self.members, strict=True)
-            if state.get(param)
+            for param, member in zip(self.planned, self.members, strict=True)
+            if any(map(is_own, state.get(param) or ()))
         }
         for param, key, _ in published:
             # What else is missing may be new, called for by a change of betas or momentum.
             named = parse(key)
-            is_lasting = named is not None and named.kind in LASTING
+            is_lasting = key == "step" if named is None else named.kind in LASTING
             if param in names and key not in state[param] and is_lasting:
-                raise IncompleteCheckpointError(
-                    f"{key} of {names[param]} is missing: the ranks that divide the blocks are not"
-                    " those that divided them when this optimizer was copied or last stepped. Save"
-                    " with shampoo.checkpoint before the ranks change, and load that."
+                why = (
+                    "an entry of optimizer.state is all there, or nothing of it. Put it back, or"
+                    " remove the whole entry: then the parameter starts anew."
+                    if self.holders.is_alone
+                    else "it was removed from optimizer.state, or the ranks that divide the blocks"
+                    " are not those that divided them when this optimizer was copied or last"
+                    " stepped. Save with shampoo.checkpoint before the ranks change, and load that."
                 )
+                raise IncompleteCheckpointError(f"{key} of {names[param]} is missing: {why}")
 
 
 def _moments_of(
@@ -478,4 +497,4 @@ def _moments_of(
 
 def _kinds(arena: Arena, params: Sequence[Tensor], state: State) -> set[str]:
     """The kinds of state that the parameters of an arena bring."""
-    return kinds_in(key for member in arena.members for key in state.get(params[member], {}))
+    return kinds_in(key for member in arena.members for key in state.get(params[member]) or {})

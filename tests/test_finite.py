@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from shampoo import NonFiniteGradientError, Shampoo
 from shampoo.gradients import square_limit
 from shampoo.grafting import GRAFTING
-from shampoo.limits import narrowed, summand_limit
+from shampoo.limits import clamped, summand_limit
 
 STEPS = 1500
 # lr is small enough for weights to stay far from the limits: those are its to keep.
@@ -244,13 +244,13 @@ def test_directions_beyond_float16_travel_as_its_largest_number(ranks: Ranks):
 
 def test_what_a_narrower_dtype_cannot_hold_travels_as_its_largest_number():
     values = torch.tensor([1e6, -1e6, 1.0, 3e38, 0.0])
-    assert narrowed(values, torch.bfloat16) is values
-    assert narrowed(values, torch.float64) is values
-    assert narrowed(values, torch.float16).half().tolist() == [65504, -65504, 1, 65504, 0]
+    assert clamped(values, torch.bfloat16) is values
+    assert clamped(values, torch.float64) is values
+    assert clamped(values, torch.float16).half().tolist() == [65504, -65504, 1, 65504, 0]
     wide = torch.tensor([1e300, -1e300, 2.0], dtype=torch.float64)
     for dtype in (torch.float32, torch.bfloat16):
         largest = torch.finfo(dtype).max
-        assert narrowed(wide, dtype).to(dtype).tolist() == [largest, -largest, 2.0]
+        assert clamped(wide, dtype).to(dtype).tolist() == [largest, -largest, 2.0]
 
 
 def test_the_limits_are_those_of_the_documentation():

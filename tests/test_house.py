@@ -98,7 +98,7 @@ LAYERS = {
     "versions": "exchange",
     "tracing": "regions",
     "scalars": "averages grafting hyperparameters layout",
-    "capture": "gradients hyperparameters scalars segments stacks step_plan",
+    "capture": "gradients hyperparameters patterns scalars segments stacks step_plan",
     "proposal": "agreement capture errors exchange exchanges gradients replicas step_plan",
     "direction": "averages exchange hyperparameters kernels.norms limits ops scalars segments",
     "layerwise": "exchange limits ops segments stacks",
@@ -106,11 +106,11 @@ LAYERS = {
     " precision refresh scalars segments stacks",
     "ridge": "advance hyperparameters scalars segments solver stacks step_plan",
     "persistence": "agreement capture consolidation division exchanges fillable inquiry names"
-    " state_dict state_keys step_plan versions workers",
+    " patterns ridge state_dict state_keys step_plan versions workers",
     "optimizer": "advance agreement capture errors exchange exchanges gradients hyperparameters"
-    " layout names ops parameters persistence proposal regions replicas ridge scalars segments"
+    " layout names ops parameters persistence proposal regions replicas scalars segments"
     " solver stacks step_plan thin tracing versions workers",
-    "replay": "optimizer",
+    "replay": "optimizer patterns",
     "checkpoint": "hyperparameters layout optimizer state_dict state_keys",
     # before the step
     "architectures": "",

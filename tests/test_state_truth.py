@@ -246,6 +246,78 @@ def test_an_entry_without_a_factor_is_refused():
         go_on(params, opt, 1)
 
 
+def test_an_entry_that_moves_to_another_parameter_goes_on_there():
+    """Across groups too, whose blocks lie in other memory."""
+    first, second = random_params((6, 4), (6, 4), dtype=torch.float32)
+    opt = Shampoo([{"params": [first]}, {"params": [second], "lr": 0.1}], **HYPER)
+    go_on([first, second], opt, 5)
+    was = {key: value.clone() for key, value in opt.state[first].items()}
+    opt.state[second] = opt.state.pop(first)
+    apply(opt, [first, second], [torch.zeros(6, 4), None])
+    assert all(opt.state[second][key].equal(value) for key, value in was.items())
+    assert opt.state[first]["step"] == 1
+
+
+def test_one_dictionary_for_two_parameters_becomes_two():
+    params = random_params((6, 4), (6, 4), dtype=torch.float32)
+    opt = Shampoo(params, **HYPER)
+    go_on(params, opt, 5)
+    opt.state[params[1]] = opt.state[params[0]]
+    go_on(params, opt, 2, seed=2)
+    one, other = (opt.state[param] for param in params)
+    assert one is not other
+    assert not one["block0.exp_avg"].equal(other["block0.exp_avg"])
+    assert one["step"] == other["step"] == 7
+
+
+def test_a_step_that_was_removed_or_is_negative_is_refused():
+    params, opt = trained(5)
+    del opt.state[params[0]]["step"]
+    with pytest.raises(shampoo.IncompleteCheckpointError, match=r"step of parameter 0.*missing"):
+        go_on(params, opt, 1)
+    params, opt = trained(5)
+    opt.state[params[1]]["step"].fill_(-3)
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(ValueError, match=r"Invalid step=-3 in the state of parameter 1"):
+        go_on(params, opt, 1)
+    assert all(param.equal(old) for param, old in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda v: v.to("meta"), lambda v: v.to_sparse()], ids=["meta", "sparse"]
+)
+def test_a_value_without_dense_data_is_refused_before_anything_changes(make):
+    params, opt = trained(5)
+    copies(opt)
+    opt.state[params[1]]["block0.exp_avg"] = make(opt.state[params[1]]["block0.exp_avg"])
+    opt.state[params[0]]["block0.exp_avg"].fill_(7.0)
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(shampoo.BlockGridMismatchError, match=r"block0.exp_avg.*plain dense"):
+        go_on(params, opt, 1)
+    assert all(param.equal(old) for param, old in zip(params, before, strict=True))
+
+
+@pytest.mark.parametrize("how", ["before", "rebuilt", "copied"])
+def test_what_is_not_ours_alone_is_no_state_of_a_parameter(how):
+    params = random_params(*SHAPES, dtype=torch.float32)
+    opt = Shampoo(params, **HYPER)
+    if how != "before":
+        go_on(params, opt, 3)
+        opt.state.clear()
+    opt.state[params[0]] = {"ema": torch.ones(2)}
+    stranger = torch.zeros(1)
+    opt.state[stranger] = {"count": 3}
+    if how == "rebuilt":
+        opt.add_param_group({"params": [Parameter(torch.zeros(2, 2))]})
+    elif how == "copied":
+        params, opt = twin_of(params, opt)
+    go_on(params, opt, 2, seed=5)
+    assert opt.state[params[0]]["step"] == 2
+    assert opt.state[params[0]]["ema"].tolist() == [1.0, 1.0]
+    if how != "copied":
+        assert opt.state[stranger] == {"count": 3}
+
+
 def test_a_count_may_be_a_number():
     params, opt = trained(5)
     others, other = twin_of(params, opt)
