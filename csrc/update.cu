@@ -50,8 +50,9 @@ __device__ __forceinline__ void step(Wide& weight, Flat& momentum, bool has_mome
     weight -= static_cast<Wide>(lr * momentum);
 }
 
+// In double fewer blocks share a multiprocessor: registers would not do for more.
 template <class Flat>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(Flat) == 4 ? 4 : 3)
     update_kernel(const __grid_constant__ BoxTable table, Update<Flat> update) {
   const Box& box = table.find(blockIdx.x);
   const Pace pace(update.move);

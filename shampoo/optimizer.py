@@ -313,7 +313,8 @@ class Shampoo(Persistent):
         self._consolidated = None
         params = [param for group in self.param_groups for param in group["params"]]
         with tracing.answering(params):
-            proposal = self._agree(params)
+            with self._undone_if_refused():
+                proposal = self._agree(params)
             if proposal is not None:
                 try:
                     self._take(proposal)

@@ -8,7 +8,8 @@ before there are others (distributed.md, rule 16).
 import functools
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -110,6 +111,20 @@ class Persistent(Optimizer):
     def _ridges(self) -> RidgeWatch:
         """What has been said of ``eps``; a copy says it again."""
         return RidgeWatch()
+
+    @contextmanager
+    def _undone_if_refused(self) -> Iterator[None]:
+        """Takes back the plan, and the state it shows, that was made for a step that is refused."""
+        state, before = dict(self.state), (self._plan, self._on_device)
+        try:
+            yield
+        except Exception:
+            if self._plan is not before[0]:
+                self.state.clear()
+                self.state.update(state)
+                self._plan, self._on_device = before
+                self._exchanges = None
+            raise
 
     def _owners(self) -> dict[Tensor, Owners] | None:
         """Who owns the blocks that have state, on this rank or another."""

@@ -16,7 +16,8 @@ FILES = sorted(path.name for path in jit.source_dir().glob("*.cu"))
 KERNELS = {
     "gather_kernel": (256, 4),
     "magnitudes_kernel": (256, 6),
-    "update_kernel": (256, 4),
+    "update_kernel<float>": (256, 4),
+    "update_kernel<double>": (256, 3),
     "moments_kernel<float>": (256, 3),
     "moments_kernel<double>": (256, 2),
     "weights_kernel": (256, 1),
