@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.presence`` prints, for some numbers of small matrices, a step in which all
 have gradients, one in which another random half has them each time, and the share of a step that
-goes into the question if ``optimizer.state`` still shows what trains. Matrices are small on purpose:
-the work that does not depend on their size is what is asked for.
+goes into the question if ``optimizer.state`` still shows what trains. Matrices are small on
+purpose: the work that does not depend on their size is what is asked for.
 """
 
 import argparse
@@ -32,10 +32,9 @@ class Matrices:
 
     def __init__(self, count: int, side: int, share: float) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.params = [
-            Parameter(torch.randn(side, side, generator=generator)) for _ in range(count)
-        ]
-        self.grads = [torch.randn(side, side, generator=generator) for _ in range(count)]
+        drawn = [torch.randn(2, side, side, generator=generator) for _ in range(count)]
+        self.params = [Parameter(weight.clone()) for weight, _ in drawn]
+        self.grads = [grad.clone() for _, grad in drawn]
         self.optimizer = Shampoo(self.params, precondition_frequency=ORDINARY)
         self._share, self._generator = share, generator
         self.draw(share=1.0)

@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib", reason="the plots need the extra: pip install 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # after the installed package, which the checkout must not shadow
 
-from benchmarks import contest, floor, shapes, step_time, timing  # noqa: E402
+from benchmarks import contest, floor, presence, shapes, step_time, timing  # noqa: E402
 
 BLOCK = 4
 SHAPES = [(9, 6), (4, 4), (2, 3, 5), (3, 1, 7), (7,), (1, 5), (1,), (), (5, 2, 3, 2), (2, 2, 8)]
@@ -245,3 +245,10 @@ RUN = (
     f"import sys; sys.path.append({str(ROOT)!r});"
     "from benchmarks.step_time import main; sys.exit(main(sys.argv[1:]))"
 )
+
+
+def test_presence_prints_a_row_for_every_count(capsys):
+    assert presence.main(["--counts", "3", "7", "--side", "4", "--rounds", "3"]) == 0
+    printed = capsys.readouterr().out
+    rows = [line for line in printed.splitlines() if line.count(" ms ") == 2]
+    assert [row.split()[1] for row in rows] == ["3", "7"]
