@@ -471,15 +471,13 @@ class Plan:
             named = parse(key)
             is_lasting = key == "step" if named is None else named.kind in LASTING
             if param in names and key not in state[param] and is_lasting:
-                why = (
-                    "an entry of optimizer.state is all there, or nothing of it. Put it back, or"
-                    " remove the whole entry: then the parameter starts anew."
-                    if self.holders.is_alone
-                    else "it was removed from optimizer.state, or the ranks that divide the blocks"
-                    " are not those that divided them when this optimizer was copied or last"
-                    " stepped. Save with shampoo.checkpoint before the ranks change, and load that."
+                raise IncompleteCheckpointError(
+                    f"{key} of {names[param]} is missing: it was removed from optimizer.state, of"
+                    " which an entry is all there or nothing of it (remove all of it to start the"
+                    " parameter anew), or the ranks that divide the blocks are not those that"
+                    " divided them when this optimizer was copied or last stepped (save with"
+                    " shampoo.checkpoint before the ranks change, and load that)."
                 )
-                raise IncompleteCheckpointError(f"{key} of {names[param]} is missing: {why}")
 
 
 def _moments_of(
