@@ -1,4 +1,6 @@
-# `make test` and `make bench` set up all they need, in .venv, and are quick the second time.
+# `make test`, `make slow` and `make bench` set up all they need, in .venv, and are quick the second
+# time. `make slow` is the rest of the tests: those that build, compile or interpret kernels for
+# minutes, run the examples, and generate programs.
 #
 # TORCH is what to install where .venv has no torch yet, as pip takes it; for a CPU wheel alone,
 # which is a tenth of the size, name its index: PIP_EXTRA_INDEX_URL=... make test
@@ -21,7 +23,7 @@ CLEAN := $(abspath $(VENV))/clean
 WHEELS := $(abspath $(VENV))/wheels
 SOURCES := shampoo kernels tests benchmarks examples setup.py
 
-.PHONY: test bench lint types pytest wheel clean
+.PHONY: test slow bench lint types pytest wheel clean
 
 test: lint pytest types
 
@@ -35,14 +37,15 @@ lint: $(VENV)/installed
 
 ifndef SHAMPOO_CUDA_TORCH_PYTHON
 ifneq ($(shell command -v nvcc),)
-pytest: $(CUDA)/installed
-pytest: export SHAMPOO_CUDA_TORCH_PYTHON := $(CUDA)/bin/python
+slow: $(CUDA)/installed
+slow: export SHAMPOO_CUDA_TORCH_PYTHON := $(CUDA)/bin/python
 endif
 endif
 
 # Not `python -m pytest`: that puts the checkout, which has no shampoo/kernels, before the package.
-pytest: $(VENV)/installed
-	$(BIN)/pytest -q --durations=10 -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+pytest slow: $(VENV)/installed
+	$(BIN)/pytest -q --durations=10 -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+	  -m $(if $(filter slow,$@),slow,"not slow")
 
 # Builds the wheel and uses it as a stranger would: in an environment of its own, from elsewhere.
 # torch is lent to it by a path file, which does not make the development install visible.

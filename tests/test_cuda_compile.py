@@ -9,6 +9,8 @@ import pytest
 
 from shampoo import jit
 
+pytestmark = pytest.mark.slow
+
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
 FILES = sorted(path.name for path in jit.source_dir().glob("*.cu"))
 
