@@ -72,6 +72,11 @@ class RidgeWatch:
         arena, due = selection.arena, due_rows(selection, hyper)
         if not due:
             return
+        share = max(_SHARE, hyper.relative_eps)
+        if arena.device.type == "cpu":  # where the host may look first, and passes cost most
+            due = [f for f in due if _may_be_outweighed(f, scalars, hyper.eps / share)]
+            if not due:
+                return
         self._read(members)
         smallest = torch.stack([_smallest(factors, scalars) for factors in due], dim=1)
         arrived = None
@@ -80,7 +85,6 @@ class RidgeWatch:
             smallest = sent.copy_(smallest, non_blocking=True)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
-        share = max(_SHARE, hyper.relative_eps)
         self._looks[id(arena)] = _Look(arena, due, hyper.eps, share, smallest, arrived)
         self._read(members)
 
@@ -116,6 +120,14 @@ class RidgeWatch:
             name,
             norm,
         )
+
+
+def _may_be_outweighed(factors: FactorRows, scalars: Scalars, bound: float) -> bool:
+    """Whether some norm may lie below a bound: that of the diagonal is no larger than it."""
+    diagonals = factors.take(factors.stack.factor.diagonal(dim1=1, dim2=2))
+    norms = torch.linalg.vector_norm(diagonals, dim=1, dtype=torch.float64)
+    norms = norms / factor_correction(factors, scalars)
+    return bool(((norms > 0) & (norms < bound)).any())
 
 
 def _smallest(factors: FactorRows, scalars: Scalars) -> Tensor:
