@@ -199,9 +199,10 @@ class Machine:
     def bad_gradient(self, position: int, how: str) -> None:
         """A gradient that is not of its parameter, left by pruning or growing it, or sparse."""
         index = position % len(self.first.params)
-        for world in self.worlds:
+        for world in self.worlds:  # all of them first: twins that have others would part
             for param in world.params:
                 param.grad = torch.ones_like(param) if param.requires_grad else None
+        for world in self.worlds:
             param = world.params[index]
             if not param.requires_grad or param.numel() == 0:
                 return
