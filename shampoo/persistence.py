@@ -25,6 +25,7 @@ from shampoo.fillable import Blank, fillable_state
 from shampoo.inquiry import inquiry
 from shampoo.names import check_distinct
 from shampoo.patterns import Pattern
+from shampoo.publication import TakenIn
 from shampoo.ridge import RidgeWatch
 from shampoo.state_dict import check_origin, foreign_state, match, signed
 from shampoo.state_keys import MOMENTS, is_own, parse
@@ -47,6 +48,7 @@ class Persistent(Optimizer):
     _damage: str = ""  # why this rank cannot go on until it has loaded a checkpoint
     _consolidated: Whole | None = None  # empty where another rank has got it
     _has_warned: bool = False  # of a state that holds some blocks only
+    _taken: TakenIn | None = None  # by a step that may still be refused
     _workers: Workers
 
     def _fill_groups(self) -> None:
@@ -67,7 +69,9 @@ class Persistent(Optimizer):
         if plan is None or not is_current or not plan.is_intact(self.state):
             capture.check_warm(False)
             is_capturable = capture.is_capturable(self.param_groups)
-            if plan is not None and is_current and plan.take_in(self.state):
+            taken = plan.take_in(self.state) if plan is not None and is_current else None
+            if plan is not None and taken is not None:
+                self._taken = taken
                 if self._on_device is not None:
                     self._on_device.settle(plan)
                 return plan
@@ -114,17 +118,22 @@ class Persistent(Optimizer):
 
     @contextmanager
     def _undone_if_refused(self) -> Iterator[None]:
-        """Takes back the plan, and the state it shows, that was made for a step that is refused."""
-        state, before = dict(self.state), (self._plan, self._on_device)
+        """Takes back what a step that is refused has made of the state: its plan, its views."""
+        state, plan, on_device = dict(self.state), self._plan, self._on_device
+        self._taken = None
         try:
             yield
         except Exception:
-            if self._plan is not before[0]:
+            if self._plan is not plan:
                 self.state.clear()
                 self.state.update(state)
-                self._plan, self._on_device = before
+                self._plan, self._on_device = plan, on_device
                 self._exchanges = None
+            elif self._taken is not None:
+                self._taken.undo(self.state)
             raise
+        finally:
+            self._taken = None
 
     def _owners(self) -> dict[Tensor, Owners] | None:
         """Who owns the blocks that have state, on this rank or another."""

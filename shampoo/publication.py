@@ -7,6 +7,7 @@ what stands in its place is taken in: what state shows when ``step()`` is called
 
 from collections import Counter
 from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +18,26 @@ from shampoo.state_keys import foreign, is_own, parse
 
 State = MutableMapping[Tensor, dict[str, Any]]
 Views = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TakenIn:
+    """What a look at ``state`` has changed: how many values, and what stood in which dictionary.
+
+    A value that lay in our memory, which may have been overwritten since, is held as it was.
+    """
+
+    count: int
+    entries: dict[Any, Any]
+    contents: list[tuple[dict[Any, Any], dict[Any, Any]]]
+
+    def undo(self, state: MutableMapping[Any, Any]) -> None:
+        """Puts back what stood in ``state``; the next look finds it again."""
+        state.clear()
+        state.update(self.entries)
+        for held, content in self.contents:
+            held.clear()
+            held.update(content)
 
 
 class _DifferentError(Exception):
@@ -73,15 +94,15 @@ class Publication:
         _, views = self._published[param]
         views[key] = state[param][key] = self._shown[param][key] = view
 
-    def take_in(self, state: State) -> int | None:
+    def take_in(self, state: State) -> TakenIn | None:
         """Copies what stands in the place of views into them, and puts them back.
 
         A parameter under which nothing of ours stands starts anew, but for its place in the
         schedule of refreshes, which it shares with others.
 
         Returns:
-            How many values were taken in; None, with nothing changed, if other keys are there than
-            were published: that calls for other memory.
+            What was taken in; None, with nothing changed, if other keys are there than were
+            published: that calls for other memory.
 
         Raises:
             BlockGridMismatchError: for a value of another shape or dtype. Nothing has changed.
@@ -107,10 +128,24 @@ class Publication:
         # swapped, say, or an entry that has moved to another parameter.
         written = (*anew, *(view for view, _ in copies))
         ours = {view.untyped_storage().data_ptr() for view in written}
-        copies = [
-            (view, value.clone() if value.untyped_storage().data_ptr() in ours else value)
-            for view, value in copies
-        ]
+        clones: dict[int, Tensor] = {}
+
+        def apart(value: Any) -> Any:
+            is_tensor = isinstance(value, Tensor) and id(value) not in clones
+            if is_tensor and value.untyped_storage().data_ptr() in ours:
+                clones[id(value)] = value.clone()
+            return clones.get(id(value), value)
+
+        copies = [(view, apart(value)) for view, value in copies]
+        entries, contents = dict(state), []
+        for param in changed:
+            if isinstance(held := state.get(param), dict):
+                _, views = self._published[param]
+                was = {
+                    key: value if value is views.get(key) or not is_own(key) else apart(value)
+                    for key, value in held.items()
+                }
+                contents.append((held, was))
         for view in anew:
             view.zero_()
         for view, value in copies:
@@ -127,7 +162,7 @@ class Publication:
         for key in [key for key in self._shown if key not in self._published]:
             del self._shown[key]
         self._shown.update(_copy(others))
-        return len(anew) + len(copies)
+        return TakenIn(len(written), entries, contents)
 
     def _changed(self, state: State) -> list[Tensor]:
         """The parameters under which something else stands than was published."""

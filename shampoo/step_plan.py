@@ -27,7 +27,7 @@ from shampoo.layout import ADAGRAD, Layout
 from shampoo.names import parameter_name
 from shampoo.parameters import SeenParams, check_parameter, is_trained
 from shampoo.patterns import Pattern, Patterns
-from shampoo.publication import Publication, State
+from shampoo.publication import Publication, State, TakenIn
 from shampoo.segments import (
     Segment,
     Selection,
@@ -240,22 +240,20 @@ class Plan:
         return True
 
     @torch.no_grad()
-    def take_in(self, state: State) -> bool:
+    def take_in(self, state: State) -> TakenIn | None:
         """Makes what ``state`` shows, whoever put it there, what trains.
 
         Returns:
-            False, with nothing changed, if that calls for a new plan.
+            What has changed; None, with nothing changed, if that calls for a new plan.
 
         Raises:
             BlockGridMismatchError: for a value of another shape or dtype. Nothing has changed.
         """
         taken = self._publication.take_in(state)
-        if taken is None:
-            return False
-        if taken > 0 or self._is_edited():
+        if taken is not None and (taken.count > 0 or self._is_edited()):
             self._settle_arenas()
             self._forget_segments()
-        return True
+        return taken
 
     def mark_shown(self, state: State) -> None:
         """Says that what is in ``state`` beside the planned parameters is known."""

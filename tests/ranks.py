@@ -42,12 +42,12 @@ class _Rank:
 
     def hear(self) -> Any:
         """What the process says next, or :class:`DiedError`; it has ended then."""
-        wait([self.connection, self._process.sentinel], PATIENCE)
+        ready = wait([self.connection, self._process.sentinel], PATIENCE)
         if self.connection.poll():
-            try:
+            with contextlib.suppress(EOFError):
                 return self.connection.recv()
-            except EOFError:
-                self._process.join(PATIENCE)
+        if ready:  # it ends: until it has, there is no exit code
+            self._process.join(PATIENCE)
         code = self._process.exitcode
         self.kill()
         return DiedError("no answer in time" if code is None else f"exit code {code}")

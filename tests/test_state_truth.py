@@ -297,6 +297,45 @@ def test_a_value_without_dense_data_is_refused_before_anything_changes(make):
     assert all(param.equal(old) for param, old in zip(params, before, strict=True))
 
 
+def swapped(opt: Shampoo) -> None:
+    first, *_, last = opt.state
+    opt.state[first], opt.state[last] = opt.state[last], opt.state[first]
+
+
+def emptied(opt: Shampoo) -> None:
+    next(iter(opt.state.values())).clear()
+
+
+def moved(opt: Shampoo) -> None:
+    """To a parameter of the same shape, beside which its own memory starts anew."""
+    first, *_, last = opt.state
+    opt.state[last] = opt.state.pop(first)
+
+
+@pytest.mark.parametrize("change", [copies, emptied, moved, swapped, other_inner_dictionaries])
+def test_a_step_that_is_refused_leaves_what_was_put_into_the_state(change):
+    params = random_params((6, 4), (5,), (6, 4), dtype=torch.float32)
+    opt = Shampoo(params, **HYPER, nonfinite="raise")
+    go_on(params, opt, 4)
+    change(opt)
+    held = dict(opt.state)
+    was = {
+        param: {key: value.clone() for key, value in entries.items()}
+        for param, entries in held.items()
+    }
+    twins, twin = twin_of(params, opt)
+    with pytest.raises(shampoo.NonFiniteGradientError):
+        apply(opt, params, [torch.full_like(param, torch.nan) for param in params])
+    assert list(opt.state) == list(held)
+    for param, entries in opt.state.items():
+        assert entries is held[param]
+        assert list(entries) == list(was[param])
+        assert all(value.equal(was[param][key]) for key, value in entries.items())
+    go_on(params, opt, 3, seed=2)
+    go_on(twins, twin, 3, seed=2)
+    assert_same_bits(snapshot(opt), snapshot(twin))
+
+
 @pytest.mark.parametrize("how", ["before", "rebuilt", "copied"])
 def test_what_is_not_ours_alone_is_no_state_of_a_parameter(how):
     params = random_params(*SHAPES, dtype=torch.float32)
