@@ -42,7 +42,6 @@ slow: export SHAMPOO_CUDA_TORCH_PYTHON := $(CUDA)/bin/python
 endif
 endif
 
-# Not `python -m pytest`: that puts the checkout, which has no shampoo/kernels, before the package.
 pytest slow: $(VENV)/installed
 	$(BIN)/pytest -q --durations=10 -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
 	  -m $(if $(filter slow,$@),slow,"not slow")

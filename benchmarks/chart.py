@@ -4,7 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+try:
+    import matplotlib
+except ImportError as error:
+    raise SystemExit(f"Charts need matplotlib ({error}): pip install -e '.[bench]'") from None
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

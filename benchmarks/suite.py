@@ -90,9 +90,8 @@ def run_tests(backend: str, timeout: float) -> dict[str, Any]:
     others = {"cuda": "test_triton_gpu.py", "triton": "test_cuda_gpu.py"}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        # Not "python -m pytest" from the root: a checkout would shadow the installed package.
-        command = [sys.executable, "-c", "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"]
-        command += ["-m", "gpu", "-q", "--tb=short", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--tb=short"]
+        command += ["-p", "no:cacheprovider"]
         command += [f"--ignore={TESTS / others[backend]}", f"--junitxml={report}", str(TESTS)]
         environment = {**os.environ, "SHAMPOO_BACKEND": backend}
         start = time.perf_counter()

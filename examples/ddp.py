@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/ddp.py [--steps N] [--folder CHECKPOINTS]
 
-Needs the extra: pip install 'shampoo[bench]'. Runs on gloo on a laptop, on NCCL where there are
+Needs pip install -e '.[bench]'. Runs on gloo on a laptop, on NCCL where there are
 GPUs. Started again with the same folder, on any number of ranks, it goes on from the newest
 checkpoint; with ``torchrun --max-restarts=1`` it does so by itself.
 """

@@ -1,6 +1,6 @@
 """Trains a small CNN on scikit-learn's digits with Shampoo, AdamW and SGD-Nesterov.
 
-    python examples/digits.py [--out FOLDER]        # needs the extra: pip install 'shampoo[bench]'
+    python examples/digits.py [--out FOLDER]        # needs: pip install -e '.[bench]'
 
 1797 real images of 8 x 8 pixels, split once: 1000 to train, 297 to tune on, 500 to test. The three
 optimizers get the same network, initial weights, batches, number of steps and schedule (linear
@@ -21,16 +21,20 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-import matplotlib
 import torch
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
-from shampoo import Shampoo
+try:
+    import matplotlib
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+    from sklearn.datasets import load_digits
+
+    from shampoo import Shampoo
+except ImportError as error:
+    raise SystemExit(f"This example needs more ({error}): pip install -e '.[bench]'") from None
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/fsdp2.py [--steps N] [--folder CHECKPOINTS]
 
-Needs the extra: pip install 'shampoo[bench]'. Runs on gloo on a laptop, on NCCL where there are
+Needs pip install -e '.[bench]'. Runs on gloo on a laptop, on NCCL where there are
 GPUs. Checkpoints are those of ``ddp.py``: each example goes on from what the other has saved.
 """
 

@@ -14,13 +14,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from shampoo import Shampoo, checkpoint
+try:
+    from sklearn.datasets import load_digits
+
+    from shampoo import Shampoo, checkpoint
+except ImportError as error:
+    raise SystemExit(f"This example needs more ({error}): pip install -e '.[bench]'") from None
 
 SHARDS = 2  # of a batch, at least; more where there are more ranks
 SHARD = 64  # images
