@@ -106,7 +106,7 @@ LAYERS = {
     " precision refresh scalars segments stacks",
     "ridge": "advance hyperparameters scalars segments solver stacks step_plan",
     "persistence": "agreement capture consolidation division exchanges fillable inquiry names"
-    " patterns ridge state_dict state_keys step_plan versions workers",
+    " patterns publication ridge state_dict state_keys step_plan versions workers",
     "optimizer": "advance agreement capture errors exchange exchanges gradients hyperparameters"
     " layout names ops parameters persistence proposal regions replicas scalars segments"
     " solver stacks step_plan thin tracing versions workers",
