@@ -21,7 +21,7 @@ BIN := $(abspath $(VENV))/bin
 CUDA := $(abspath $(VENV))/cuda
 CLEAN := $(abspath $(VENV))/clean
 WHEELS := $(abspath $(VENV))/wheels
-SOURCES := shampoo kernels tests benchmarks examples setup.py
+SOURCES := shampoo kernels tests benchmarks examples tools setup.py
 
 .PHONY: test slow bench lint types pytest wheel clean
 

@@ -26,9 +26,9 @@ from benchmarks import machine
 from benchmarks.shapes import MODELS
 from benchmarks.timing import Clock
 from shampoo import ops, plan
-from shampoo.cost import CostModel
-from shampoo.refresh import refresh_roots_
-from shampoo.solver import ROOT_METHODS
+from shampoo.blocks.cost import CostModel
+from shampoo.roots.methods import ROOT_METHODS
+from shampoo.roots.refresh import refresh_roots_
 
 RESULTS = Path(__file__).parent / "results"
 SIDES = {"cpu": (32, 64, 128, 256, 512, 1024), "cuda": (64, 128, 256, 512, 1024, 2048)}
@@ -78,7 +78,7 @@ class Stack:
         self.factor = self.grad @ self.grad.mT / side
         self.root = torch.zeros_like(self.factor)
         self.failures = torch.zeros(self.count, dtype=torch.int32, device=device)
-        self.rooted = torch.zeros(self.count, dtype=torch.bool, device=device)
+        self.ready = torch.zeros(self.count, dtype=torch.bool, device=device)
         # Not all: a few take as long each, and coupled Newton takes seconds for one of side 1024.
         self.roots = min(self.count, max(torch.get_num_threads(), 2048 // side))
 
@@ -98,7 +98,7 @@ class Stack:
             self.root[rows],
             self.factor[rows],
             self.failures[rows],
-            self.rooted[rows],
+            self.ready[rows],
             p=4,
             correction=1.0,
             eps=1e-12,

@@ -12,7 +12,7 @@ except ImportError as error:
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from shampoo.report import PlanReport
+from shampoo.planner.report import PlanReport
 
 KINDS = (("ordinary", "#4c78a8"), ("amortised", "#72b7b2"), ("root", "#e45756"))
 

@@ -31,7 +31,7 @@ from rich.table import Table
 
 from benchmarks import kernels, machine, peers, roofline, suite
 from benchmarks.worker import Worker
-from shampoo import backends
+from shampoo.ops import backends
 
 RESULTS = Path(__file__).parent / "results"
 SHIPPED = Path(backends.__file__).with_name("backends.json")
@@ -254,7 +254,7 @@ def main(arguments: Sequence[str]) -> int:
                     run.add(section, row)
                     if "error" in row:
                         console.print(f"{name}: {_outcome(row)}")
-                    progress.advance(task)
+                    progress.search_directions(task)
     finally:
         run.worker.stop()
         run.scratch.cleanup()

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import Clock, Quantiles, interleaved, quantiles
-from shampoo import backends, ops
-from shampoo.kernels import health, minimax, reference
-from shampoo.kernels.chain import root_chain
-from shampoo.schedule import minimax_schedule
+from shampoo import ops
+from shampoo.kernels.reference import minimax
+from shampoo.kernels.reference import ops as reference
+from shampoo.kernels.reference import root_check as health
+from shampoo.kernels.triton.minimax_program import root_chain
+from shampoo.ops import backends
+from shampoo.roots.minimax_table import minimax_schedule
 
 REFERENCES: dict[str, Callable[..., None]] = {
     "gather_blocks_": reference.gather_blocks_,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.kernels import implementations, random_factors, text_of, timed, whitened_error
 from shampoo.roots import inverse_root
-from shampoo.schedule import minimax_schedule
+from shampoo.roots.minimax_table import minimax_schedule
 
 BASE = "torch.linalg.eigh"
 _FEW = 8  # matrices for what solves them one after another

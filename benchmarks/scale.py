@@ -16,9 +16,9 @@ import torch
 
 from benchmarks import chart
 from shampoo import plan
-from shampoo.architectures import ARCHITECTURES
-from shampoo.cost import CostModel
-from shampoo.report import PlanReport
+from shampoo.blocks.cost import CostModel
+from shampoo.planner.architectures import ARCHITECTURES
+from shampoo.planner.report import PlanReport
 
 ROOT = Path(__file__).parents[1]
 MODELS = ("resnet50", "vit-l16", "llama-7b", "llama-70b")

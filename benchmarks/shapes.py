@@ -1,6 +1,7 @@
 """What the benchmarks step: parameter shapes of real models and of slices of them.
 
-A model is a list of :class:`Parameter` rows. Whole models are those of ``shampoo.architectures``.
+A model is a list of :class:`Parameter` rows. Whole models are those of
+``shampoo.planner.architectures``.
 """
 
 import math
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from shampoo.architectures import ARCHITECTURES
+from shampoo.planner.architectures import ARCHITECTURES
 
 Shape = tuple[int, ...]
 

@@ -19,7 +19,8 @@ import torch
 
 from benchmarks import kernels, roofline, roots, steps, training
 from benchmarks.kernels import text_of
-from shampoo import backends, jit, ops
+from shampoo import ops
+from shampoo.ops import backends, jit
 
 Case = dict[str, Any]
 

@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
-from shampoo import backends, jit, ops
-from shampoo.architectures import ARCHITECTURES
-from shampoo.cost import CostModel
+from shampoo import ops
+from shampoo.blocks.cost import CostModel
+from shampoo.blocks.layout import AUTO, DTYPES, LARGE_DIM_METHODS
+from shampoo.distributed.process_groups import COMMUNICATION_DTYPES
 from shampoo.grafting import GRAFTING
-from shampoo.hyperparameters import AUTO, DTYPES, LARGE_DIM_METHODS, dtype_name
+from shampoo.hyperparameters import dtype_name
+from shampoo.ops import backends, jit
 from shampoo.planner import LAYOUTS, plan
-from shampoo.workers import COMMUNICATION_DTYPES
+from shampoo.planner.architectures import ARCHITECTURES
 
 _PARAMETER_DTYPES = (*DTYPES, "bfloat16", "float16")
 

@@ -29,11 +29,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
-from shampoo.hyperparameters import AUTO, Geometry
-from shampoo.layout import Layout
+from shampoo.blocks.layout import AUTO, Geometry, Layout
+from shampoo.blocks.state_keys import is_own, may_begin
 from shampoo.optimizer import Shampoo
-from shampoo.state_dict import check_blocks
-from shampoo.state_keys import is_own, may_begin
+from shampoo.state.loading import check_blocks
 
 _MARKER = "complete"
 _EXTRA = "extra.pt"

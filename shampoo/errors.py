@@ -1,4 +1,16 @@
-"""What can go wrong, by name. Bad arguments are plain ``ValueError``."""
+"""What a user is told: errors by name, how they print what they refuse, warnings at their line.
+
+Bad arguments are plain ``ValueError``.
+"""
+
+import math
+import sys
+import warnings
+from numbers import Integral
+from typing import Any
+
+_MOST_DIGITS = 30
+_INSIDE = ("shampoo", "torch")
 
 
 class ShampooError(RuntimeError):
@@ -35,3 +47,22 @@ class ReplicaMismatchError(ShampooError):
 
 class RootFailureError(ShampooError):
     """A factor has had no valid root for more refreshes than ``max_root_failures`` allows."""
+
+
+def shown(value: Any) -> str:
+    """``repr``, but of a long integer its size: Python refuses to print one of 4300 digits."""
+    if isinstance(value, Integral):
+        digits = math.log10(2.0) * abs(int(value)).bit_length()
+        if digits > _MOST_DIGITS:
+            return f"{'-' if int(value) < 0 else ''}1e{digits:.0f} or so"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(shown, value))}]"
+    return repr(value)
+
+
+def warn_outside(message: str) -> None:
+    """Warns at the innermost line that is neither of the package nor of torch."""
+    frame, depth = sys._getframe(), 1
+    while frame.f_back and frame.f_globals["__name__"].split(".")[0] in _INSIDE:
+        frame, depth = frame.f_back, depth + 1
+    warnings.warn(message, stacklevel=depth)

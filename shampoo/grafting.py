@@ -1,12 +1,29 @@
 """The methods whose step length Shampoo can borrow (algorithm.md 2.1), as a table.
 
 All ten are one formula, ``D = m / (sqrt(v / correction) + eps)``, with some of its parts left out.
-The arithmetic is :func:`shampoo.kernels.reference.graft_moments_`.
+The arithmetic is :func:`shampoo.kernels.reference.ops.graft_moments_`.
 """
 
 from dataclasses import dataclass
 
-from shampoo.averages import Number, correction_of, weight_of
+import torch
+from torch import Tensor
+
+from shampoo.ops import Number
+
+
+def weight_of(beta: Number) -> Number:
+    """``1 - beta``, or 1 in a plain sum, which is what ``beta = 1`` means."""
+    if isinstance(beta, Tensor):
+        return torch.where(beta < 1.0, 1.0 - beta, 1.0)
+    return 1.0 if beta == 1.0 else 1.0 - beta
+
+
+def correction_of(beta: Number, step: Number) -> Number:
+    """``1 - beta^step``, the sum of all weights so far; 1 for a plain sum, which has no bias."""
+    if isinstance(beta, Tensor):
+        return torch.where(beta < 1.0, 1.0 - beta**step, 1.0)
+    return 1.0 if beta == 1.0 else 1.0 - beta**step
 
 
 @dataclass(frozen=True)

@@ -7,26 +7,23 @@ what stands there when ``step()`` is called is what counts.
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
 import torch
 
-from shampoo.averages import Number, correction_of, weight_of
-from shampoo.blocking import MERGE_MODES
-from shampoo.caller import warn_outside
-from shampoo.grafting import GRAFTING, SecondMoment, second_moment
-from shampoo.schedule import smallest_relative_eps, tabulated_powers
-from shampoo.solver import MOST_POWER, ROOT_METHODS
-from shampoo.wording import shown
+from shampoo.blocks.blocking import MERGE_MODES
+from shampoo.blocks.layout import DTYPES, LARGE_DIM_METHODS, Geometry
+from shampoo.errors import shown, warn_outside
+from shampoo.grafting import GRAFTING, SecondMoment, correction_of, second_moment, weight_of
+from shampoo.ops import Number
+from shampoo.roots.methods import MOST_POWER, ROOT_METHODS
+from shampoo.roots.minimax_table import smallest_relative_eps, tabulated_powers
 
-AUTO = "auto"  # of large_dim_method: nobody has named one
-LARGE_DIM_METHODS = (AUTO, "blocking", "adagrad", "diagonal")
 NONFINITE = ("skip", "raise")
 REFRESH_SCHEDULES = ("together", "staggered")
 MOST_STEPS = 1 << 53  # up to which a float, as which steps are counted, holds every integer
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 # What a group without the value was trained with, where that is not the default of today.
 FORMER_DEFAULTS = {"large_dim_method": "blocking"}
@@ -77,34 +74,6 @@ def _betas(group: dict[str, Any]) -> tuple[Number, Number]:
     if not isinstance(beta2, torch.Tensor):
         _require(0.0 < beta2 <= 1.0, "betas[1]", beta2, "> 0.0 and <= 1.0")
     return beta1, beta2
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What decides how tensors are cut and what state they have.
-
-    Where a change of it while training would cut other blocks, the step refuses it.
-    """
-
-    max_preconditioner_dim: int
-    merge_dims: str
-    precondition_1d: bool
-    precondition: bool
-    large_dim_method: str
-    preconditioner_dtype: str
-    grafting: str
-    refresh_schedule: str
-    capturable: bool
-
-    @classmethod
-    def of(cls, group: dict[str, Any]) -> "Geometry":
-        """The geometry a group asks for, unchecked."""
-        return cls(*(group[field.name] for field in fields(cls)))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of all statistics: factors, roots and moments."""
-        return DTYPES[self.preconditioner_dtype]
 
 
 @dataclass(frozen=True)
@@ -253,7 +222,7 @@ class Hyperparameters:
         """Whether refreshes are spread over the steps of a period."""
         return self.geometry.refresh_schedule == "staggered"
 
-    def due_slot(self, step: int) -> int | None:
+    def due_phase(self, step: int) -> int | None:
         """The slot whose roots are refreshed at ``step``, None at an ordinary step.
 
         Together, all factors are in slot 0 (1.3, step 4); staggered, slot r has its first root at

@@ -9,34 +9,29 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from shampoo import capture, ops, tracing
-from shampoo.advance import advance, rescale
-from shampoo.agreement import FAILED, OK, SKIPPED, Attempt, Verdict
+from shampoo import ops
+from shampoo.blocks.layout import AUTO, FACTORED, Layout
+from shampoo.blocks.ownership import Team
+from shampoo.blocks.segments import ActiveBlocks
+from shampoo.distributed.consensus import FAILED, OK, SKIPPED, DeferredError, Vote
+from shampoo.distributed.distributor import StepInputs
+from shampoo.distributed.process_groups import ProcessGroups
+from shampoo.distributed.replica_checksums import check_checksums, checksums_of
+from shampoo.distributed.shard_regions import local_tensor
 from shampoo.errors import ShampooDistributedError
-from shampoo.exchange import Round
-from shampoo.exchanges import Exchanges, Purpose, join_groups
-from shampoo.gradients import are_ordinary, check_gradients
-from shampoo.hyperparameters import (
-    AUTO,
-    FORMER_DEFAULTS,
-    Hyperparameters,
-    dtype_name,
-    warn_about,
-)
-from shampoo.layout import FACTORED, Layout
-from shampoo.names import check_distinct, parameter_name
-from shampoo.parameters import check_parameter
-from shampoo.persistence import Persistent
-from shampoo.proposal import Proposal, propose
-from shampoo.regions import local_tensor
-from shampoo.replicas import check_copies, copies_of
+from shampoo.hyperparameters import FORMER_DEFAULTS, Hyperparameters, dtype_name, warn_about
+from shampoo.roots.methods import check_method
 from shampoo.scalars import Scalars
-from shampoo.segments import Selection
-from shampoo.solver import check_method
-from shampoo.step_plan import Plan
-from shampoo.thin import warn_of_thin
-from shampoo.versions import mark_moved
-from shampoo.workers import Team, Workers
+from shampoo.state.persistent import Persistent
+from shampoo.step import capture, tracing
+from shampoo.step.block_plan import BlockPlan
+from shampoo.step.directions import rescale, search_directions
+from shampoo.step.distributors import Distributors, DistributorsKey, join_groups
+from shampoo.step.gradients import are_ordinary, check_gradients
+from shampoo.step.parameters import check_distinct, check_parameter, parameter_name
+from shampoo.step.preflight import Preflight, propose
+from shampoo.step.thin import warn_of_thin
+from shampoo.step.versions import mark_moved
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +229,7 @@ class Shampoo(Persistent):
         check_replicas_every: int = 0,
     ) -> None:
         given = locals()
-        self._workers = Workers(**{name: given[name] for name in _SHARING})
+        self._process_groups = ProcessGroups(**{name: given[name] for name in _SHARING})
         defaults = {name: given[name] for name in _DEFAULTS}
         defaults["preconditioner_dtype"] = dtype_name(preconditioner_dtype)
         Hyperparameters.read(defaults)
@@ -314,48 +309,48 @@ class Shampoo(Persistent):
         params = [param for group in self.param_groups for param in group["params"]]
         with tracing.answering(params):
             with self._undone_if_refused():
-                proposal = self._agree(params)
-            if proposal is not None:
+                preflight = self._agree(params)
+            if preflight is not None:
                 try:
-                    self._take(proposal)
+                    self._take(preflight)
                 finally:
                     # Also of a step that failed midway: it may have moved some of them.
-                    mark_moved(proposal.plan.planned, proposal.round)
-                    if self._exchanges is not None:
-                        self._exchanges.close()
+                    mark_moved(preflight.plan.planned, preflight.round)
+                    if self._distributors is not None:
+                        self._distributors.close()
         return loss
 
-    def _agree(self, params: Sequence[Tensor]) -> Proposal | None:
+    def _agree(self, params: Sequence[Tensor]) -> Preflight | None:
         """What to do in this step, if all ranks that must step alike can do it."""
-        holders = self._workers.holders(params)
-        attempt = Attempt(is_shared=not holders.is_alone)
-        proposal = attempt.run(self._propose, holders)
-        verdict = Verdict(FAILED, False, False) if proposal is None else proposal.verdict
-        error = attempt.error if proposal is None else proposal.error
-        if not holders.is_alone:
-            agreement = self._workers.agreement(holders, params[0].device)
-            topics = () if proposal is None else proposal.topics
-            verdict = agreement.settle(verdict, topics, error)
-            if proposal is not None and proposal.copies:
-                check_copies(proposal.copies, self._workers, agreement)
+        stepping_ranks = self._process_groups.stepping_ranks(params)
+        deferred = DeferredError(is_shared=not stepping_ranks.is_alone)
+        preflight = deferred.run(self._preflight, stepping_ranks)
+        vote = Vote(FAILED, False, False) if preflight is None else preflight.vote
+        error = deferred.error if preflight is None else preflight.error
+        if not stepping_ranks.is_alone:
+            consensus = self._process_groups.consensus(stepping_ranks, params[0].device)
+            must_agree = () if preflight is None else preflight.must_agree
+            vote = consensus.settle(vote, must_agree, error)
+            if preflight is not None and preflight.copies:
+                check_checksums(preflight.copies, self._process_groups, consensus)
         elif error is not None:
             raise error
-        assert proposal is not None
-        if verdict.status == SKIPPED:
-            self._count_skipped(proposal.complaint)
+        assert preflight is not None
+        if vote.status == SKIPPED:
+            self._count_skipped(preflight.complaint)
         # The step that torch.distributed.checkpoint makes to fill an empty state is inert.
-        is_step = verdict.is_nonzero or proposal.plan.step > 0
-        is_step = is_step and verdict.status == OK and any(proposal.round.present)
-        if is_step and not verdict.is_prepared:
-            self._prepare(proposal)
-        return proposal if is_step else None
+        is_step = vote.is_nonzero or preflight.plan.step > 0
+        is_step = is_step and vote.status == OK and any(preflight.round.present)
+        if is_step and not vote.is_prepared:
+            self._prepare(preflight)
+        return preflight if is_step else None
 
-    def _propose(self, holders: Team) -> Proposal:
+    def _preflight(self, stepping_ranks: Team) -> Preflight:
         """Looks at this rank's part of the parameters and gradients. Changes nothing."""
         if self._damage:
             raise ShampooDistributedError(f"{self._damage} Load the last checkpoint.")
         plan = self._plan
-        is_current = plan is not None and plan.is_current(self.param_groups, self._workers)
+        is_current = plan is not None and plan.is_current(self.param_groups, self._process_groups)
         if plan is None or not is_current or not are_ordinary(plan.planned, plan.forms):
             check_gradients(self.param_groups)
         values = [Hyperparameters.read(group) for group in self.param_groups]
@@ -365,92 +360,96 @@ class Shampoo(Persistent):
         plan.check_roots(values)
         params = plan.planned
         grads = [None if param.grad is None else local_tensor(param.grad) for param in params]
-        purpose = Purpose.of(plan, values, self._workers)
-        is_prepared = self._exchanges is not None and self._exchanges.purpose == purpose
-        step = Round([local_tensor(param) for param in params], grads, values)
-        proposal = propose(plan, step, purpose, is_prepared, self._on_device)
-        if not holders.is_alone:
-            proposal.add_topics(self._workers.terms())
-            period = self._workers.check_replicas_every
+        purpose = DistributorsKey.of(plan, values, self._process_groups)
+        is_prepared = self._distributors is not None and self._distributors.purpose == purpose
+        step = StepInputs([local_tensor(param) for param in params], grads, values)
+        preflight = propose(plan, step, purpose, is_prepared, self._on_device)
+        if not stepping_ranks.is_alone:
+            preflight.add_items(self._process_groups.terms())
+            period = self._process_groups.check_replicas_every
             if period and plan.step % period == 0:
                 names = [member.name for member in plan.members]
-                proposal.copies = copies_of(names, params, self._workers.replicas())
-        return proposal
+                preflight.copies = checksums_of(names, params, self._process_groups.replicas())
+        return preflight
 
-    def _prepare(self, proposal: Proposal) -> None:
+    def _prepare(self, preflight: Preflight) -> None:
         """Makes process groups and buffers; all ranks do in the step in which one needs them."""
-        plan = proposal.plan
-        join_groups(plan, self._workers)
-        attempt = Attempt(is_shared=not plan.holders.is_alone)
+        plan = preflight.plan
+        join_groups(plan, self._process_groups)
+        deferred = DeferredError(is_shared=not plan.stepping_ranks.is_alone)
         params = plan.planned
-        self._exchanges = None  # its buffers are free before new ones are asked for
-        self._exchanges = attempt.run(Exchanges, proposal.purpose, params, self._workers)
-        if not plan.holders.is_alone:
-            self._workers.agreement(plan.holders, plan.arenas[0].device).check(attempt)
+        self._distributors = None  # its buffers are free before new ones are asked for
+        self._distributors = deferred.run(
+            Distributors, preflight.purpose, params, self._process_groups
+        )
+        if not plan.stepping_ranks.is_alone:
+            self._process_groups.consensus(plan.stepping_ranks, plan.arenas[0].device).check(
+                deferred
+            )
 
-    def _take(self, proposal: Proposal) -> None:
+    def _take(self, preflight: Preflight) -> None:
         """Steps 1 to 10 of algorithm.md 1.3 for all blocks of this rank, then for the weights."""
-        assert self._exchanges is not None
-        plan, step = proposal.plan, proposal.round
-        exchanges = self._exchanges.by_team
-        attempt = Attempt(is_shared=not plan.holders.is_alone)
+        assert self._distributors is not None
+        plan, step = preflight.plan, preflight.round
+        distributors = self._distributors.by_team
+        deferred = DeferredError(is_shared=not plan.stepping_ranks.is_alone)
         if not capture.is_capturing():
             plan.count_step(step.present)  # now: a rank that fails must not fall a step behind
         plan.present = step.present
-        for exchange in exchanges.values():
-            attempt.run(exchange.open, step)
-        for exchange in exchanges.values():
-            exchange.fetch()
-        selections = attempt.run(self._select, plan, step) or [None] * len(plan.arenas)
+        for distributor in distributors.values():
+            deferred.run(distributor.open, step)
+        for distributor in distributors.values():
+            distributor.fetch()
+        actives = deferred.run(self._select, plan, step) or [None] * len(plan.arenas)
         if self._on_device is not None:
-            self._on_device.keep(selections, self._exchanges.squares)
-        for arena, selection, squares in zip(
-            plan.arenas, selections, self._exchanges.squares, strict=True
+            self._on_device.keep(actives, self._distributors.squares)
+        for arena, active, squares in zip(
+            plan.arenas, actives, self._distributors.squares, strict=True
         ):
-            exchange, hyper = exchanges[arena.team], step.hyper[arena.group]
-            scalars = attempt.run(self._scalars, selection, hyper, proposal.accepted)
-            attempt.run(advance, selection, hyper, scalars, exchange)
-            attempt.run(self._ridges.look, selection, hyper, scalars, plan.members)
+            distributor, hyper = distributors[arena.team], step.hyper[arena.group]
+            scalars = deferred.run(self._scalars, active, hyper, preflight.accepted)
+            deferred.run(search_directions, active, hyper, scalars, distributor)
+            deferred.run(self._ridges.look, active, hyper, scalars, plan.members)
             if squares is not None:
-                segments = [] if selection is None else selection.segments
-                rescale(arena, segments, squares, hyper, scalars, exchange, attempt)
-        word = attempt.word
-        for exchange in exchanges.values():
-            word = max(word, exchange.send(word))
-        if not plan.holders.is_alone:
-            agreement = self._workers.agreement(plan.holders, plan.arenas[0].device)
+                segments = [] if active is None else active.segments
+                rescale(arena, segments, squares, hyper, scalars, distributor, deferred)
+        word = deferred.word
+        for distributor in distributors.values():
+            word = max(word, distributor.send(word))
+        if not plan.stepping_ranks.is_alone:
+            consensus = self._process_groups.consensus(plan.stepping_ranks, plan.arenas[0].device)
             # A team that is all there is knows every word already.
-            if any(team.size < plan.holders.size for team in exchanges):
-                word = agreement.confirm(word)
+            if any(team.size < plan.stepping_ranks.size for team in distributors):
+                word = consensus.confirm(word)
             if word != OK:
                 if plan.is_redundant:
                     self._damage = "A failed step has moved the statistics of some groups only."
-                agreement.fail(attempt.error)
-        applied = Attempt(is_shared=not plan.holders.is_alone)
-        for exchange in exchanges.values():
-            applied.run(exchange.apply)
+                consensus.fail(deferred.error)
+        applied = DeferredError(is_shared=not plan.stepping_ranks.is_alone)
+        for distributor in distributors.values():
+            applied.run(distributor.apply)
         if applied.error is not None:
             # The others have gone on to the next step, and hear of it there.
             self._damage = f"It has moved its parameters only in part: {applied.error}."
             logger.error("shampoo: %s", self._damage)
 
-    def _select(self, plan: Plan, step: Round) -> Sequence[Selection | None]:
+    def _select(self, plan: BlockPlan, step: StepInputs) -> Sequence[ActiveBlocks | None]:
         """The blocks that move, by arena."""
         plan.add_missing_moments(self.param_groups, step.hyper, self.state)
-        plan.assign_slots(self.param_groups, step.hyper)
+        plan.assign_phases(self.param_groups, step.hyper)
         capture.check_warm(plan.has_selected(step.present))
         return plan.select(step.present)
 
     def _scalars(
-        self, selection: Selection, hyper: Hyperparameters, accepted: Tensor | None
+        self, active: ActiveBlocks, hyper: Hyperparameters, accepted: Tensor | None
     ) -> Scalars | None:
         """The numbers that move an arena in the step that has just been counted, if it moves."""
-        if not selection.ranks:
+        if not active.ranks:
             return None
         if accepted is not None and self._on_device is not None:
-            return self._on_device.scalars(hyper, selection, accepted)
-        arena = selection.arena
-        counts, ranks = arena.counts(), selection.ranks
+            return self._on_device.scalars(hyper, active, accepted)
+        arena = active.arena
+        counts, ranks = arena.counts(), active.ranks
         return Scalars.of_counts(hyper, arena.rule, counts, ranks, arena.device)
 
     def coming_refresh(self) -> tuple[Hashable, ...]:
@@ -461,7 +460,7 @@ class Shampoo(Persistent):
         """
         values = [Hyperparameters.read(group) for group in self.param_groups]
         plan = self._current_plan()
-        plan.assign_slots(self.param_groups, values)
+        plan.assign_phases(self.param_groups, values)
         return capture.coming_refresh(plan, values)
 
     def _fill_groups(self) -> None:
@@ -479,7 +478,7 @@ class Shampoo(Persistent):
 
 
 # Who shares the work belongs to a run, not to what is trained: it is in no group or checkpoint.
-_SHARING = tuple(inspect.signature(Workers).parameters)
+_SHARING = tuple(inspect.signature(ProcessGroups).parameters)
 
 _DEFAULTS: dict[str, Any] = {
     name: parameter.default

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
+from shampoo.blocks.pattern_cache import Pattern
 from shampoo.optimizer import Shampoo
-from shampoo.patterns import Pattern
 
 Recorded = tuple[Callable[[], None], Any]
 Kept = tuple[Callable[[], None], Any, Pattern]  # and which gradients were there

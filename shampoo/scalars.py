@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from shampoo.averages import Number
+from shampoo.blocks.layout import ADAGRAD, FACTORED
 from shampoo.grafting import SecondMoment
 from shampoo.hyperparameters import Hyperparameters
-from shampoo.layout import ADAGRAD, FACTORED
+from shampoo.ops import Number
 
 
 @dataclass(frozen=True)

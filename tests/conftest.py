@@ -13,7 +13,7 @@ import torch
 from ranks import Ranks
 
 from shampoo import ops
-from shampoo.kernels import reference
+from shampoo.kernels.reference import ops as reference
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from shampoo import Shampoo
+from shampoo.blocks.state_keys import is_own
 from shampoo.errors import NonFiniteGradientError
-from shampoo.state_keys import is_own
 
 MOST_WORLDS = 3
 MOST_PARAMS = 6
@@ -99,7 +99,7 @@ class Machine:
         befores = [Snapshot(world) for world in self.worlds]
         skipped = [world.optimizer.skipped_steps for world in self.worlds]
         errors = [
-            self.attempt(world, before) for world, before in zip(self.worlds, befores, strict=True)
+            self.deferred(world, before) for world, before in zip(self.worlds, befores, strict=True)
         ]
         assert len({type(error) for error in errors}) == 1, f"one of the twins alone: {errors}"
         assert errors[0] is None or isinstance(errors[0], NonFiniteGradientError), errors[0]
@@ -121,7 +121,7 @@ class Machine:
             return
         self.count(grads)
 
-    def attempt(self, world: World, before: Snapshot) -> Exception | None:
+    def deferred(self, world: World, before: Snapshot) -> Exception | None:
         try:
             world.optimizer.step()
         except (ValueError, RuntimeError) as error:
@@ -179,7 +179,7 @@ class Machine:
 
     def refused_by_all(self) -> Exception | None:
         """A step that may be refused, then by all worlds alike; None if it is not."""
-        errors = [self.attempt(world, Snapshot(world)) for world in self.worlds]
+        errors = [self.deferred(world, Snapshot(world)) for world in self.worlds]
         assert len({type(error) for error in errors}) == 1, f"one of the twins alone: {errors}"
         return errors[0]
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from shampoo.hyperparameters import LARGE_DIM_METHODS, REFRESH_SCHEDULES
+from shampoo.blocks.layout import LARGE_DIM_METHODS
+from shampoo.hyperparameters import REFRESH_SCHEDULES
 
 SHAPES = [
     *((), (1,), (7,), (0,), (1, 1, 1)),

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from shampoo import Shampoo
-from shampoo.state_keys import parse
+from shampoo.blocks.state_keys import parse
 
 
 def laid_out(value: Tensor, layout: str) -> Tensor:

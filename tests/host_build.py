@@ -18,8 +18,8 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from shampoo import jit
-from shampoo.schedule import minimax_schedule
+from shampoo.ops import jit
+from shampoo.roots.minimax_table import minimax_schedule
 
 EMULATION = Path(__file__).parent / "emulation"
 FLAGS = ["-O2", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-Wno-unknown-pragmas"]

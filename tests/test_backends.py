@@ -9,9 +9,10 @@ from op_arguments import good_arguments
 from root_cases import stack
 from test_ops import load_compiled
 
-from shampoo import backends, jit, ops
-from shampoo.kernels import minimax
-from shampoo.schedule import minimax_schedule
+from shampoo import ops
+from shampoo.kernels.reference import minimax
+from shampoo.ops import backends, jit
+from shampoo.roots.minimax_table import minimax_schedule
 
 NOTHING: backends.Table = {"cpu": {}, "cuda": {}}
 

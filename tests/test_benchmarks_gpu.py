@@ -16,7 +16,7 @@ sys.path.append(str(ROOT))  # after the installed package, which the checkout mu
 
 from benchmarks import contest, gpu, kernels, models, peers, roofline, shapes, steps, suite  # noqa: E402
 from benchmarks.worker import Worker  # noqa: E402
-from shampoo import backends  # noqa: E402
+from shampoo.ops import backends  # noqa: E402
 
 CPU = torch.device("cpu")
 ALL_CASES = suite.cases
@@ -239,7 +239,7 @@ def test_muon_moves_every_parameter_through_views():
             shapes.Parameter((9, 4), 1, True),
         ),
     )
-    plan = contest.Plan(CPU, 1, True, 0.0, 1)
+    plan = contest.BlockPlan(CPU, 1, True, 0.0, 1)
     contestant = contest.Contestant(model, peers.factory("muon", 4, 1), plan)
     contestant.receive([torch.randn_like(grad) for grad in contestant.grads])
     steps._require_motion("muon", contestant)
@@ -251,7 +251,9 @@ def test_muon_moves_every_parameter_through_views():
 def test_an_optimizer_that_does_nothing_has_no_times():
     model = shapes.Model("tiny", (shapes.Parameter((6, 4)),))
     idle = contest.Contestant(
-        model, lambda groups: torch.optim.SGD(groups, lr=0.0), contest.Plan(CPU, 1, False, 0.0, 1)
+        model,
+        lambda groups: torch.optim.SGD(groups, lr=0.0),
+        contest.BlockPlan(CPU, 1, False, 0.0, 1),
     )
     idle.receive([torch.ones(6, 4)])
     with pytest.raises(RuntimeError, match=r"a step of idle leaves a parameter of shape \(6, 4\)"):
@@ -268,7 +270,7 @@ class Clearing(torch.optim.SGD):
 
 def test_gradients_that_an_optimizer_clears_come_back():
     model = shapes.Model("tiny", (shapes.Parameter((6, 4)),))
-    plan = contest.Plan(CPU, 1, False, 0.0, 1)
+    plan = contest.BlockPlan(CPU, 1, False, 0.0, 1)
     clearing = contest.Contestant(model, lambda groups: Clearing(groups, lr=0.1), plan)
     clearing.receive([torch.ones(6, 4)])
     clearing.optimizer.step()

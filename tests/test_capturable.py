@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from trajectory import assert_same_bits, snapshot, state_tensors
 
-from shampoo import Replay, Shampoo, capture
+from shampoo import Replay, Shampoo
+from shampoo.step import capture
 
 SHAPES = [(20, 17), (9,), (6, 4, 3), ()]
 ARGUMENTS: dict[str, Any] = {

@@ -6,9 +6,9 @@ import pytest
 import torch
 from root_cases import EPS, Exact, spd
 
-from shampoo.kernels.chain import ROOT, plane_scale, residual_steps, root_chain
-from shampoo.kernels.minimax import minimax_root_, triples
-from shampoo.schedule import minimax_schedule, tabulated_powers
+from shampoo.kernels.reference.minimax import minimax_root_, triples
+from shampoo.kernels.triton.minimax_program import ROOT, plane_scale, residual_steps, root_chain
+from shampoo.roots.minimax_table import minimax_schedule, tabulated_powers
 
 
 def run(chain, A, relative_eps):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shampoo import jit
+from shampoo.ops import jit
 
 pytestmark = pytest.mark.slow
 

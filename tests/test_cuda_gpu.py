@@ -30,7 +30,7 @@ from test_stack_ops import (  # noqa: F401 - the same
 )
 
 from shampoo import ops
-from shampoo.schedule import minimax_schedule
+from shampoo.roots.minimax_table import minimax_schedule
 
 pytestmark = [
     pytest.mark.gpu,
@@ -109,10 +109,10 @@ def test_small_roots_do_not_depend_on_their_neighbours(n):
     A = stack(1, n, 5.0).expand(300, n, n).clone()  # more blocks than multiprocessors
     A[::2] = spd(torch.logspace(0, -4, n), seed=7)
     X, _ = small_root(A, 4, 1e-6)
-    routed, ridge = torch.full_like(A, torch.nan).cuda(), torch.empty(300).double().cuda()
+    sharded, ridge = torch.full_like(A, torch.nan).cuda(), torch.empty(300).double().cuda()
     schedule = [c for step in minimax_schedule(4, 1e-6) for c in step]
-    ops.minimax_root_(routed, ridge, A.cuda(), 4, 0.0, 1e-6, schedule)
-    assert torch.equal(routed.cpu(), X)  # one kernel behind both names
+    ops.minimax_root_(sharded, ridge, A.cuda(), 4, 0.0, 1e-6, schedule)
+    assert torch.equal(sharded.cpu(), X)  # one kernel behind both names
     again, _ = small_root(A, 4, 1e-6)
     assert torch.equal(X, again)
     for i in (0, 1):

@@ -33,7 +33,7 @@ from test_ops import (  # noqa: F401 - collected here too, with the fixture belo
     test_update_blocks_leaves_the_gaps_of_a_strided_parameter_alone,
 )
 
-from shampoo.kernels import reference
+from shampoo.kernels.reference import ops as reference
 
 
 @pytest.fixture

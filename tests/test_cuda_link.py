@@ -16,7 +16,7 @@ import pytest
 
 import shampoo
 import shampoo.kernels
-from shampoo import jit
+from shampoo.ops import jit
 
 IN_CUDA = {"gather_blocks_", "magnitudes_", "graft_moments_", "update_blocks_", "small_root_"}
 
@@ -25,7 +25,8 @@ SCRIPT = (
     + """
 import json, time
 import torch
-from shampoo import jit, ops
+from shampoo import ops
+from shampoo.ops import jit
 assert torch.version.cuda, "SHAMPOO_CUDA_TORCH_PYTHON has a torch without CUDA"
 start = time.perf_counter()
 jit.load(retry=True)
@@ -96,6 +97,6 @@ def test_the_extension_builds_and_loads_against_cuda(site: Path, tmp_path: Path)
     assert len(first["flags"]) == len(environment["SHAMPOO_CUDA_ARCH"].replace(";", " ").split())
     assert all(first["loaded"].values())
     assert not any(first["before"].values())
-    routed = {name for name, there in first["routed"].items() if there}
-    assert routed == IN_CUDA | {"minimax_root_"}
+    sharded = {name for name, there in first["routed"].items() if there}
+    assert sharded == IN_CUDA | {"minimax_root_"}
     assert first["cpu"]["gather_blocks_"]

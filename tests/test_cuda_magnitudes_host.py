@@ -13,7 +13,7 @@ from test_stack_ops import (  # noqa: F401 - collected here too, with the fixtur
     test_magnitudes_of_any_layout,
 )
 
-from shampoo.kernels import reference
+from shampoo.kernels.reference import ops as reference
 
 CHUNK = 8192  # elements that one thread block reads
 LONGEST = 1 << 24  # of what a launch takes as one piece

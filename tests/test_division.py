@@ -9,12 +9,12 @@ from test_ownership import geometry
 from torch.nn import Parameter
 
 from shampoo import Shampoo
-from shampoo.architectures import ARCHITECTURES
-from shampoo.cost import CostModel
-from shampoo.division import Share, divide
-from shampoo.layout import Layout
-from shampoo.step_plan import Plan
-from shampoo.workers import Team, Workers
+from shampoo.blocks.cost import CostModel
+from shampoo.blocks.layout import Layout
+from shampoo.blocks.ownership import Share, Team, divide
+from shampoo.distributed.process_groups import ProcessGroups
+from shampoo.planner.architectures import ARCHITECTURES
+from shampoo.step.block_plan import BlockPlan
 
 
 def share(
@@ -107,7 +107,9 @@ def test_compute_on_eight_ranks_is_within_five_percent_of_even(name):
     with fake_rank(3, 8):
         params = [Parameter(torch.empty(shape, device="meta")) for shape in shapes]
         optimizer = Shampoo(params, precondition_frequency=frequency)
-        plan = Plan(optimizer.param_groups, {}, Workers(num_trainers_per_group=8), device="meta")
+        plan = BlockPlan(
+            optimizer.param_groups, {}, ProcessGroups(num_trainers_per_group=8), device="meta"
+        )
     total = [0.0] * 8
     for member in plan.members:
         costs = CostModel().layout_seconds(member.layout, frequency)

@@ -19,7 +19,7 @@ def _raise_and_exit(rank: int, folder: str) -> Any:
     run = Run("ddp")
     run.step(1)
     before = run.weights()
-    with broken("shampoo.refresh:solve_", rank == 1):
+    with broken("shampoo.roots.refresh:solve_", rank == 1):
         run.feed(2)
         error, _ = said_by(run.opt.step)
     if rank == 1:
@@ -41,9 +41,9 @@ def _vanish(rank: int) -> Any:
     before = run.weights()
     run.feed(2)
     if rank == 1:
-        import shampoo.refresh
+        import shampoo.roots.refresh
 
-        shampoo.refresh.solve_ = lambda *_: os._exit(3)
+        shampoo.roots.refresh.solve_ = lambda *_: os._exit(3)
     try:
         run.opt.step()
     except RuntimeError as error:  # torch's own: there is nobody left to agree with
@@ -63,7 +63,7 @@ def test_1_a_rank_vanishes_inside_a_step(ranks: Ranks) -> None:
 
 BEFORE = {  # anything has changed
     "looking at gradients": "shampoo.optimizer:propose",
-    "the digest": "shampoo.proposal:digest",
+    "the digest": "shampoo.step.preflight:digest",
 }
 REDUNDANT = (  # teams that work out the same; of the last, since there are few plain blocks
     "groups of 2 in 4",
@@ -75,10 +75,11 @@ POINTS = {
     **BEFORE,
     "gathering, for the wire or where gradients are": "shampoo.ops:gather_blocks_"
     " shampoo.ops:graft_moments_",
-    "choosing blocks": "shampoo.step_plan:Plan.select",
-    "a root": "shampoo.refresh:solve_",
-    "a direction": "shampoo.advance:precondition",
-    "delivery": "shampoo.allgather:search_direction shampoo.router:search_direction",
+    "choosing blocks": "shampoo.step.block_plan:BlockPlan.select",
+    "a root": "shampoo.roots.refresh:solve_",
+    "a direction": "shampoo.step.directions:precondition",
+    "delivery": "shampoo.distributed.all_gather:search_direction"
+    " shampoo.distributed.all_to_all:search_direction",
 }
 
 
@@ -130,8 +131,8 @@ def test_2_a_rank_raises_and_lingers(ranks: Ranks, layout: str) -> None:
 
 
 LAYERWISE = {
-    "norms": "shampoo.layerwise:measure",
-    "ratios": "shampoo.layerwise:rescale",
+    "norms": "shampoo.step.layerwise:measure",
+    "ratios": "shampoo.step.layerwise:rescale",
     "gathering, for the wire or for the norms": "shampoo.ops:gather_blocks_",
 }
 
@@ -146,7 +147,7 @@ def test_2_a_rank_fails_between_the_two_halves_of_lamb(ranks: Ranks, layout: str
 def _fail_to_prepare(rank: int, layout: str) -> Any:
     run = Run(layout)
     run.feed(1)
-    with broken("shampoo.optimizer:Exchanges", rank == 1):
+    with broken("shampoo.optimizer:Distributors", rank == 1):
         said = said_by(run.opt.step)
     wait_for_all("prepared")
     run.step(1, 2)
@@ -154,7 +155,7 @@ def _fail_to_prepare(rank: int, layout: str) -> Any:
     run.opt.param_groups[0]["weight_decay"] = 0.1
     run.opt.param_groups[0]["momentum"] = 0.9
     run.feed(3)
-    with broken("shampoo.optimizer:Exchanges", rank == 1):
+    with broken("shampoo.optimizer:Distributors", rank == 1):
         again = said_by(run.opt.step)
     wait_for_all("prepared again")
     run.step(3, 4)
@@ -176,7 +177,7 @@ def _fail_midway(rank: int, after: int) -> Any:
     run.step(1)
     before = run.weights()
     run.feed(2)
-    with broken("shampoo.allgather:search_direction", rank == 1, after=after):
+    with broken("shampoo.distributed.all_gather:search_direction", rank == 1, after=after):
         said = said_by(run.opt.step)
     wait_for_all("midway")
     is_same = before == run.weights()
@@ -195,7 +196,10 @@ def _fail_to_apply(rank: int, layout: str) -> Any:
     run.step(1)
     saved = copy.deepcopy(run.opt.state_dict())
     run.feed(2)
-    targets = "shampoo.allgather:AllGather.apply", "shampoo.router:Router.apply"
+    targets = (
+        "shampoo.distributed.all_gather:AllGatherDistributor.apply",
+        "shampoo.distributed.all_to_all:AllToAllDistributor.apply",
+    )
     with broken(targets[0], rank == 1), broken(targets[1], rank == 1):
         silent = said_by(run.opt.step)
     run.feed(3)

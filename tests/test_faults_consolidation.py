@@ -8,20 +8,20 @@ import torch
 from fault_runs import LAYOUTS, TIMEOUT, Run, broken, said_by, wait_for_all
 from ranks import Ranks
 
-from shampoo import consolidation
+from shampoo.state import gathering as consolidation
 
 RECEIVER, SENDER = 1, 0
 POINTS = {  # who fails, where, and after how many calls of it
-    "the plan": (SENDER, "shampoo.persistence:Persistent._current_plan", 0),
-    "what to send": (SENDER, "shampoo.consolidation:_outgoing", 0),
-    "room for a message": (SENDER, "shampoo.consolidation:_buffer", 0),
-    "the first message": (SENDER, "shampoo.consolidation:_pack", 0),
-    "a later message": (SENDER, "shampoo.consolidation:_pack", 2),
-    "the plan of the receiver": (RECEIVER, "shampoo.persistence:Persistent._current_plan", 0),
-    "room for a message to come": (RECEIVER, "shampoo.consolidation:_buffer", 0),
-    "room for the whole": (RECEIVER, "shampoo.consolidation:_room", 0),
-    "the first message that comes": (RECEIVER, "shampoo.consolidation:_unpack", 0),
-    "a later message that comes": (RECEIVER, "shampoo.consolidation:_unpack", 2),
+    "the plan": (SENDER, "shampoo.state.persistent:Persistent._current_plan", 0),
+    "what to send": (SENDER, "shampoo.state.gathering:_outgoing", 0),
+    "room for a message": (SENDER, "shampoo.state.gathering:_buffer", 0),
+    "the first message": (SENDER, "shampoo.state.gathering:_pack", 0),
+    "a later message": (SENDER, "shampoo.state.gathering:_pack", 2),
+    "the plan of the receiver": (RECEIVER, "shampoo.state.persistent:Persistent._current_plan", 0),
+    "room for a message to come": (RECEIVER, "shampoo.state.gathering:_buffer", 0),
+    "room for the whole": (RECEIVER, "shampoo.state.gathering:_room", 0),
+    "the first message that comes": (RECEIVER, "shampoo.state.gathering:_unpack", 0),
+    "a later message that comes": (RECEIVER, "shampoo.state.gathering:_unpack", 2),
 }
 
 

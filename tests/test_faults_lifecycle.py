@@ -24,7 +24,7 @@ from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
 from shampoo import Shampoo
-from shampoo.replicas import checksum
+from shampoo.distributed.replica_checksums import checksum
 
 
 class Training:
@@ -83,7 +83,7 @@ def _swap(rank: int, after: int) -> Any:
     fully_shard(model)
     group["params"] = list(model.parameters())
     warnings: list[logging.LogRecord] = []
-    logger = logging.getLogger("shampoo.persistence")
+    logger = logging.getLogger("shampoo.state.persistent")
     logger.addFilter(warnings.append)
     before = [param.full_tensor().clone() for param in model.parameters()]
     for step in range(1, 4):

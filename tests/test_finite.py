@@ -10,9 +10,9 @@ from ranks import Ranks
 from torch.nn import Parameter
 
 from shampoo import NonFiniteGradientError, Shampoo
-from shampoo.gradients import square_limit
 from shampoo.grafting import GRAFTING
-from shampoo.limits import clamped, summand_limit
+from shampoo.ops.limits import clamped, summand_limit
+from shampoo.step.gradients import square_limit
 
 STEPS = 1500
 # lr is small enough for weights to stay far from the limits: those are its to keep.

@@ -133,7 +133,7 @@ def fail_to_gather(rank: int, target: str) -> tuple[tuple[str, str], int]:
 @pytest.mark.parametrize("point", ["_outgoing", "_room", "_buffer", "_pack", "_unpack"])
 def test_a_rank_fails_while_all_gather(ranks, point):
     [alone] = ranks.returns(runs.keys_of_the_state, 1)
-    target = f"shampoo.consolidation:{point}"
+    target = f"shampoo.state.gathering:{point}"
     for (error, words), count in ranks.run(fail_to_gather, 2, target, timeout=TIMEOUT):
         assert error == "ShampooDistributedError"
         assert words.startswith(f"rank 1: MemoryError: no memory for {target}")

@@ -8,7 +8,7 @@ import torch
 from pairwise import pairwise
 from test_ops import FLAT, LAYOUTS, assert_as_good, make, table
 
-from shampoo.kernels import reference
+from shampoo.kernels.reference import ops as reference
 
 
 def packed(runs):

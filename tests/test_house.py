@@ -1,6 +1,7 @@
 """The shape of the code base: what ships, how long files are, and which module may import which."""
 
 import ast
+import graphlib
 import shutil
 import subprocess
 import sys
@@ -11,167 +12,135 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# Every module and what it may import of the package. Nothing imports upwards.
-LAYERS = {
-    # the mathematics on stacks, which knows torch alone
-    "kernels": "",
-    "kernels.philox": "",
-    "kernels.reference": "kernels.philox",
-    "kernels.norms": "",
-    "kernels.newton": "kernels.norms",
-    "kernels.minimax": "kernels.norms",
-    "kernels.health": "kernels.norms",
-    # the same in Triton
-    "kernels.chip": "",
-    "kernels.planes": "",
-    "kernels.chain": "kernels.minimax",
-    "kernels.gram": "kernels.chip",
-    "kernels.precondition": "kernels.gram kernels.planes",
-    "kernels.probe": "kernels.health kernels.planes",
-    "kernels.symmetric_gemm": "kernels.chip",
-    "kernels.minimax_triton": "kernels.chain kernels.minimax kernels.planes kernels.symmetric_gemm",
-    # the op table
-    "backends": "",
-    "jit": "backends",
-    "ops": "backends jit kernels.gram kernels.health kernels.minimax kernels.minimax_triton"
-    " kernels.precondition kernels.probe kernels.reference",
-    # inverse roots
-    "wording": "",
-    "limits": "",
-    "precision": "",
-    "generate_coefficients": "",
-    "schedule": "kernels.minimax",
-    "probe": "kernels.health ops",
-    "eigen": "kernels.norms ops",
-    "diagonal": "eigen kernels.norms",
-    "solver": "diagonal eigen kernels.newton ops precision schedule wording",
-    "refresh": "averages precision probe solver",
-    "roots": "solver",
-    # who works with whom
+# Every package and every module beside them, and what it imports of the others: just that. They
+# stand in order, from the ground up, and nothing imports upwards.
+IMPORTS = {
     "errors": "",
-    "group_handle": "errors",
-    "agreement": "errors group_handle",
-    "regions": "",
-    "workers": "agreement group_handle regions wording",
-    # what is where
-    "patterns": "",
-    "blocking": "",
-    "averages": "",
-    "grafting": "averages",
-    "caller": "",
-    "hyperparameters": "averages blocking caller grafting schedule solver wording",
-    "layout": "blocking hyperparameters",
-    "footprint": "grafting hyperparameters layout",
-    "cost": "layout",
-    "ownership": "",
-    "slots": "",
-    "state_keys": "",
-    "entries": "errors state_keys",
-    "publication": "entries state_keys",
-    "rows": "",
-    "names": "",
-    "division": "cost layout ownership workers",
-    "stacks": "blocking layout refresh slots state_keys workers",
-    "segments": "rows stacks",
-    "replicas": "agreement errors regions workers",
-    "parameters": "regions",
-    "step_plan": "agreement blocking division entries errors gradients grafting hyperparameters"
-    " layout names parameters patterns publication regions segments solver stacks state_keys"
-    " workers",
-    "thin": "caller footprint hyperparameters layout names",
-    "fillable": "division state_keys step_plan workers",
-    "state_dict": "division entries errors fillable hyperparameters layout names state_keys"
-    " step_plan workers",
-    "consolidation": "agreement state_keys step_plan",
-    "inquiry": "",
-    # what travels
-    "exchange": "averages hyperparameters layout limits ops scalars segments stacks",
-    "allgather": "agreement exchange group_handle hyperparameters limits ops patterns scalars"
-    " segments stacks",
-    "routes": "blocking regions",
-    "router": "agreement averages exchange group_handle hyperparameters limits ops patterns routes"
-    " scalars segments stacks",
-    "exchanges": "allgather blocking exchange hyperparameters regions router routes stacks"
-    " segments step_plan workers",
-    # the step
-    "gradients": "limits names ops regions",
-    "versions": "exchange",
-    "tracing": "regions",
-    "scalars": "averages grafting hyperparameters layout",
-    "capture": "gradients hyperparameters patterns scalars segments stacks step_plan",
-    "proposal": "agreement capture errors exchange exchanges gradients replicas step_plan",
-    "direction": "averages exchange hyperparameters kernels.norms limits ops scalars segments",
-    "layerwise": "exchange limits ops segments stacks",
-    "advance": "agreement averages capture direction exchange hyperparameters layerwise ops"
-    " precision refresh scalars segments stacks",
-    "ridge": "advance hyperparameters scalars segments solver stacks step_plan",
-    "persistence": "agreement capture consolidation division exchanges fillable inquiry names"
-    " patterns publication ridge state_dict state_keys step_plan versions workers",
-    "optimizer": "advance agreement capture errors exchange exchanges gradients hyperparameters"
-    " layout names ops parameters persistence proposal regions replicas scalars segments"
-    " solver stacks step_plan thin tracing versions workers",
-    "replay": "optimizer patterns",
-    "checkpoint": "hyperparameters layout optimizer state_dict state_keys",
-    # before the step
-    "architectures": "",
-    "traffic": "layout",
-    "report": "",
-    "forecast": "allgather cost division footprint grafting hyperparameters layout report slots"
-    " traffic workers",
-    "planner": "cost forecast hyperparameters layout optimizer report thin workers",
-    "__init__": "errors optimizer planner replay roots",
-    "__main__": "architectures backends cost grafting hyperparameters jit ops planner workers",
+    "kernels": "",
+    "ops": "kernels",
+    "roots": "errors kernels ops",
+    "blocks": "errors roots",
+    "grafting": "ops",
+    "hyperparameters": "errors ops roots blocks grafting",
+    "scalars": "ops blocks grafting hyperparameters",
+    "preconditioner": "blocks grafting hyperparameters",
+    "distributed": "errors ops blocks hyperparameters scalars",
+    "step": "errors kernels ops roots blocks grafting hyperparameters scalars preconditioner"
+    " distributed",
+    "state": "errors blocks hyperparameters distributed step",
+    "optimizer": "errors ops roots blocks hyperparameters scalars distributed step state",
+    "replay": "blocks optimizer",
+    "checkpoint": "blocks state optimizer",
+    "planner": "blocks grafting hyperparameters preconditioner distributed step optimizer",
+    "__init__": "errors roots optimizer replay planner",
+    "__main__": "ops blocks grafting hyperparameters distributed planner",
 }
+MODULES = [path for path in sorted((ROOT / "shampoo").rglob("*.py")) if ".egg" not in str(path)]
+KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 
-FOLDERS = {"shampoo": ROOT / "shampoo", "shampoo.kernels": ROOT / "kernels"}
 
-
-def modules() -> dict[str, Path]:
-    found = {path.stem: path for path in FOLDERS["shampoo"].glob("*.py")}
-    for path in FOLDERS["shampoo.kernels"].glob("*.py"):
-        found["kernels" if path.stem == "__init__" else f"kernels.{path.stem}"] = path
-    return found
+def unit_of(path: Path) -> str:
+    """The package that a file is in, or the module that it is beside them."""
+    parts = path.relative_to(ROOT).parts
+    return "kernels" if parts[0] == "kernels" else parts[1].removesuffix(".py")
 
 
 def imports_of(path: Path) -> set[str]:
-    """Modules of the package that a file imports, wherever in it."""
+    """What a file imports of the package, wherever in it."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name} has a relative import on line {node.lineno}"
-            if node.module == "shampoo":
-                found |= {alias.name for alias in node.names}
-            elif node.module == "shampoo.kernels":
-                found |= {f"kernels.{alias.name}" for alias in node.names}
-            elif (node.module or "").startswith("shampoo."):
-                found.add(node.module.removeprefix("shampoo."))
+            is_root = node.module == "shampoo"
+            names = [f"shampoo.{alias.name}" for alias in node.names] if is_root else [node.module]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-            found |= {name.removeprefix("shampoo.") for name in names if name.startswith("shampoo")}
+        for name in names:
+            package, _, rest = name.partition(".")
+            if package == "shampoo":
+                unit = rest.partition(".")[0]
+                found.add(unit if unit in IMPORTS else "__init__")
     return found
 
 
-@pytest.mark.parametrize("module", modules())
-def test_module_imports_only_what_lies_below_it(module):
-    assert module in LAYERS, f"{module} has no place in LAYERS"
-    assert imports_of(modules()[module]) <= set(LAYERS[module].split())
+def test_imports_are_those_of_the_table():
+    found: dict[str, set[str]] = {unit: set() for unit in IMPORTS}
+    for path in (*MODULES, *KERNELS):
+        if "csrc" not in path.relative_to(ROOT).parts[:2]:
+            found.setdefault(unit_of(path), set()).update(imports_of(path) - {unit_of(path)})
+    assert found == {unit: set(below.split()) for unit, below in IMPORTS.items()}
 
 
-def test_every_layer_is_a_module():
-    assert set(LAYERS) == set(modules())
+def test_nothing_imports_upwards():
+    graph = {unit: below.split() for unit, below in IMPORTS.items()}
+    assert set(graphlib.TopologicalSorter(graph).static_order()) == set(IMPORTS)
+    places = {unit: place for place, unit in enumerate(IMPORTS)}
+    for unit, below in IMPORTS.items():
+        assert all(places[each] < places[unit] for each in below.split()), unit
 
 
-def test_layers_have_no_cycle():
-    below = {name: set(allowed.split()) for name, allowed in LAYERS.items()}
-    while below:
-        lowest = {name for name, allowed in below.items() if not allowed & set(below)}
-        assert lowest, f"these import each other: {sorted(below)}"
-        below = {name: allowed for name, allowed in below.items() if name not in lowest}
+def test_no_module_of_a_package_is_in_a_cycle():
+    names = {_dotted(path): path for path in (*MODULES, *KERNELS)}
+    graph = {
+        name: {_target(node, alias, names) for node, alias in _import_nodes(path)} - {None, name}
+        for name, path in names.items()
+    }
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def _dotted(path: Path) -> str:
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    if parts[0] != "shampoo":
+        parts.insert(0, "shampoo")
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _import_nodes(path: Path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+def _target(module: str, alias: str, names: dict[str, Path]) -> str | None:
+    """The module that a line of an import runs, as far as it is ours."""
+    if f"{module}.{alias}" in names:
+        return f"{module}.{alias}"
+    return module if module in names else None
+
+
+def test_the_listing_shows_the_architecture():
+    entries = [path for path in (ROOT / "shampoo").iterdir() if not path.name.startswith("__pyc")]
+    packages = [path for path in entries if path.is_dir() and not path.is_symlink()]
+    assert len(packages) == 8
+    assert len(entries) - len(packages) - len(LINKS) <= 12
+
+
+LINKS = ("kernels", "csrc")  # which an install maps
+
+
+def test_links_of_a_checkout_are_what_an_install_maps():
+    assert all((ROOT / "shampoo" / name).resolve() == ROOT / name for name in LINKS)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-c", "import shampoo.kernels.triton"],
+        ["-m", "shampoo"],
+        ["-m", "shampoo", "plan", "--help"],
+        ["-m", "benchmarks.step_time", "--help"],
+    ],
+)
+def test_commands_run_in_the_root_of_a_clone(arguments):
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 SOURCES = [
     path
-    for folder in ("shampoo", "kernels", "csrc", "tests", "benchmarks", "examples")
+    for folder in ("shampoo", "kernels", "csrc", "tests", "benchmarks", "examples", "tools")
     for path in sorted((ROOT / folder).rglob("*"))
     if path.suffix in {".py", ".cpp", ".h", ".cu", ".cuh"}
 ]
@@ -210,7 +179,7 @@ def test_wheel_ships_every_source_and_nothing_else(tree, tmp_path):
         f"{home}/{path.relative_to(ROOT / folder)}"
         for folder, home in homes.items()
         for path in (ROOT / folder).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and not path.is_symlink()
     }
     assert shipped == written
     assert wheel.name.endswith("-py3-none-any.whl")

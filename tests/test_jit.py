@@ -16,7 +16,8 @@ from torch.utils import cpp_extension
 
 import shampoo
 import shampoo.kernels
-from shampoo import jit, ops
+from shampoo import ops
+from shampoo.ops import jit
 
 needs_compiler = pytest.mark.skipif(
     not jit.compiler_version(), reason="no C++ compiler: nothing can be built"
@@ -26,7 +27,8 @@ STEP = """
 import json, sys, warnings
 import torch
 torch.set_num_threads(1)
-from shampoo import Shampoo, jit, ops
+from shampoo import Shampoo, ops
+from shampoo.ops import jit
 weight = torch.nn.Parameter(torch.ones(4, 3))
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")

@@ -13,7 +13,7 @@ from trajectory import apply, assert_same_bits, random_grads, random_params, sna
 
 import shampoo
 from shampoo import Shampoo, checkpoint
-from shampoo.entries import check_value
+from shampoo.blocks.entries import check_value
 from shampoo.grafting import GRAFTING
 
 SHAPES = [(5, 4), (4,), ()]

@@ -8,9 +8,10 @@ from op_arguments import good_arguments
 from root_cases import Exact, spd, stack
 from torch import Tensor
 
-from shampoo import jit, ops
-from shampoo.kernels import minimax
-from shampoo.schedule import minimax_schedule
+from shampoo import ops
+from shampoo.kernels.reference import minimax
+from shampoo.ops import jit
+from shampoo.roots.minimax_table import minimax_schedule
 
 NEWTON = [1.25, -0.25, 0.0]  # a step of degree one, for p = 4
 SIZES = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 65, 257]

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from trajectory import apply, assert_relative, compare, directions, double_shampoo, random_grads
 
-from shampoo import Shampoo, jit
+from shampoo import Shampoo
+from shampoo.ops import jit
 
 
 def randn(*shape: int) -> Tensor:

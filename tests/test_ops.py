@@ -9,8 +9,9 @@ from op_arguments import good_arguments
 from pairwise import pairwise
 from torch import Tensor
 
-from shampoo import jit, ops
-from shampoo.kernels import reference
+from shampoo import ops
+from shampoo.kernels.reference import ops as reference
+from shampoo.ops import jit
 
 FLAT = [torch.float32, torch.float64]
 PARAM = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -31,9 +32,9 @@ def compiled():
 def table(shapes, limit, skip=0):
     """Every tensor cut at multiples of ``limit``, all whole parts before the remainders.
 
-    Returns the ``tiles`` of :mod:`shampoo.kernels.reference`, the boxes that they stand for, block
-    by block in the order of the segment, as ``(source, slices, offset)``, and the elements needed.
-    ``skip`` elements in front of every tile belong to nobody.
+    Returns the ``tiles`` of :mod:`shampoo.kernels.reference.ops`, the boxes that they stand for,
+    block by block in the order of the segment, as ``(source, slices, offset)``, and the elements
+    needed. ``skip`` elements in front of every tile belong to nobody.
     """
     order = max(len(dims) for dims in shapes)
     rows, boxes, offset = [], [], 0

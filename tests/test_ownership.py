@@ -7,10 +7,9 @@ import random
 
 import pytest
 
-from shampoo.cost import CostModel
-from shampoo.hyperparameters import Geometry
-from shampoo.layout import ADAGRAD, FACTORED, GRAFTED, Layout
-from shampoo.ownership import assign_owners
+from shampoo.blocks.cost import CostModel
+from shampoo.blocks.layout import ADAGRAD, FACTORED, GRAFTED, Geometry, Layout
+from shampoo.blocks.ownership import assign_owners
 
 PRODUCTS = CostModel(accumulate=((1, 1.0),), apply=((1, 1.0),), root=((1, 100.0),), byte=0.0)
 

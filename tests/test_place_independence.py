@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from shampoo import inverse_root, jit, ops
-from shampoo.kernels.norms import elementwise_power, frobenius, largest_entry, schatten4
+from shampoo import inverse_root, ops
+from shampoo.kernels.reference.norms import elementwise_power, frobenius, largest_entry, schatten4
+from shampoo.ops import jit
 
 BLOCKS, TARGET = 5, 2
 PLACES = [  # threads, which blocks, elements in front of them

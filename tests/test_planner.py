@@ -10,12 +10,11 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from trajectory import apply, state_tensors
 
 from shampoo import Shampoo, plan
-from shampoo.architectures import ARCHITECTURES
-from shampoo.cost import CostModel
-from shampoo.hyperparameters import Geometry
-from shampoo.layout import Layout
-from shampoo.ownership import assign_owners
-from shampoo.slots import aligned_slots
+from shampoo.blocks.cost import CostModel
+from shampoo.blocks.layout import Geometry, Layout
+from shampoo.blocks.ownership import assign_owners
+from shampoo.blocks.staggering import aligned_phases
+from shampoo.planner.architectures import ARCHITECTURES
 
 # Constants of distributed.md: section 5's balance, and 5.1's 150 and 15 TFLOP/s.
 RELATIVE = CostModel(accumulate=((1, 1.0),), apply=((1, 1.0),), root=((1, 100.0),), byte=0.0)
@@ -176,7 +175,7 @@ def test_refresh_schedules_take_the_time_of_the_design(name, ranks, period, toge
 
 
 @pytest.mark.parametrize(
-    ("name", "group", "compute", "exchange"),
+    ("name", "group", "compute", "distributor"),
     [
         ("resnet50", 64, 0.5, 6.6),
         ("vit-l16", 8, 4.8, 1.6),
@@ -185,7 +184,7 @@ def test_refresh_schedules_take_the_time_of_the_design(name, ranks, period, toge
         ("llama-7b", 64, 12.8, 332),
     ],
 )
-def test_gathering_takes_the_time_of_the_design(name, group, compute, exchange):
+def test_gathering_takes_the_time_of_the_design(name, group, compute, distributor):
     report = plan(
         matrices(name),
         1024,
@@ -197,7 +196,7 @@ def test_gathering_takes_the_time_of_the_design(name, group, compute, exchange):
         block_candidates=(),
     )
     assert max(report.compute_seconds) * 1e3 == pytest.approx(compute, abs=0.05, rel=0.01)
-    assert report.exchange_seconds * 1e3 == pytest.approx(exchange, abs=0.05, rel=0.01)
+    assert report.exchange_seconds * 1e3 == pytest.approx(distributor, abs=0.05, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -305,13 +304,13 @@ def real_step(rank, world, replicas, arguments):
     for param in params:
         param.grad = torch.ones_like(param)
     optimizer.step()
-    [exchange] = optimizer._exchanges.by_team.values()
+    [distributor] = optimizer._distributors.by_team.values()
     if not replicas:
-        [buffer] = exchange._buffers
+        [buffer] = distributor._buffers
         own = buffer[rank].nbytes
         return bytes_of(optimizer), buffer.nbytes - own, buffer.nbytes
     received = held = 0
-    for wire in (exchange._incoming.wire, exchange._directions):
+    for wire in (distributor._incoming.wire, distributor._directions):
         size = wire.incoming.element_size()
         # less a word for every rank
         received += size * sum(n - 1 for peer, n in enumerate(wire.incoming_splits) if peer != rank)
@@ -354,7 +353,7 @@ def test_real_ranks_hold_and_receive_what_was_planned(ranks, layout, replicas, a
 @pytest.mark.parametrize("period", [1, 2, 5, 50])
 def test_slots_let_the_dearest_roots_of_all_ranks_meet(period):
     costs = [[9, 7, 7, 2, 1], [8, 8, 6], [], [9, 1, 1, 1, 1, 1]]
-    slots = aligned_slots(costs, period)
+    slots = aligned_phases(costs, period)
     assert len(slots) == 6  # one for each position, on whichever rank
     assert slots == sorted(slots)
     assert set(slots) <= set(range(period))
@@ -362,13 +361,13 @@ def test_slots_let_the_dearest_roots_of_all_ranks_meet(period):
     for slot in set(slots):
         taken = sum(cost for cost, place in zip(slowest, slots, strict=True) if place == slot)
         assert taken <= sum(slowest) / period + 9
-    assert aligned_slots([[], []], period) == []
+    assert aligned_phases([[], []], period) == []
 
 
 def test_equal_roots_are_spread_evenly():
-    assert aligned_slots([[3] * 4, [3] * 3], 8) == [0, 2, 4, 6]
-    assert aligned_slots([[3] * 6], 3) == [0, 0, 1, 1, 2, 2]
-    assert aligned_slots([[7] * 49], 49) == list(range(49))  # 1 / 49 * 49 < 1 in floats
+    assert aligned_phases([[3] * 4, [3] * 3], 8) == [0, 2, 4, 6]
+    assert aligned_phases([[3] * 6], 3) == [0, 0, 1, 1, 2, 2]
+    assert aligned_phases([[7] * 49], 49) == list(range(49))  # 1 / 49 * 49 < 1 in floats
 
 
 def test_a_staggered_step_takes_the_ordinary_step_and_its_slot():

@@ -11,8 +11,8 @@ from torch import nn
 
 from shampoo import plan
 from shampoo.__main__ import main
-from shampoo.architectures import ARCHITECTURES
-from shampoo.cost import CostModel
+from shampoo.blocks.cost import CostModel
+from shampoo.planner.architectures import ARCHITECTURES
 
 MODEL = [(8, 8)]
 

@@ -11,9 +11,9 @@ from root_cases import PAIRS, Exact, exact, fixture, spd, stack
 from torch import Tensor
 
 from shampoo import Shampoo, inverse_root, ops
-from shampoo.kernels import reference
-from shampoo.probe import healthy, probe
-from shampoo.refresh import PendingFlags, refresh_roots_
+from shampoo.kernels.reference import ops as reference
+from shampoo.roots.refresh import PendingFlags, refresh_roots_
+from shampoo.roots.root_check import passes_root_check, probe
 
 OPTIONS: dict[str, Any] = {
     "p": 4, "correction": 1.0, "eps": 1e-12, "relative_eps": 1e-6, "method": "minimax",
@@ -35,7 +35,7 @@ def test_probe_passes_good_roots(name: str, p: int) -> None:
         commutator, form = probe(X, A[None], ridge, p)
         assert commutator.item() <= (5e-3 if p >= 4 else 3e-2)
         assert 0.98 <= form.item() <= 1.02
-        assert healthy(X, A[None], ridge, p).all()
+        assert passes_root_check(X, A[None], ridge, p).all()
 
 
 @pytest.mark.parametrize("p", [1, 2, 3, 4, 6, 8])
@@ -52,7 +52,7 @@ def test_probe_flags_injected_failures(p: int, scale: float) -> None:
     X[4] = inverse_root((A[4] + 3e-4 * scale * (noise + noise.mT) / 8)[None], p, eps=0.0)[0]
     X[5, 0, 0] = torch.inf
     expected = [True, False, False, False, p == 1, False, True]
-    got = healthy(X, A, ridge, p).tolist()
+    got = passes_root_check(X, A, ridge, p).tolist()
     if p == 1:
         got[4] = True  # the commutator does not tell for p = 1
     assert got == expected
@@ -73,7 +73,7 @@ def test_probe_flags_a_rotated_root(p: int) -> None:
     commutator, form = probe(X, A, ridge, p)
     assert 0.9 <= form.item() <= 1.1
     assert commutator.item() > (2e-2 if p >= 4 else 8e-2)
-    assert not healthy(X, A, ridge, p).any()
+    assert not passes_root_check(X, A, ridge, p).any()
 
 
 def test_probe_flags_a_negative_mode() -> None:
@@ -83,7 +83,7 @@ def test_probe_flags_a_negative_mode() -> None:
     spectrum[-1] = -10e-6 * norm
     A = spd(spectrum)[None]
     X = inverse_root(A, 4, method="minimax")
-    assert not healthy(X, A, torch.tensor([1e-6 * norm], dtype=torch.float64), 4).any()
+    assert not passes_root_check(X, A, torch.tensor([1e-6 * norm], dtype=torch.float64), 4).any()
 
 
 def test_probe_accepts_a_pseudo_inverse_and_real_powers() -> None:
@@ -91,24 +91,24 @@ def test_probe_accepts_a_pseudo_inverse_and_real_powers() -> None:
     A = torch.cat([G @ G.mT, torch.zeros(1, 20, 20)])
     A[0] = (A[0] + A[0].mT) / 2
     X = inverse_root(A, 4, eps=0.0, relative_eps=0.0)
-    assert healthy(X, A, torch.zeros(2, dtype=torch.float64), 4).all()
+    assert passes_root_check(X, A, torch.zeros(2, dtype=torch.float64), 4).all()
     B = stack(1, 30)
     ridge = torch.tensor([1e-6 * Exact(B[0]).norm], dtype=torch.float64)
-    assert healthy(inverse_root(B, 4.4), B, ridge, 4.4).all()
-    assert not healthy(inverse_root(B, 3.0) * torch.nan, B, ridge, 4.4).any()
+    assert passes_root_check(inverse_root(B, 4.4), B, ridge, 4.4).all()
+    assert not passes_root_check(inverse_root(B, 3.0) * torch.nan, B, ridge, 4.4).any()
 
 
 @pytest.mark.parametrize("method", ["auto", "eigh", "coupled_newton", "minimax"])
 def test_refresh_is_the_root_of_the_corrected_factor(method: str) -> None:
     A = stack(5, 40)
-    root, failures, rooted = state(A)
+    root, failures, ready = state(A)
     failures += 3
     before, generator = A.clone(), torch.get_rng_state()
-    refresh_roots_(root, A, failures, rooted, **{**OPTIONS, "correction": 0.19, "method": method})
+    refresh_roots_(root, A, failures, ready, **{**OPTIONS, "correction": 0.19, "method": method})
     assert torch.equal(root, inverse_root(A / 0.19, 4, method=method))
     assert torch.equal(A, before)
     assert torch.equal(torch.get_rng_state(), generator)
-    assert rooted.all()
+    assert ready.all()
     assert not failures.any()
 
 
@@ -120,11 +120,11 @@ def test_negative_mode_is_repaired_and_neighbours_keep_their_bits(
     norm = float((spectrum.double() ** 4).sum() ** 0.25)
     spectrum[-1] = -10e-6 * norm
     A[2] = spd(spectrum)
-    root, failures, rooted = state(A)
-    refresh_roots_(root, A, failures, rooted, **OPTIONS)
+    root, failures, ready = state(A)
+    refresh_roots_(root, A, failures, ready, **OPTIONS)
     keep = [0, 1, 3]
     assert torch.equal(root[keep], inverse_root(A, 4, method="minimax")[keep])
-    assert rooted.all()
+    assert ready.all()
     assert not failures.any()
     assert root[2].isfinite().all()
     assert torch.linalg.eigvalsh(root[2].double()).min() > 0
@@ -133,14 +133,14 @@ def test_negative_mode_is_repaired_and_neighbours_keep_their_bits(
 
 def test_bad_factor_keeps_its_root_and_is_counted(caplog: pytest.LogCaptureFixture) -> None:
     A = stack(4, 33)
-    root, failures, rooted = state(A)
+    root, failures, ready = state(A)
     A[1, 0, 0] = torch.nan
-    refresh_roots_(root, A, failures, rooted, **OPTIONS)
-    assert rooted.tolist() == [True, False, True, True]
+    refresh_roots_(root, A, failures, ready, **OPTIONS)
+    assert ready.tolist() == [True, False, True, True]
     assert not root[1].any()
     assert root.isfinite().all()
     good = stack(4, 33)
-    refresh_roots_(root, good, failures, rooted, **OPTIONS)
+    refresh_roots_(root, good, failures, ready, **OPTIONS)
     assert failures.tolist() == [0, 0, 0, 0]
     previous = root.clone()
     good[2] = torch.inf
@@ -148,11 +148,11 @@ def test_bad_factor_keeps_its_root_and_is_counted(caplog: pytest.LogCaptureFixtu
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         for k in range(1, 5):
-            refresh_roots_(root, good, failures, rooted, **OPTIONS)
+            refresh_roots_(root, good, failures, ready, **OPTIONS)
             assert failures.tolist() == [0, 0, k, 0]
     assert torch.equal(root[2], previous[2])
     assert not torch.equal(root[3], previous[3])
-    assert rooted.all()
+    assert ready.all()
     assert len(caplog.records) == 4
     assert "1 of 4 inverse roots failed" in caplog.text
 
@@ -177,12 +177,12 @@ def test_second_rung_is_a_larger_ridge_and_third_is_eigh(monkeypatch: pytest.Mon
     for ruined, relative_eps in ((1e-6, 1e-5), (1.0, 1e-6)):
         worst[0] = ruined
         calls.clear()
-        root, failures, rooted = state(A)
-        refresh_roots_(root, A, failures, rooted, **OPTIONS)
+        root, failures, ready = state(A)
+        refresh_roots_(root, A, failures, ready, **OPTIONS)
         assert [count for count, _ in calls] == [3, 1]
         assert calls[1][1] == pytest.approx(1e-5)
         assert Exact(A[1]).error(root[1], 4, relative_eps * norm) <= 2e-3
-        assert rooted.all()
+        assert ready.all()
         assert not failures.any()
 
 
@@ -199,9 +199,9 @@ def test_decomposition_that_does_not_converge_fails_alone(monkeypatch: pytest.Mo
     clean = inverse_root(A, 4, method="eigh")
     monkeypatch.setattr(torch.linalg, "eigh", stubborn)
     monkeypatch.setattr(ops, "eigh_", reference.eigh_)
-    root, failures, rooted = state(A)
-    refresh_roots_(root, A, failures, rooted, **{**OPTIONS, "method": "eigh"})
-    assert rooted.tolist() == [True, True, True, False, True]
+    root, failures, ready = state(A)
+    refresh_roots_(root, A, failures, ready, **{**OPTIONS, "method": "eigh"})
+    assert ready.tolist() == [True, True, True, False, True]
     assert failures.tolist() == [0, 0, 0, 1, 0]
     keep = [0, 1, 2, 4]
     torch.testing.assert_close(root[keep], clean[keep], rtol=1e-5, atol=0.0)
@@ -241,14 +241,14 @@ def test_refresh_on_a_gpu_repairs_at_the_next_refresh() -> None:
     spectrum[-1] = -10e-6 * norm
     A[2] = spd(spectrum)
     factor = A.cuda()
-    root, failures, rooted = (tensor.cuda() for tensor in state(A))
+    root, failures, ready = (tensor.cuda() for tensor in state(A))
     pending = PendingFlags(4)
-    refresh_roots_(root, factor, failures, rooted, **OPTIONS, pending=pending)
-    assert rooted.tolist() == [True, True, False, True]
+    refresh_roots_(root, factor, failures, ready, **OPTIONS, pending=pending)
+    assert ready.tolist() == [True, True, False, True]
     for _ in range(2):
         torch.cuda.synchronize()
-        refresh_roots_(root, factor, failures, rooted, **OPTIONS, pending=pending)
-    assert rooted.all()
+        refresh_roots_(root, factor, failures, ready, **OPTIONS, pending=pending)
+    assert ready.all()
     assert not failures.any()
 
 

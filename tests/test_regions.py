@@ -17,8 +17,8 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from shampoo.blocking import MERGE_MODES, merge_dims, merge_groups
-from shampoo.regions import (
+from shampoo.blocks.blocking import MERGE_MODES, merge_dims, merge_groups
+from shampoo.distributed.shard_regions import (
     Region,
     check_placements,
     local_tensor,

@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from shampoo.blocking import MERGE_MODES, cut, merge_dims, merge_groups
-from shampoo.ownership import assign_owners
-from shampoo.regions import Box, Region, region_of
-from shampoo.routes import Piece, Routed, Routes, routes_of, spans
+from shampoo.blocks.blocking import MERGE_MODES, cut, merge_dims, merge_groups
+from shampoo.blocks.ownership import assign_owners
+from shampoo.distributed.pieces import Piece, Routes, ShardedParam, routes_of, spans
+from shampoo.distributed.shard_regions import Box, Region, region_of
 
 
 @dataclass
 class Case:
     """Parameters on a mesh, what each rank holds of them, and the routes of every rank."""
 
-    routed: list[Routed]
+    sharded: list[ShardedParam]
     whole: list[Tensor]  # merged; elements differ
     local: list[list[Tensor]]  # by parameter and rank, merged
     routes: list[Routes]
@@ -64,11 +64,13 @@ def make(
             for entry in zip(tile.block_indices(), tile.split(1), strict=True)
         ]
         costs = [float(tile.block_numel) for _, tile in sorted(blocks, key=lambda entry: entry[0])]
-        case.routed.append(Routed(member, blocks, assign_owners(costs, size, loads), regions))
+        case.sharded.append(
+            ShardedParam(member, blocks, assign_owners(costs, size, loads), regions)
+        )
         case.whole.append(values.reshape(merged))
         case.local.append(local)
         first += values.numel()
-    case.routes = [routes_of(case.routed, me, size) for me in range(size)]
+    case.routes = [routes_of(case.sharded, me, size) for me in range(size)]
     return case
 
 
@@ -102,8 +104,8 @@ def test_both_ends_derive_the_same_lists(seed):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_owners_get_every_gradient_element_once_and_holders_every_direction(seed):
     case = random_case(seed)
-    tiles = {(p.member, block): tile for p in case.routed for block, tile in p.blocks}
-    owners = {(p.member, block): p.owners[block] for p in case.routed for block, _ in p.blocks}
+    tiles = {(p.member, block): tile for p in case.sharded for block, tile in p.blocks}
+    owners = {(p.member, block): p.owners[block] for p in case.sharded for block, _ in p.blocks}
     blocks = {name: torch.full(tile.extent, -1) for name, tile in tiles.items()}
     for me, routes in enumerate(case.routes):
         for sender, pieces in enumerate(routes.gradients_in):
@@ -176,8 +178,8 @@ def test_a_piece_is_a_tile_of_what_its_holder_has():
 
 def test_empty_shards_send_and_receive_nothing():
     case = make([(3, 4)], (4,), [(0,)], 8, "none")
-    assert case.routed[0].regions[3] == Region((0, 4), ())
+    assert case.sharded[0].regions[3] == Region((0, 4), ())
     last = case.routes[3]
     assert last.gradients_out == [[]] * 4
     assert last.directions_in == [[]] * 4
-    assert case.routed[0].regions[2].boxes == (Box((2, 0), (0, 0), (1, 4)),)
+    assert case.sharded[0].regions[2].boxes == (Box((2, 0), (0, 0), (1, 4)),)

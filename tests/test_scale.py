@@ -18,9 +18,9 @@ sys.path.append(str(ROOT))  # after the installed package, which the checkout mu
 
 from benchmarks import calibrate, scale  # noqa: E402
 from shampoo import Shampoo, plan  # noqa: E402
-from shampoo.architectures import ARCHITECTURES  # noqa: E402
-from shampoo.cost import CostModel  # noqa: E402
-from shampoo.step_plan import Plan  # noqa: E402
+from shampoo.blocks.cost import CostModel  # noqa: E402
+from shampoo.planner.architectures import ARCHITECTURES  # noqa: E402
+from shampoo.step.block_plan import BlockPlan  # noqa: E402
 
 
 def rows(document):
@@ -48,7 +48,9 @@ def test_the_optimizer_plans_the_same_on_ranks_that_do_not_exist(name, world):
         try:
             optimizer = Shampoo(params, num_trainers_per_group=world)
             state = defaultdict(dict)
-            real = Plan(optimizer.param_groups, state, optimizer._workers, device="meta")
+            real = BlockPlan(
+                optimizer.param_groups, state, optimizer._process_groups, device="meta"
+            )
         finally:
             dist.destroy_process_group()
         digests.add(real.digest)

@@ -177,14 +177,14 @@ def test_e6_a_failed_first_refresh_keeps_the_grafted_direction(grafting):
     grafted = directions(
         [G for G, _ in history], **{**hyper, "start_preconditioning_step": math.inf}
     )
-    healthy = directions([G for _, G in history], **hyper)
+    passes_root_check = directions([G for _, G in history], **hyper)
     for t, grads in enumerate(history, start=1):
         if t == 3:
             poison_factor(opt, 0, "block0.factor0")
         apply(opt, params, grads)
         # the failed block steps on by its graft, and its stack neighbour knows nothing of it
         assert_relative(params[0], -grafted[t - 1], 1e-12, f"step {t}, failed:")
-        assert_relative(params[1], -healthy[t - 1], 1e-12, f"step {t}, neighbour:")
+        assert_relative(params[1], -passes_root_check[t - 1], 1e-12, f"step {t}, neighbour:")
         with torch.no_grad():
             for param in params:
                 param.zero_()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from shampoo import ops
-from shampoo.kernels import reference
+from shampoo.kernels.reference import ops as reference
 
 
 @pytest.fixture(params=["reference", "compiled"])

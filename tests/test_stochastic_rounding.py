@@ -10,9 +10,10 @@ from test_ops import load_compiled, table
 from torch.nn import Parameter
 from trajectory import assert_same_bits, snapshot
 
-from shampoo import Replay, Shampoo, capture, ops
-from shampoo.kernels import reference
-from shampoo.kernels.philox import philox
+from shampoo import Replay, Shampoo, ops
+from shampoo.kernels.reference import ops as reference
+from shampoo.kernels.reference.philox import philox
+from shampoo.step import capture
 
 KNOWN = [
     (0, 0, 0, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),

@@ -12,7 +12,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 
 from shampoo import Shampoo
-from shampoo.workers import Team, Workers, trainers_per_group
+from shampoo.blocks.ownership import Team
+from shampoo.distributed.process_groups import ProcessGroups, trainers_per_group
 
 
 def _sum_of_ranks(rank: int, scale: int) -> int:
@@ -98,23 +99,23 @@ def test_bad_arguments_are_named(arguments, words):
 
 
 def test_without_a_process_group_a_rank_is_alone():
-    workers = Workers()
-    workers.settle_trainers(100)
-    assert workers.replicas() == workers.team_of(torch.ones(2)) == Team((0,), 0)
-    assert workers.holders([torch.ones(2)]).is_alone
+    process_groups = ProcessGroups()
+    process_groups.settle_trainers(100)
+    assert process_groups.replicas() == process_groups.team_of(torch.ones(2)) == Team((0,), 0)
+    assert process_groups.stepping_ranks([torch.ones(2)]).is_alone
 
 
 def test_groups_are_consecutive_ranks_of_the_process_group():
     for rank in each_rank(8):
-        workers = Workers(num_trainers_per_group=2)
-        workers.settle_trainers(100)
-        team = workers.team_of(torch.ones(2))
+        process_groups = ProcessGroups(num_trainers_per_group=2)
+        process_groups.settle_trainers(100)
+        team = process_groups.team_of(torch.ones(2))
         assert team == Team((rank - rank % 2, rank - rank % 2 + 1), rank % 2)
         odd = dist.new_group([1, 3, 5, 7])
         if rank % 2:
-            workers = Workers(process_group=odd, num_trainers_per_group=2)
-            workers.settle_trainers(100)
-            assert workers.team_of(torch.ones(2)).ranks == ((1, 3) if rank < 4 else (5, 7))
+            process_groups = ProcessGroups(process_group=odd, num_trainers_per_group=2)
+            process_groups.settle_trainers(100)
+            assert process_groups.team_of(torch.ones(2)).ranks == ((1, 3) if rank < 4 else (5, 7))
 
 
 def test_a_rank_outside_its_process_group_is_refused():
@@ -134,19 +135,22 @@ def test_holders_are_all_that_share_a_parameter_with_a_rank():
             for part in (rows, columns)
         ]
         own = {rank, rank ^ 4, rank ^ 2}
-        assert set(Workers().holders(params).ranks) == own
-        assert Workers().holders([plain, *params]).ranks == tuple(range(8))
-        assert set(Workers(num_trainers_per_group=1).holders([plain, *params]).ranks) == own
-        assert Workers(num_trainers_per_group=1).holders([plain]).is_alone
+        assert set(ProcessGroups().stepping_ranks(params).ranks) == own
+        assert ProcessGroups().stepping_ranks([plain, *params]).ranks == tuple(range(8))
+        assert (
+            set(ProcessGroups(num_trainers_per_group=1).stepping_ranks([plain, *params]).ranks)
+            == own
+        )
+        assert ProcessGroups(num_trainers_per_group=1).stepping_ranks([plain]).is_alone
 
 
 def test_only_placements_decide_whether_a_team_is_sharded():
     with fake_rank(2, 4):
         mesh = init_device_mesh("cpu", (4,))
-        workers = Workers()
+        process_groups = ProcessGroups()
         for placement, is_sharded in ((Shard(0), True), (Replicate(), False)):
             param = distribute_tensor(torch.ones(8), mesh, [placement], src_data_rank=None)
-            assert workers.team_of(param) == Team((0, 1, 2, 3), 2, is_sharded)
+            assert process_groups.team_of(param) == Team((0, 1, 2, 3), 2, is_sharded)
 
 
 def _step_beside_another_group(rank: int) -> float:

@@ -17,8 +17,7 @@ from torch.nn import Parameter
 from trajectory import apply, assert_same_bits, compare, random_grads, random_params, snapshot
 
 from shampoo import BlockGridMismatchError, Shampoo, checkpoint, plan
-from shampoo.hyperparameters import Geometry
-from shampoo.layout import Layout
+from shampoo.blocks.layout import Geometry, Layout
 
 NAMED = [
     *[(8, 4096), (4096, 8), (8, 11008), (3, 4096), (10, 256), (1000, 512), (50257, 768), (2, 64)],

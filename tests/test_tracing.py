@@ -14,7 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import Parameter
 from trajectory import assert_same_bits, snapshot
 
-from shampoo import Shampoo, jit, tracing
+from shampoo import Shampoo
+from shampoo.ops import jit
+from shampoo.step import tracing
 
 HYPER: dict[str, Any] = {"max_preconditioner_dim": 4, "precondition_frequency": 2, "lr": 0.05}
 BATCH = torch.linspace(-1, 1, 12).view(2, 6)
@@ -199,16 +201,16 @@ def test_a_fake_step_makes_the_state_of_a_real_one(variant, dtype):
 
 
 def test_fake_refreshes_come_when_real_ones_do(monkeypatch):
-    from shampoo import advance
+    from shampoo.step import directions as search_directions
 
     calls: list[list[int]] = []
-    refresh = advance.refresh_roots_
+    refresh = search_directions.refresh_roots_
 
     def counted(root: Tensor, *rest: Any, **how: Any) -> None:
         calls[-1].append(len(root))
         refresh(root, *rest, **how)
 
-    monkeypatch.setattr(advance, "refresh_roots_", counted)
+    monkeypatch.setattr(search_directions, "refresh_roots_", counted)
     runs = []
     for mode in (torch.no_grad, FakeTensorMode):
         calls = []

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import torch
 
-from shampoo.schedule import minimax_schedule
+from shampoo.roots.minimax_table import minimax_schedule
 
 triton = pytest.importorskip("triton", reason="triton is not installed: nothing is compiled")
 
@@ -77,7 +77,7 @@ class Recorder:
 def launch_everything():
     """The launchers at the sizes and dtypes between which their tables choose."""
     kernels = {name: importlib.import_module(f"shampoo.kernels.{name}") for name in MODULES}
-    chain = importlib.import_module("shampoo.kernels.minimax_triton")
+    chain = importlib.import_module("shampoo.kernels.triton.minimax")
     schedule = [c for step in minimax_schedule(4, 1e-6) for c in step]
     for n in (64, 1024):
         matrix, ridge = torch.empty(2, n, n), torch.empty(2).double()
@@ -99,7 +99,7 @@ def launch_everything():
 
 def test_numbers_on_the_device_may_lie_anywhere(monkeypatch):
     """At any multiple of 8 bytes: a kernel more could be compiled while a graph is captured."""
-    gram, launches = importlib.import_module("shampoo.kernels.gram"), {}
+    gram, launches = importlib.import_module("shampoo.kernels.triton.gram"), {}
     monkeypatch.setattr(gram, "gram_ema_kernel", Recorder(gram.gram_ema_kernel, launches))
     numbers = torch.empty(3, dtype=torch.float64).unbind()
     for beta, weight in (numbers[:2], numbers[1:], numbers[::2]):

@@ -11,7 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import Parameter
 
-from shampoo import Replay, Shampoo, capture
+from shampoo import Replay, Shampoo
+from shampoo.step import capture
 
 MODIFIED = "modified (by an )?inplace"
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from comparison import SIZES, assert_as_good, strided, symmetric
 
-from shampoo.kernels import reference
-from shampoo.kernels.gram import Cut, gram_ema_, supports
+from shampoo.kernels.reference import ops as reference
+from shampoo.kernels.triton.gram import Cut, gram_ema_, supports
 
 CUT = Cut(32, 32, 4, 2)
 SHAPES = [(2, n) for n in SIZES] + [

@@ -5,9 +5,9 @@ import torch
 from comparison import error
 from root_cases import EPS, Exact, direction_error, exact, fixture, spd, stack
 
-from shampoo.kernels.minimax_triton import minimax_root_, supports
-from shampoo.kernels.symmetric_gemm import Tiles
-from shampoo.schedule import minimax_schedule, tabulated_powers
+from shampoo.kernels.triton.minimax import minimax_root_, supports
+from shampoo.kernels.triton.symmetric_gemm import Tiles
+from shampoo.roots.minimax_table import minimax_schedule, tabulated_powers
 
 CUT = Tiles(32, 32, 4, 2)
 

@@ -5,8 +5,8 @@ import torch
 from comparison import SIZES
 from root_cases import Exact, stack
 
-from shampoo.kernels import health
-from shampoo.kernels.probe import judge_roots_, supports
+from shampoo.kernels.reference import root_check as health
+from shampoo.kernels.triton.root_check import judge_roots_, supports
 
 EPS = 1e-6
 

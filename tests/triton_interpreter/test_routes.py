@@ -5,8 +5,9 @@ import torch
 from comparison import symmetric
 from op_arguments import good_arguments
 
-from shampoo import backends, ops
-from shampoo.kernels import reference
+from shampoo import ops
+from shampoo.kernels.reference import ops as reference
+from shampoo.ops import backends
 
 NOTHING: backends.Table = {"cpu": {}, "cuda": {}}
 ROUTED = [name for name, kinds in backends.KERNELS.items() if "triton" in kinds]

@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 from comparison import SIZES, error
 
-from shampoo.kernels.chip import triangle
-from shampoo.kernels.planes import measure_, normalize_, peak_, start_
-from shampoo.kernels.symmetric_gemm import (
+from shampoo.kernels.triton.arch import triangle
+from shampoo.kernels.triton.split_fp16 import measure_, normalize_, peak_, start_
+from shampoo.kernels.triton.symmetric_gemm import (
     PLANES,
     ROOT,
     SQUARE,

@@ -1,0 +1,1 @@
+"""What every op means, in plain PyTorch."""

@@ -1,0 +1,300 @@
+"""Every op in plain PyTorch: what it means, on any device.
+
+A *segment* is a run of blocks that lie one after another in flat tensors of one dtype. A small CPU
+table says where they come from:
+
+``tiles`` ``[T, 2 + 4 K]`` int64, one row per tile, a tile being a grid of equal blocks of one
+    tensor: ``source, offset, dims, start, grid, extent``, the last four of length K each (padded in
+    front with 1, 0, 1, 1). ``dims`` is the merged shape of tensor ``source``; block ``g`` of the
+    grid is the box of extent ``extent`` at ``start + g * extent`` in it, and the blocks lie in the
+    segment from element ``offset`` on, row-major in the grid. Blocks count through the table.
+
+Merged shapes are logical: tensors may have any strides, and are never asked for a view that can
+fail. Shapes: B blocks, d_1 .. d_o the sizes of one block. A *number* may be a 0-d float64 tensor on
+the device of the others, which is then read there, when a graph is replayed. Numbers that depend on
+how many steps a block has taken (``correction1``, ``correction2``, ``step``) may also be [B], one
+for each block that the table describes.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from shampoo.kernels.reference.philox import philox
+
+Number = float | Tensor
+
+
+def _read(number: Number) -> Number:
+    """A number that the host may read without waiting, read: bits do not depend on where it was."""
+    is_here = isinstance(number, Tensor) and number.dim() == 0 and number.device.type == "cpu"
+    return float(number) if is_here else number
+
+
+def _for_blocks(number: Number, blocks: slice, dtype: torch.dtype) -> Number:
+    """A number as it enters into ``[count, size]`` elements of some blocks."""
+    if isinstance(number, Tensor) and number.dim() == 1:
+        return number[blocks].to(dtype)[:, None]
+    return _read(number)
+
+
+def _tile_rows(
+    tiles: Tensor,
+) -> Iterator[tuple[int, int, list[int], list[int], list[int], list[int]]]:
+    order = (tiles.shape[1] - 2) // 4
+    for source, offset, *box in tiles.tolist():
+        dims, start, grid, extent = (box[i * order : (i + 1) * order] for i in range(4))
+        yield source, offset, dims, start, grid, extent
+
+
+def _blocks_of(merged: Tensor, start: list[int], grid: list[int], extent: list[int]) -> Tensor:
+    """The tile as a strided view ``[*grid, *extent]`` of a tensor of the merged shape."""
+    order = len(grid)
+    for mode in range(order):
+        merged = merged.narrow(mode, start[mode], grid[mode] * extent[mode])
+    for mode in reversed(range(order)):
+        merged = merged.unflatten(mode, (grid[mode], extent[mode]))  # type: ignore[no-untyped-call]
+    return merged.permute(*range(0, 2 * order, 2), *range(1, 2 * order, 2))
+
+
+def gather_blocks_(
+    out: Tensor, sources: Sequence[Tensor], tiles: Tensor, alpha: Number, accumulate: bool
+) -> None:
+    """Copies the tiles into the segment: ``out <- alpha * blocks (+ out)``, in its dtype.
+
+    ``alpha = 0`` stands for blocks of zeros, whatever they hold: a NaN times zero is no zero.
+    """
+    alpha = _read(alpha)
+    for source, offset, dims, start, grid, extent in _tile_rows(tiles):
+        blocks = _blocks_of(sources[source].reshape(dims), start, grid, extent)
+        region = out.narrow(0, offset, blocks.numel()).view(blocks.shape)
+        factor = 1.0
+        if isinstance(alpha, Tensor):
+            blocks = torch.where(alpha == 0.0, 0.0, blocks.to(out.dtype) * alpha)
+        elif alpha == 0.0:
+            blocks = torch.zeros_like(blocks)
+        else:
+            factor = alpha
+        if accumulate:
+            region.add_(blocks.to(out.dtype), alpha=factor)
+        else:
+            region.copy_(blocks)
+            if factor != 1.0:
+                region.mul_(factor)
+
+
+def magnitudes_(out: Tensor, tensors: Sequence[Tensor]) -> None:
+    """``out[i] <- max |x|`` of every tensor, float64: NaN or Inf if it holds one; none is empty."""
+    norms = torch._foreach_norm(list(tensors), ord=math.inf)
+    out.copy_(torch.stack([norm.to(out.device) for norm in norms]))
+
+
+def graft_moments_(
+    grad: Tensor | None,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
+    direction: Tensor | None,
+    norm: Tensor,
+    sources: Sequence[Tensor],
+    tiles: Tensor,
+    alpha: Number,
+    accumulate: bool,
+    beta1: Number,
+    correction1: Number,
+    beta2: Number,
+    weight2: Number,
+    correction2: Number,
+    eps: float,
+    normalized: bool,
+) -> None:
+    """Moves the moments by one gradient and measures the grafted direction D of every block.
+
+    ``G <- alpha * blocks (+ grad)`` as in :func:`gather_blocks_`, and ``grad <- G`` if given;
+    ``exp_avg <- beta1 exp_avg + (1 - beta1) G``, filtered = ``exp_avg / correction1`` (``G``
+    where there is no ``exp_avg``); ``exp_avg_sq <- beta2 exp_avg_sq + weight2 G^2``, of the
+    block scaled to norm 1 if ``normalized``; ``D = filtered / (sqrt(exp_avg_sq / correction2) +
+    eps)`` (filtered where there is no ``exp_avg_sq``); ``norm[b] <- |D_b|``, and
+    ``direction <- D`` if given. A source may be ``grad`` or ``direction`` itself, if its blocks lie
+    where they go to.
+    """
+    runs = list(_runs(tiles))
+    if not runs:
+        return
+    if grad is None:
+        grad = norm.new_empty(max(start + count * size for start, count, size in runs))
+    gather_blocks_(grad, sources, tiles, alpha, accumulate)
+    beta1, beta2, weight2 = _read(beta1), _read(beta2), _read(weight2)
+    block = 0
+    for start, count, size in runs:
+        rows = slice(block, block + count)
+        region = slice(start, start + count * size)
+        raw = grad[region].view(count, size)
+        blocks = raw
+        if exp_avg is not None:
+            average, share = exp_avg[region].view(count, size), 1.0 - beta1
+            average.lerp_(raw, share.to(raw.dtype) if isinstance(share, Tensor) else share)
+            blocks = average / _for_blocks(correction1, rows, raw.dtype)
+        if exp_avg_sq is not None:
+            if normalized:
+                length = torch.linalg.vector_norm(raw, dim=1, keepdim=True, dtype=torch.float64)
+                raw = torch.where(length > 0, raw / length.to(raw.dtype), torch.zeros_like(raw))
+            square = exp_avg_sq[region].view(count, size)
+            square.mul_(beta2)
+            if isinstance(weight2, Tensor):
+                square.addcmul_(raw * weight2, raw)
+            else:
+                square.addcmul_(raw, raw, value=weight2)
+            corrected = square / _for_blocks(correction2, rows, raw.dtype)
+            blocks = blocks / corrected.sqrt_().add_(eps)
+        length = torch.linalg.vector_norm(blocks, dim=1, dtype=torch.float64)
+        norm[rows].copy_(length)
+        if direction is not None:
+            direction[region].view(count, size).copy_(blocks)
+        block += count
+
+
+def _runs(tiles: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Blocks of equal size that lie one after another, joined: start, count, size."""
+    start = count = size = 0
+    for _, offset, _, _, grid, extent in _tile_rows(tiles):
+        numel = math.prod(extent)
+        if count and (offset != start + count * size or numel != size):
+            yield start, count, size
+            count = 0
+        if not count:
+            start, size = offset, numel
+        count += math.prod(grid)
+    if count:
+        yield start, count, size
+
+
+def _unfold(blocks: Tensor, mode: int) -> Tensor:
+    """``mat_k``: ``[B, d_1 .. d_o] -> [B, d_k, rest]``; a copy only for a mode in the middle."""
+    count, size = blocks.shape[0], blocks.shape[mode + 1]
+    before, after = math.prod(blocks.shape[1 : mode + 1]), math.prod(blocks.shape[mode + 2 :])
+    if after == 1:
+        return blocks.reshape(count, before, size).mT
+    return blocks.reshape(count, before, size, after).transpose(1, 2).reshape(count, size, -1)
+
+
+def gram_ema_(factor: Tensor, grad: Tensor, mode: int, beta: Number, weight: Number) -> None:
+    """``A_k <- beta A_k + weight mat_k(G) mat_k(G)^T``, or only the diagonal of it.
+
+    ``factor`` ``[B, d_k, d_k]``, or ``[B, d_k]`` for a diagonal mode; ``grad``
+    ``[B, d_1 .. d_o]``.
+    """
+    unfolded = _unfold(grad, mode)
+    beta, weight = _read(beta), _read(weight)
+    if isinstance(weight, Tensor):
+        diagonal = factor.dim() == 2
+        gram = unfolded.square().sum(2) if diagonal else torch.bmm(unfolded, unfolded.mT)
+        factor.mul_(beta).addcmul_(gram, weight.to(gram.dtype))
+    elif factor.dim() == 2:
+        factor.mul_(beta).add_(unfolded.square().sum(2), alpha=weight)
+    else:
+        factor.baddbmm_(unfolded, unfolded.mT, beta=float(beta), alpha=weight)
+
+
+def precondition_(out: Tensor, norm: Tensor, grad: Tensor, roots: Sequence[Tensor]) -> None:
+    """``out <- G x_1 X_1 ... x_o X_o`` and ``norm[b] <- |out_b|``.
+
+    ``out`` and ``grad`` ``[B, d_1 .. d_o]``; ``roots`` one a mode, ``[B, d_k, d_k]`` symmetric, or
+    ``[B, d_k]`` for a diagonal mode.
+    """
+    count, order = grad.shape[0], grad.dim() - 1
+    blocks = grad
+    for mode, root in enumerate(roots):
+        last = mode == order - 1
+        if root.dim() == 2:
+            shape = [count] + [root.shape[1] if k == mode else 1 for k in range(order)]
+            blocks = torch.mul(blocks, root.view(shape), out=out if last else None)
+        elif last:
+            rows = (count, -1, root.shape[1])
+            torch.bmm(blocks.reshape(rows), root, out=out.view(rows))
+        else:
+            size, sizes = root.shape[1], blocks.shape
+            before, after = math.prod(sizes[1 : mode + 1]), math.prod(sizes[mode + 2 :])
+            product = torch.bmm(root, _unfold(blocks, mode))
+            blocks = product.view(count, size, before, after).transpose(1, 2).reshape(sizes)
+    norm.copy_(torch.linalg.vector_norm(out.view(count, -1), dim=1, dtype=torch.float64))
+
+
+def eigh_(values: Tensor, vectors: Tensor, stack: Tensor) -> None:
+    """Eigenvalues ``[B, n]`` and eigenvectors ``[B, n, n]`` of symmetric matrices ``[B, n, n]``.
+
+    NaN for a matrix that LAPACK gives up on.
+    """
+    try:
+        torch.linalg.eigh(stack, out=(values, vectors))
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        if len(stack) == 1:
+            values.fill_(torch.nan)
+            vectors.fill_(torch.nan)
+            return
+        # Halving finds the failing matrices in few calls.
+        middle = len(stack) // 2
+        for half in (slice(None, middle), slice(middle, None)):
+            eigh_(values[half], vectors[half], stack[half])
+
+
+def update_blocks_(
+    params: Sequence[Tensor],
+    momentum: Tensor | None,
+    direction: Tensor,
+    scale: Tensor,
+    tiles: Tensor,
+    lr: Number,
+    weight_decay: Number,
+    mu: Number,
+    nesterov: bool,
+    seed: int | None = None,
+    step: Number | None = 0.0,
+) -> None:
+    """Moves the parameters: ``P = scale[b] * direction``, then steps 8 to 10 of the algorithm.
+
+    ``scale[b] = 0`` stands for a P of zeros, whatever the direction of the block holds.
+    Without ``momentum``: ``W <- (1 - lr weight_decay) W - lr P``. With it: ``P <- P + weight_decay
+    W``, ``M <- mu M + P``, ``W <- W - lr (P + mu M if nesterov else M)``. ``weight_decay`` is
+    decoupled. Computed in the wider dtype of W and P; W is rounded once: to nearest, or if there is
+    a ``seed``, and W is bfloat16, up or down at random with W as the mean. The random numbers
+    depend on ``seed``, ``step``, a whole number, and the place in the segment alone.
+    """
+    lr, weight_decay, mu = _read(lr), _read(weight_decay), _read(mu)
+    block = 0
+    for source, offset, dims, start, grid, extent in _tile_rows(tiles):
+        param, count = params[source], math.prod(grid)
+        merged = param.reshape(dims)
+        weight = _blocks_of(merged, start, grid, extent)
+        region = slice(offset, offset + weight.numel())
+        own = scale[block : block + count, None]
+        move = torch.where(own == 0.0, 0.0, direction[region].view(count, -1) * own)
+        move = move.view(weight.shape)
+        wide = weight.to(torch.promote_types(weight.dtype, move.dtype))
+        if momentum is None:
+            wide = wide * (1.0 - lr * weight_decay) - lr * move
+        else:
+            buffer = momentum[region].view(weight.shape)
+            move = move + weight_decay * wide
+            buffer.mul_(mu).add_(move)
+            wide = wide - lr * (move + mu * buffer if nesterov else buffer)
+        if seed is not None and weight.dtype == torch.bfloat16:
+            places = torch.arange(region.start, region.stop, device=weight.device)
+            drawn = 0.0 if step is None else step
+            if isinstance(drawn, Tensor) and drawn.dim() == 1:
+                own = drawn[block : block + count]
+                drawn = own.repeat_interleave(len(places) // count)
+            wide = _dithered(wide.float(), seed, drawn, places)
+        weight.copy_(wide)
+        if merged.untyped_storage().data_ptr() != param.untyped_storage().data_ptr():
+            param.copy_(merged.view(param.shape))
+        block += count
+
+
+def _dithered(wide: Tensor, seed: int, step: Number, places: Tensor) -> Tensor:
+    """float32 values of which bfloat16 loses nothing: what it would lose decides, by chance."""
+    high = step.long() if isinstance(step, Tensor) else int(step)  # one for all, or for each place
+    words = philox(seed, high, places // 4).gather(1, places[:, None] % 4)
+    bits = wide.view(torch.int32) + (words.view(wide.shape) & 0xFFFF).int()
+    return torch.where(wide.isfinite(), (bits & ~0xFFFF).view(torch.float32), wide)

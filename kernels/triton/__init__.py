@@ -1,0 +1,1 @@
+"""The ops that have kernels in Triton."""

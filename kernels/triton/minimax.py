@@ -1,0 +1,159 @@
+"""Inverse p-th roots by the iteration of :mod:`shampoo.kernels.reference.minimax`, on tensor cores.
+
+Replaces a chain of float32 ``torch.bmm``; loses to it where a few small matrices leave the GPU
+empty. Every launch is known before the first one (:mod:`shampoo.kernels.triton.minimax_program`):
+nothing is read back, so a CUDA graph can hold a refresh. A captured refresh must have run once
+before, which brings its coefficients to the device.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shampoo.kernels.reference.minimax import triples
+from shampoo.kernels.triton.minimax_program import ROOT as FINAL
+from shampoo.kernels.triton.minimax_program import SQUARED, Chain, plane_scale, root_chain
+from shampoo.kernels.triton.split_fp16 import measure_, normalize_, peak_, start_
+from shampoo.kernels.triton.symmetric_gemm import (
+    PLANES,
+    ROOT,
+    SQUARE,
+    Tiles,
+    padded,
+    symmetric_gemm_,
+    tile_count,
+    tiles,
+)
+
+
+def supports(
+    root: Tensor,
+    ridge: Tensor,
+    factor: Tensor,
+    p: int,
+    eps: float,
+    relative_eps: float,
+    schedule: Sequence[float],
+) -> bool:
+    """Whether :func:`minimax_root_` takes these: float32 with unit column strides, not empty."""
+    return (
+        root.dtype == factor.dtype == torch.float32
+        and factor.numel() > 0
+        and root.stride(2) == factor.stride(2) == 1
+    )
+
+
+def minimax_root_(
+    root: Tensor,
+    ridge: Tensor,
+    factor: Tensor,
+    p: int,
+    eps: float,
+    relative_eps: float,
+    schedule: Sequence[float],
+    *,
+    sizes: Tensor | None = None,
+    cut: Tiles | None = None,
+) -> None:
+    """``root = (A + ridge I)^(-1/p)`` with ``ridge = max(eps, relative_eps * ||A||_S4)``.
+
+    Accuracy: the "standard" level of the project's reference on roots, between textbook float32
+    iterations and the CPU path. Bitwise symmetric; a matrix does not depend on its neighbours.
+
+    Args:
+        root: [B, n, n] float32, written.
+        ridge: [B] float64, written.
+        factor: [B, n, n] float32, symmetric, read only.
+        p: The root, an integer.
+        eps: Absolute ridge.
+        relative_eps: Relative ridge; the schedule must reach down to it.
+        schedule: c0, c1, c2 of every step, one after another.
+        sizes: [B] int32: the real size of each matrix of a class of sizes. What is beyond is not
+            read, and not written to the root. All n by default.
+        cut: The tiles; by the table of :func:`tiles` by default.
+    """
+    batch, n, _ = factor.shape
+    device = factor.device
+    cut = tiles(n, device) if cut is None else cut
+    chain = root_chain(p, triples(schedule), relative_eps)
+    constants, table = _tables(chain, eps, relative_eps, device)
+    mixed = sizes
+    if sizes is None:
+        sizes = torch.full((batch,), n, dtype=torch.int32, device=device)
+    size = padded(n, cut.block)
+    scale = plane_scale(SQUARED)
+
+    peak = torch.zeros(batch, dtype=torch.int32, device=device)
+    square = factor.new_empty(batch, size, size)
+    squares = ridge.new_empty(batch, tile_count(size, cut.block))
+    norms = ridge.new_empty(batch, 4)
+    buffers = [
+        torch.empty(batch, 2, size, size, dtype=torch.float16, device=device)
+        for _ in range(max(3, chain.buffers))
+    ]
+    first, first_scale = chain.matrix
+    grown, root_scale = chain.root
+    S = next(buffers[k] for k in range(3) if k not in (first, grown))
+
+    peak_(peak, factor, mixed)
+    normalize_(S, factor, peak, sizes, scale)
+    symmetric_gemm_(
+        square,
+        S,
+        S,
+        table[0],
+        sizes,
+        squares,
+        kind=SQUARE,
+        products=3,
+        doubled=False,
+        promote=64,
+        add_left=False,
+        add_right=False,
+        cut=cut,
+    )
+    measure_(norms, ridge, squares, peak, constants, p)
+    start_(
+        buffers[first],
+        buffers[grown],
+        S,
+        square,
+        norms,
+        constants,
+        scale=scale,
+        first_scale=first_scale,
+        root_scale=root_scale,
+    )
+    for k, step in enumerate(chain.products, 1):
+        final = step.out == FINAL
+        symmetric_gemm_(
+            root if final else buffers[step.out],
+            buffers[step.left],
+            buffers[step.right],
+            table[k],
+            sizes,
+            norms,
+            kind=ROOT if final else PLANES,
+            products=step.products,
+            doubled=step.doubled,
+            promote=step.promote,
+            add_left=step.coefficients[1] != 0.0,
+            add_right=step.coefficients[2] != 0.0,
+            cut=cut,
+        )
+
+
+@functools.cache  # without a limit: a CUDA graph reads them again as long as it lives
+def _tables(
+    chain: Chain, eps: float, relative_eps: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Constants of step 0, and the coefficients of S^2 and of every product, on the device."""
+    constants = torch.tensor([eps, relative_eps, *chain.first], dtype=torch.float64)
+    scale = plane_scale(SQUARED)
+    rows = [(1.0 / scale**2, 0.0, 0.0, 0.0), *(step.coefficients for step in chain.products)]
+    table = torch.tensor(rows, dtype=torch.float32)
+    return constants.to(device), table.to(device)

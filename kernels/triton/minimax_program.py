@@ -1,0 +1,282 @@
+"""The root iteration of :mod:`shampoo.kernels.reference.minimax` as a fixed list of symmetric
+products.
+
+Nothing here runs on a device. What p, the schedule and the ridge determine is worked out once: the
+order of the products, which buffers they use, their coefficients and the scales of their operands.
+A launcher then only walks the list, so a refresh never waits for the host.
+
+Every product has the form ``out = a L R + b L + c R + d I``. In growth steps T = c0 I + c1 M + c2
+M^2, X <- X T, M <- T^p M with three fp16 products each; in the last steps, where M is close to I,
+R = I - M and D = T - t I are iterated instead, and single fp16 products lose nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+from shampoo.kernels.reference.minimax import Schedule
+
+ROOT = -1  # the output of the last product
+_TOP = 12  # scaled operands stay below 2^12: 16 times what fits fp16, for what rounding adds
+_NOISE = 1.5  # by which X may exceed its exact bound
+SQUARED = 2.0  # bound of the entries of the matrix divided by the power of two below its largest
+
+
+@dataclass(frozen=True)
+class Product:
+    """``out = a left right + b left + c right + d I`` of stored (scaled) planes."""
+
+    left: int
+    right: int
+    out: int
+    coefficients: tuple[float, float, float, float]
+    products: int  # 3: split precision; 1: leading planes only; 0: no product, a = 0
+    doubled: bool  # left right + right left instead, for half the coefficient
+    promote: int  # k after which the partial sum of split products is added to the rounded total
+
+
+@dataclass(frozen=True)
+class Chain:
+    """All products of one refresh, and what the first elementwise pass has to write."""
+
+    p: int
+    first: tuple[float, float, float]  # step 0: X = T = c0 I + c1 M + c2 M^2
+    matrix: tuple[int, float]  # buffer and scale of M = (S + rho I) / c
+    root: tuple[int, float]  # the same of X after step 0
+    buffers: int
+    products: tuple[Product, ...]
+
+
+@dataclass(frozen=True)
+class _Value:
+    buffer: int
+    bound: float
+
+    @property
+    def scale(self) -> float:
+        return plane_scale(self.bound)
+
+
+def plane_scale(bound: float) -> float:
+    """The power of two that brings values up to ``bound`` to 2^12 at most."""
+    return 2.0 ** (_TOP - math.ceil(math.log2(bound)))
+
+
+def residual_steps(p: int) -> int:
+    """Last steps that may use single products at the standard level of accuracy."""
+    return 2 if p >= 4 else 1 if p >= 2 else 0
+
+
+@functools.lru_cache(maxsize=256)
+def root_chain(p: int, schedule: Schedule, relative_eps: float) -> Chain:
+    """The list for ``(A + ridge I)^(-1/p)``.
+
+    Args:
+        p: The root, an integer >= 1.
+        schedule: (c0, c1, c2) of every step.
+        relative_eps: A lower bound of ridge / ||A||_S4, which bounds X; 0 if there is none.
+    """
+    return _Builder(p, schedule, relative_eps).build()
+
+
+class _Builder:
+    def __init__(self, p: int, schedule: Schedule, relative_eps: float) -> None:
+        self.p, self.schedule = p, schedule
+        damping = relative_eps / (1.0 + relative_eps)
+        self.limit = _NOISE * damping ** (-1.0 / p) if damping > 0 else math.inf
+        self.free: list[int] = []
+        self.buffers = 0
+        self.products: list[Product] = []
+        self.step = 0
+
+    def build(self) -> Chain:
+        count = len(self.schedule)
+        growth = max(1, count - residual_steps(self.p))
+        M = _Value(self._take(), 1.0)
+        X = _Value(self._take(), self.schedule[0][0])
+        start = M, X
+        for step, (c0, c1, c2) in enumerate(self.schedule):
+            self.step = step
+            last = self.step == count - 1
+            turns = self.step == growth - 1  # from here on M holds I - M
+            if self.step < growth:
+                M, X = self._grow(M, X, c0, c1, c2, last, turns)
+            else:
+                M, X = self._contract(M, X, c0, c1, c2, last)
+        if count == 1:
+            self._multiply(X, X, ROOT, 1.0, b=1.0, products=0)
+        first, second = ((value.buffer, value.scale) for value in start)
+        products = tuple(self.products)
+        return Chain(self.p, self.schedule[0], first, second, self.buffers, products)
+
+    def _grow(
+        self, M: _Value, X: _Value, c0: float, c1: float, c2: float, last: bool, turns: bool
+    ) -> tuple[_Value, _Value]:
+        bound = min(X.bound * c0, self.limit)
+        if self.step == 0:
+            T = X  # X = I so far
+        elif last and c2 == 0.0:  # X T = c0 X + c1 X M needs no T
+            return M, self._replace(X, M, bound, a=c1, b=c0, last=True)
+        else:
+            T = self._multiply(M, M, None, c0, a=c2, b=c1, d=c0, products=3 if c2 else 0)
+            X = self._replace(X, T, bound, last=last)
+        if last:
+            return M, X
+        P = self._power(T, c0)
+        sign = -1.0 if turns else 1.0
+        update = self._multiply(
+            P, M, None, 1.0, a=sign, d=1.0 if turns else 0.0, doubled=self.step == 0
+        )
+        if P is not T:
+            self._give(P)
+        if T is not X:
+            self._give(T)
+        self._give(M)
+        return update, X
+
+    def _contract(
+        self, R: _Value, X: _Value, c0: float, c1: float, c2: float, last: bool
+    ) -> tuple[_Value, _Value]:
+        t, bound = c0 + c1 + c2, min(X.bound * c0, self.limit)
+        slope = -(c1 + 2.0 * c2)
+        if last and c2 == 0.0:  # X T = t X - c1 X R
+            return R, self._replace(X, R, bound, a=slope, b=t, products=1, last=True)
+        D = self._multiply(R, R, None, c0 + t, a=c2, b=slope, products=1 if c2 else 0)
+        X = self._replace(X, D, bound, a=1.0, b=t, products=1, last=last)
+        if last:
+            return R, X
+        # (I + D/t)^p - I, then I - M' = (1 - t^p) I - t^p (Q - R - Q R)
+        F = _Value(D.buffer, D.bound)
+        Q = self._power_less_identity(F, t, c0 / t)
+        tp = t**self.p
+        update = self._multiply(Q, R, None, 1.0, a=tp, b=-tp, c=tp, d=1.0 - tp, products=1)
+        for value in (Q, R):
+            self._give(value)
+        return update, X
+
+    def _power(self, T: _Value, c0: float) -> _Value:
+        """T^p by binary powering. T stays."""
+        out: _Value | None = None
+        square, degree, done, rest = T, 1, 0, self.p
+        while True:
+            if rest & 1:
+                done += degree
+                if out is None:
+                    out = square
+                else:
+                    product = self._multiply(out, square, None, c0**done, doubled=self.step == 0)
+                    self._give_unless(out, T, square)
+                    out = product
+            rest >>= 1
+            if not rest:
+                assert out is not None
+                self._give_unless(square, T, out)
+                return out
+            degree *= 2
+            product = self._multiply(square, square, None, c0**degree)
+            self._give_unless(square, T, out)
+            square = product
+
+    def _power_less_identity(self, D: _Value, t: float, ratio: float) -> _Value:
+        """(I + F)^p - I with F = D / t. D is given up."""
+        out: _Value | None = None
+        square, unit, degree, done, rest = D, 1.0 / t, 1, 0, self.p  # F = unit * square
+        out_unit = 1.0
+        while True:
+            if rest & 1:
+                done += degree
+                if out is None:
+                    out, out_unit = square, unit
+                else:
+                    product = self._multiply(
+                        out,
+                        square,
+                        None,
+                        ratio**done + 1.0,
+                        a=out_unit * unit,
+                        b=out_unit,
+                        c=unit,
+                        products=1,
+                    )
+                    self._give_unless(out, square)
+                    out, out_unit = product, 1.0
+            rest >>= 1
+            if not rest:
+                assert out is not None
+                self._give_unless(square, out)
+                if out_unit == 1.0:
+                    return out
+                Q = self._multiply(out, out, None, ratio + 1.0, b=out_unit, products=0)  # p = 1
+                self._give(out)
+                return Q
+            degree *= 2
+            product = self._multiply(
+                square, square, None, ratio**degree + 1.0, a=unit * unit, b=2.0 * unit, products=1
+            )
+            self._give_unless(square, out)
+            square, unit = product, 1.0
+
+    def _replace(
+        self,
+        X: _Value,
+        other: _Value,
+        bound: float,
+        *,
+        a: float = 1.0,
+        b: float = 0.0,
+        products: int = 3,
+        last: bool,
+    ) -> _Value:
+        """X <- a X other + b X; the root itself in the last step."""
+        out = ROOT if last else None
+        value = self._multiply(X, other, out, bound, a=a, b=b, products=products)
+        self._give(X)
+        return value
+
+    def _multiply(
+        self,
+        left: _Value,
+        right: _Value,
+        out: int | None,
+        bound: float,
+        *,
+        a: float = 1.0,
+        b: float = 0.0,
+        c: float = 0.0,
+        d: float = 0.0,
+        products: int = 3,
+        doubled: bool = False,
+    ) -> _Value:
+        value = _Value(self._take() if out is None else out, bound)
+        scale = 1.0 if out == ROOT else value.scale
+        a = 0.0 if products == 0 else a * (0.5 if doubled else 1.0)
+        coefficients = (
+            a * scale / (left.scale * right.scale),
+            b * scale / left.scale,
+            c * scale / right.scale,
+            d * scale,
+        )
+        # Early products must not lose what the smallest eigenvalues still need; see roots.md 5.2.
+        promote = 64 if self.step < 2 else 256
+        self.products.append(
+            Product(
+                left.buffer, right.buffer, value.buffer, coefficients, products, doubled, promote
+            )
+        )
+        return value
+
+    def _take(self) -> int:
+        if self.free:
+            return self.free.pop()
+        self.buffers += 1
+        return self.buffers - 1
+
+    def _give(self, value: _Value) -> None:
+        if value.buffer != ROOT:
+            self.free.append(value.buffer)
+
+    def _give_unless(self, value: _Value, *kept: _Value | None) -> None:
+        if all(value is not other for other in kept):
+            self._give(value)

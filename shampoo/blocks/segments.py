@@ -1,0 +1,450 @@
+"""Which blocks move together in one step.
+
+A *segment* is a run of consecutive blocks of an arena, short enough for its gradient and direction
+to stay in cache (on a CPU) or in a bounded workspace (on a GPU). Everything in it is a view made
+once; the step only calls ops on them. Which gradients are there may be different in every step:
+then segments are *narrowed* to the blocks that are active, by a few operations on their tables.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from shampoo.blocks.rows import Rows, put, take
+from shampoo.blocks.stacks import Arena, BlockStack, FactorStack, Placement
+
+# Elements of a segment. On a CPU the gradient, its direction and the moments of a segment should
+# stay in the last level cache between the passes over them; on a GPU launches should be few.
+CPU_SEGMENT = 1 << 20
+GPU_SEGMENT = 1 << 24
+
+# From this many elements of a block, runs of active blocks are worked on one after another, as
+# views; smaller blocks are copied together, which is cheaper than a call for every run.
+_LARGE_BLOCK = 1 << 14
+
+
+@dataclass
+class Part:
+    """The blocks of one stack in a segment: B of them, of shape d_1 .. d_o, R of them active."""
+
+    grad: Tensor  # [B, d_1 .. d_o]
+    direction: Tensor  # [B, d_1 .. d_o]
+    exp_avg: Tensor | None  # [B, d_1 .. d_o]
+    elements: slice  # of the segment, where the B blocks lie
+    blocks: slice  # of the active blocks of the segment, the R that are here
+    factors: list[Tensor]  # a mode: [B, d_k, d_k] or, diagonal, [B, d_k]
+    roots: list[Tensor | None]  # a mode: [B, d_k, d_k], None where the factor is diagonal
+    ready: list[Tensor]  # a mode with a root: [B] bool
+    rows: Rows = None  # [R], which of the B blocks are active; None for all
+    whole: "Part | None" = None  # what this one is a part of
+    _all_ready: bool = field(default=False, init=False)
+
+    @property
+    def all_ready(self) -> bool:
+        """Whether all blocks are known to have their roots."""
+        return self._all_ready if self.whole is None else self.whole.all_ready
+
+    def is_ready(self) -> bool:
+        """Whether every factor of every active block has a valid root.
+
+        The step never loses a root, so the answer yes is final: a GPU is asked at the first root
+        step, and at ordinary steps only while some block is still without a root; it is never asked
+        for a part whose blocks change from step to step.
+        """
+        if self.all_ready:
+            return True
+        if self.whole is None:
+            self._all_ready = all(bool(ready.all()) for ready in self.ready)
+            return self._all_ready
+        is_here = self.grad.device.type == "cpu"
+        return is_here and all(bool(take(ready, self.rows).all()) for ready in self.ready)
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The blocks in a tensor that has the elements of the segment, [B, d_1 * .. * d_o]."""
+        return flat[self.elements].view(len(self.grad), -1)
+
+    def take(self, stack: Tensor) -> Tensor:
+        """The active blocks of a stack: itself, or a copy."""
+        return take(stack, self.rows)
+
+    def put(self, stack: Tensor, taken: Tensor) -> None:
+        """Puts back what has become of the active blocks."""
+        put(stack, self.rows, taken)
+
+    def narrowed(self, active: Tensor, first: int) -> list["Part"]:
+        """The active blocks alone.
+
+        Args:
+            active: [B] bool on the host.
+            first: how many active blocks the segment has before these.
+        """
+        rows = active.nonzero()[:, 0]
+        count = len(rows)
+        if count == 0:
+            return []
+        if count == len(active):
+            return [self._narrow(slice(0, count), first)]
+        if self.grad[0].numel() < _LARGE_BLOCK:
+            rows = rows.to(self.grad.device, non_blocking=True)
+            part = Part(
+                self.grad,
+                self.direction,
+                self.exp_avg,
+                self.elements,
+                slice(first, first + count),
+                self.factors,
+                self.roots,
+                self.ready,
+                rows,
+                self,
+            )
+            return [part]
+        return [self._narrow(slice(*run), first + done) for done, run in _runs(rows)]
+
+    def _narrow(self, run: slice, first: int) -> "Part":
+        size = self.grad[0].numel()
+        start = self.elements.start
+        return Part(
+            self.grad[run],
+            self.direction[run],
+            None if self.exp_avg is None else self.exp_avg[run],
+            slice(start + run.start * size, start + run.stop * size),
+            slice(first, first + run.stop - run.start),
+            [factor[run] for factor in self.factors],
+            [None if root is None else root[run] for root in self.roots],
+            [ready[run] for ready in self.ready],
+            None,
+            self,
+        )
+
+
+def _runs(rows: Tensor) -> list[tuple[int, tuple[int, int]]]:
+    """Neighbours among ascending rows, joined: how many rows come before, and ``start, stop``."""
+    listed = rows.tolist()
+    runs, begin = [], 0
+    for at in range(1, len(listed) + 1):
+        if at == len(listed) or listed[at] != listed[at - 1] + 1:
+            runs.append((begin, (listed[begin], listed[at - 1] + 1)))
+            begin = at
+    return runs
+
+
+@dataclass(frozen=True)
+class BlockIndex:
+    """What the B blocks of a segment belong to."""
+
+    owners: Tensor  # [B], the parameter by its place in the arena
+    places: Tensor  # [B], the place among the blocks of all of the arena's parameters
+    members: Tensor  # [B] on the host, the parameter as the segment's ``tiles`` number it
+
+
+@dataclass(frozen=True, eq=False)  # known by identity: exchanges keep tables for each
+class Segment:
+    """A run of blocks with the views and tables that the ops take; R of the blocks are active."""
+
+    start: int  # the element of the arena at which it begins
+    placements: tuple[Placement, ...]
+    members: list[int]  # parameters, in the order in which ``tiles`` numbers them
+    tiles: Tensor  # [T, 2 + 4 K], of the active blocks
+    grad: Tensor
+    direction: Tensor
+    norm: Tensor  # [R], of the grafted direction
+    scale: Tensor  # [R]
+    moments: dict[str, Tensor]
+    parts: list[Part]
+    blocks: "BlockIndex"
+    active: Rows = None  # [R] on the host, which of the blocks are active; None for all
+    whole: "Segment | None" = None  # what this one is a part of
+
+    @property
+    def key(self) -> "Segment":
+        """What all narrowed forms of a segment have in common."""
+        return self.whole or self
+
+    @functools.cached_property
+    def owners(self) -> Tensor:
+        """[R], for every active block its parameter, by its place in the arena."""
+        return take(self.blocks.owners, self._active_rows)
+
+    @functools.cached_property
+    def places(self) -> Tensor:
+        """[R], for every active block its place among those of all of the arena's parameters."""
+        return take(self.blocks.places, self._active_rows)
+
+    @functools.cached_property
+    def _active_rows(self) -> Rows:
+        """``active`` on the device of the segment."""
+        if self.active is None:
+            return None
+        return self.active.to(self.grad.device, non_blocking=True)
+
+    @functools.cached_property
+    def packed(self) -> Tensor:
+        """``tiles`` of the active blocks in the memory of the segment itself."""
+        if self.whole is None:  # neighbours of one size join
+            rows = [
+                [0, at, len(self.grad), at, len(part.grad), part.grad[0].numel()]
+                for part in self.parts
+                for at in [part.elements.start]
+            ]
+            return torch.tensor(rows, dtype=torch.int64, device="cpu")
+        order = (self.tiles.shape[1] - 2) // 4
+        grid, extent = self.tiles[:, 2 + 2 * order :].view(-1, 2, order).unbind(1)
+        blocks, size = grid.prod(1), extent.prod(1)
+        offset, zero = self.tiles[:, 1], torch.zeros_like(blocks)
+        numel = torch.full_like(blocks, len(self.grad))
+        return torch.stack((zero, offset, numel, offset, blocks, size), dim=1)
+
+    def narrowed(self, present: Sequence[bool]) -> "Segment | None":
+        """The same without the blocks of parameters that have no gradient; None if all are such.
+
+        Args:
+            present: for every parameter of the plan, whether it has a gradient.
+        """
+        here = [present[member] for member in self.members]
+        if all(here):
+            return self
+        if not any(here):
+            return None
+        is_here = torch.tensor(here, device="cpu")
+        active = is_here[self.blocks.members]
+        parts: list[Part] = []
+        count = 0
+        for part in self.parts:
+            narrow = part.narrowed(active[part.blocks], count)
+            count = narrow[-1].blocks.stop if narrow else count
+            parts += narrow
+        return Segment(
+            self.start,
+            self.placements,
+            self.members,
+            self.tiles[is_here[self.tiles[:, 0]]],
+            self.grad,
+            self.direction,
+            self.norm[:count],
+            self.scale[:count],
+            self.moments,
+            parts,
+            self.blocks,
+            active.nonzero()[:, 0],
+            self,
+        )
+
+
+def count_blocks(tiles: Tensor) -> int:
+    """How many blocks the tiles of a table have, [T, 2 + 4 K]."""
+    order = (tiles.shape[1] - 2) // 4
+    return int(tiles[:, 2 + 2 * order : 2 + 3 * order].prod(1).sum())
+
+
+@dataclass(frozen=True)
+class FactorRows:
+    """Factors of one stack whose roots are refreshed together."""
+
+    stack: FactorStack
+    where: slice | Tensor  # ascending; a tensor, [R] int64, is on the host
+
+    @functools.cached_property
+    def owners(self) -> Tensor:
+        """[R], the parameters of the factors, by their places in the arena."""
+        owners = self.stack.row_owners[self.where]
+        return owners.to(self.stack.factor.device, non_blocking=True)
+
+    @functools.cached_property
+    def rows(self) -> Tensor:
+        """``where`` as rows to be copied together, on the device of the stack."""
+        assert isinstance(self.where, Tensor)
+        return self.where.to(self.stack.factor.device, non_blocking=True)
+
+    def take(self, state: Tensor) -> Tensor:
+        """These rows of the stack's state: a view, or a copy."""
+        return state[self.where] if isinstance(self.where, slice) else take(state, self.rows)
+
+    def put(self, state: Tensor, taken: Tensor) -> None:
+        """Puts back what has become of them."""
+        if not isinstance(self.where, slice):
+            put(state, self.rows, taken)
+
+
+Slots = tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class ActiveBlocks:
+    """What one arena does in a step with a given pattern of gradients."""
+
+    arena: Arena
+    present: tuple[bool, ...]  # for every parameter of the arena
+    segments: list[Segment]
+    _rows: dict[int, list[FactorRows]] = field(default_factory=dict)  # by slot
+    # By slots. For ever, if capturable: a graph may read the tables of any of them.
+    _rows_by_owner: dict[Slots, list[FactorRows]] = field(default_factory=dict)
+
+    @functools.cached_property
+    def ranks(self) -> list[int]:
+        """The parameters with a gradient, by their places in the arena."""
+        return [rank for rank, is_here in enumerate(self.present) if is_here]
+
+    @functools.cached_property
+    def is_here(self) -> Tensor:
+        """``present`` on the device of the arena."""
+        return torch.tensor(self.present, device="cpu").to(self.arena.device, non_blocking=True)
+
+    def rows_of_phase(self, slot: int) -> list[FactorRows]:
+        """The factors of parameters with a gradient that are refreshed in one slot."""
+        if slot not in self._rows:
+            active = torch.tensor(self.present, device="cpu")
+            self._rows[slot] = [
+                rows
+                for stack in self.arena.stacks_with_roots()
+                for rows in _factor_rows(stack, active[stack.row_owners] & (stack.slot == slot))
+            ]
+        return self._rows[slot]
+
+    def rows_by_owner(self, slots: Slots) -> list[FactorRows]:
+        """The factors that are refreshed where parameters differ in how many steps they have taken.
+
+        Args:
+            slots: for every parameter of the arena, the slot that is due, None if there is none or
+                the parameter has no gradient.
+        """
+        if slots not in self._rows_by_owner:
+            if not self.arena.is_capturable:
+                self._rows_by_owner.clear()  # they hardly come again
+            self._rows_by_owner[slots] = self._rows_of(slots)
+        return self._rows_by_owner[slots]
+
+    def _rows_of(self, slots: Slots) -> list[FactorRows]:
+        due = torch.tensor([-1 if slot is None else slot for slot in slots], device="cpu")
+        return [
+            rows
+            for stack in self.arena.stacks_with_roots()
+            for rows in _factor_rows(stack, due[stack.row_owners] == stack.slot)
+        ]
+
+
+def _factor_rows(stack: FactorStack, due: Tensor) -> list[FactorRows]:
+    """The rows of a stack that are due, [K] bool, in few pieces: solvers want long batches."""
+    rows = due.nonzero()[:, 0]
+    if len(rows) == 0:
+        return []
+    runs = _runs(rows)
+    if len(runs) == 1 or stack.size**2 >= _LARGE_BLOCK:
+        return [FactorRows(stack, slice(*run)) for _, run in runs]
+    # Copied together, in pieces, so that not all of a model's factors are held twice.
+    most = max(1, _LARGE_BLOCK * 256 // stack.size**2)
+    return [FactorRows(stack, piece) for piece in torch.split(rows, most)]
+
+
+def segment_limit(device: torch.device) -> int:
+    """Elements that a segment has at most, unless it is a single tile."""
+    return CPU_SEGMENT if device.type in ("cpu", "meta") else GPU_SEGMENT
+
+
+def longest_segment(arena: Arena) -> int:
+    """Elements of workspace that the segments of an arena need."""
+    if arena.is_layerwise:
+        return arena.numel  # every segment has a place of its own
+    return min(arena.numel, max(segment_limit(arena.device), arena.largest_tile))
+
+
+def segments_of(arena: Arena, workspace: Tensor) -> list[Segment]:
+    """Cuts the blocks of an arena into segments.
+
+    Args:
+        workspace: ``[2, W]``, for gradients and directions, W at least :func:`longest_segment`: all
+            segments use its start in turn, but those of LARS and LAMB, which all wait for a sum.
+    """
+    limit, shared = segment_limit(arena.device), not arena.is_layerwise
+    runs: list[list[tuple[BlockStack, Placement]]] = []
+    numel = 0
+    for stack in arena.stacks:
+        for placed in stack.placements:
+            is_cut = not runs or placed.element in arena.cuts
+            if is_cut or numel + placed.numel > limit:
+                runs.append([])
+                numel = 0
+            runs[-1].append((stack, placed))
+            numel += placed.numel
+    return [_segment(arena, run, workspace, shared) for run in runs]
+
+
+def _segment(
+    arena: Arena, run: list[tuple[BlockStack, Placement]], workspace: Tensor, shared: bool
+) -> Segment:
+    first, last = run[0][1], run[-1][1]
+    start, stop = first.element, last.element + last.numel
+    offset = 0 if shared else start
+    grad, direction = (row[offset : offset + stop - start] for row in workspace)
+    moments = {name: tensor[start:stop] for name, tensor in arena.moments.items()}
+    members = sorted({placed.member for _, placed in run})
+    numbers = {member: number for number, member in enumerate(members)}
+    order = max(len(stack.extent) for stack, _ in run)
+    ranks = {member: rank for rank, member in enumerate(arena.members)}
+    rows: list[list[int]] = []
+    owners: list[int] = []
+    places: list[int] = []
+    block_members: list[int] = []
+    parts: list[Part] = []
+    for stack, tiles in _by_stack(run):
+        before = len(owners)
+        for placed in tiles:
+            blocks, number = placed.tile.blocks, numbers[placed.member]
+            rows.append(placed.tile.row(number, placed.element - start, order))
+            owners += [ranks[placed.member]] * blocks
+            block_members += [number] * blocks
+            base = arena.first[placed.member]
+            places += [base + index for index in placed.tile.block_indices()]
+        count = len(owners) - before
+        size, at = tiles[0].tile.block_numel, tiles[0].element - start
+        elements = slice(at, at + count * size)
+        shape = (count, *stack.extent)
+        slot = tiles[0].slot
+        owned = [
+            (factors, slice(base + slot, base + slot + count)) for factors, base in stack.factors
+        ]
+        exp_avg = moments.get("exp_avg")
+        parts.append(
+            Part(
+                grad=grad[elements].view(shape),
+                direction=direction[elements].view(shape),
+                exp_avg=None if exp_avg is None else exp_avg[elements].view(shape),
+                elements=elements,
+                blocks=slice(before, before + count),
+                factors=[factors.factor[own] for factors, own in owned],
+                roots=[None if factors.diagonal else factors.root[own] for factors, own in owned],
+                ready=[factors.ready[own] for factors, own in owned if not factors.diagonal],
+            )
+        )
+    norm = torch.zeros(len(owners), dtype=arena.dtype, device=arena.device)
+    return Segment(
+        start,
+        tuple(placed for _, placed in run),
+        members,
+        torch.tensor(rows, dtype=torch.int64, device="cpu"),
+        grad,
+        direction,
+        norm,
+        torch.ones_like(norm),
+        moments,
+        parts,
+        BlockIndex(
+            torch.tensor(owners, dtype=torch.int64, device=arena.device),
+            torch.tensor(places, dtype=torch.int64, device=arena.device),
+            torch.tensor(block_members, dtype=torch.int64, device="cpu"),
+        ),
+    )
+
+
+def _by_stack(
+    run: list[tuple[BlockStack, Placement]],
+) -> list[tuple[BlockStack, list[Placement]]]:
+    grouped: list[tuple[BlockStack, list[Placement]]] = []
+    for stack, placed in run:
+        if not grouped or grouped[-1][0] is not stack:
+            grouped.append((stack, []))
+        grouped[-1][1].append(placed)
+    return grouped

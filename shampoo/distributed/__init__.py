@@ -1,0 +1,1 @@
+"""Ranks: their groups, how they agree, and what travels between them."""

@@ -1,0 +1,209 @@
+"""All ranks that hold the same parameters take a step together, or none does.
+
+One small all-reduce before anything is changed carries each rank's word on its gradients, a digest
+of its plan and a digest of what its step is about to do (distributed.md 2.2, 3.3). A rank that
+cannot go on says so there, and the others stop with it instead of waiting for it.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from shampoo.distributed.group_handle import GroupHandle
+from shampoo.errors import (
+    BlockGridMismatchError,
+    ForeignCheckpointError,
+    IncompleteCheckpointError,
+    NonFiniteGradientError,
+    PlanMismatchError,
+    ReplicaMismatchError,
+    RootFailureError,
+    ShampooDistributedError,
+    ShampooError,
+)
+
+# What a rank says of its step; the largest word counts.
+OK, SKIPPED, REFUSED, FAILED = range(4)
+
+Entry = Mapping[str, str]  # what a rank says of one parameter or group, by the name of it
+Result = TypeVar("Result")
+
+# Errors that keep their type on the ranks that only hear of them.
+_SHARED_ERRORS = {
+    kind.__name__: kind
+    for kind in (
+        BlockGridMismatchError,
+        ForeignCheckpointError,
+        IncompleteCheckpointError,
+        NonFiniteGradientError,
+        ReplicaMismatchError,
+        RootFailureError,
+    )
+}
+
+
+def digest(content: str) -> int:
+    """62 bits of a text, the same in every process."""
+    hashed = hashlib.blake2b(content.encode(), digest_size=8).digest()
+    return int.from_bytes(hashed, "big") >> 2
+
+
+@dataclass(frozen=True)
+class MustAgree:
+    """Something that must be alike on all ranks, in short and, where they differ, in words."""
+
+    noun: str  # what the entries are of
+    digest: int
+    entries: Callable[[], Sequence[Entry]]
+
+
+ITEMS = 4  # of a step: values of hyper-parameters, its plan, which gradients are there, steps
+
+
+class Vote(NamedTuple):
+    """On a step, by one rank or, where they have agreed, by all.
+
+    Attributes:
+        status: the word; OK or SKIPPED once agreed.
+        is_nonzero: whether there is a gradient that is not all zero (on any rank).
+        is_prepared: whether the buffers that the step needs are there (on all ranks).
+    """
+
+    status: int
+    is_nonzero: bool
+    is_prepared: bool
+
+
+class DeferredError:
+    """Runs this rank's part of a step; while others wait for it, an exception must wait too.
+
+    Between two collectives everything that can raise runs in here: a rank that raised at once would
+    leave the others in the next collective until the process group times out.
+    """
+
+    def __init__(self, is_shared: bool) -> None:
+        self._is_shared = is_shared
+        self.error: Exception | None = None
+
+    @property
+    def word(self) -> int:
+        """OK or FAILED."""
+        return OK if self.error is None else FAILED
+
+    def run(self, work: Callable[..., Result], *arguments: Any) -> Result | None:
+        """What ``work`` returns, nothing once something has failed."""
+        if self.error is not None:
+            return None
+        try:
+            return work(*arguments)
+        except Exception as error:
+            if not self._is_shared:
+                raise
+            self.error = error
+            return None
+
+
+class Consensus:
+    """The ranks that must step alike.
+
+    Args:
+        group: their process group.
+        device: on which it communicates.
+    """
+
+    def __init__(self, group: GroupHandle, device: torch.device) -> None:
+        self._group = group
+        self._device = device
+
+    def settle(
+        self,
+        vote: Vote,
+        must_agree: Sequence[MustAgree],
+        error: Exception | None,
+    ) -> Vote:
+        """Agrees on whether to step.
+
+        Args:
+            verdict: this rank's; its status may be any word.
+            topics: what must be alike on all ranks, as many on each; may be empty where ``error``
+                is given.
+            error: why the status is FAILED or REFUSED.
+
+        Raises:
+            NonFiniteGradientError: if a rank refuses its gradients.
+            ShampooDistributedError: if a rank has failed.
+            PlanMismatchError: if the ranks do not agree on a topic.
+            In every case, on all ranks.
+        """
+        digests = [item.digest for item in must_agree] or [0] * ITEMS
+        # Of a digest and its negative, the largest are each other's negatives iff all are equal.
+        signed = [value for number in digests for value in (number, -number)]
+        status, nonzero, unprepared, *agreed = self._max(
+            [vote.status, int(vote.is_nonzero), int(not vote.is_prepared), *signed]
+        )
+        if status >= REFUSED:
+            self.fail(error)
+        for item, high, low in zip(must_agree, agreed[::2], agreed[1::2], strict=True):
+            if high != -low:
+                self._name_difference(item.noun, item.entries())
+        return Vote(status, bool(nonzero), not unprepared)
+
+    def confirm(self, word: int) -> int:
+        """The largest word of all ranks."""
+        return self._max([word])[0]
+
+    def check(self, deferred: DeferredError) -> None:
+        """Raises on all ranks if the attempt of one has failed."""
+        if self.confirm(deferred.word) != OK:
+            self.fail(deferred.error)
+
+    def fail(self, error: Exception | None) -> NoReturn:
+        """Raises on all ranks alike, naming the first rank that has an error."""
+        reason = None if error is None else (type(error).__name__, str(error))
+        group = self._group.live()
+        reasons: list[tuple[str, str] | None] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(reasons, reason, group=group)
+        if error is not None and all(other == reason for other in reasons):
+            raise error  # all ranks were asked for the same impossible thing: say it in its words
+        ranks = dist.get_process_group_ranks(group)
+        rank, (kind, message) = next(
+            (rank, other) for rank, other in zip(ranks, reasons, strict=True) if other is not None
+        )
+        error_type: type[ShampooError] = _SHARED_ERRORS.get(kind, ShampooDistributedError)
+        raise error_type(
+            f"rank {rank}: {kind}: {message} No rank has changed a parameter in this step."
+        ) from error
+
+    def _max(self, values: Sequence[int]) -> list[int]:
+        tensor = torch.tensor(values, dtype=torch.int64, device=self._device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._group.live())
+        agreed: list[int] = tensor.tolist()
+        return agreed
+
+    def _name_difference(self, noun: str, entries: Sequence[Entry]) -> NoReturn:
+        """Raises with the first entry in which a rank differs from the first rank."""
+        group = self._group.live()
+        everyone: list[Sequence[Entry]] = [()] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, entries, group=group)
+        ranks = dist.get_process_group_ranks(group)
+        for rank, theirs in zip(ranks, everyone, strict=True):
+            if len(theirs) != len(everyone[0]):
+                raise PlanMismatchError(
+                    f"rank {rank} has {len(theirs)} {noun}, rank {ranks[0]} has"
+                    f" {len(everyone[0])}. Give all ranks the same model and parameter groups."
+                )
+            for own, other in zip(everyone[0], theirs, strict=True):
+                if own != other:
+                    keys = [*own, *(key for key in other if key not in own)]
+                    key = next(key for key in keys if own.get(key) != other.get(key))
+                    raise PlanMismatchError(
+                        f"rank {rank} has {other['name']} with {key}={other.get(key)},"
+                        f" rank {ranks[0]} has {own['name']} with {key}={own.get(key)}."
+                        " All ranks must train the same parameters, in the same order, with the"
+                        " same hyper-parameters. No rank has changed anything in this step."
+                    )
+        raise AssertionError("digests differ but entries do not")

@@ -1,0 +1,252 @@
+"""Which kernel runs an op: what ``SHAMPOO_BACKEND`` names, or what measured fastest.
+
+On a CUDA device an op may have a kernel in CUDA C++, one in Triton, both or neither, beside its
+*reference* in plain PyTorch, whose products are cuBLAS. ``cuda`` and ``triton`` name one of them.
+``auto`` asks a table of measurements: for a card, an op and a dtype the seconds of every kernel at
+some sizes, so it also says where a kernel loses to cuBLAS. A card that is not in the table has not
+been measured, and keeps the references. On a CPU the kernels are those in C++ (``cpp``).
+
+``backends.json`` ships with the package; ``SHAMPOO_BACKEND_TABLE`` names another one, such as
+``python -m benchmarks.gpu --write-table`` writes. Nothing here runs a kernel.
+"""
+
+import functools
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "cuda", "triton", "reference")
+REFERENCE = "reference"
+
+# The kernels of a CUDA device. What is not here has none: products of whole stacks are cuBLAS's.
+KERNELS: dict[str, tuple[str, ...]] = {
+    "gather_blocks_": ("cuda",),
+    "magnitudes_": ("cuda",),
+    "graft_moments_": ("cuda",),
+    "update_blocks_": ("cuda",),
+    "gram_ema_": ("triton",),
+    "precondition_": ("triton",),
+    "minimax_root_": ("cuda", "triton"),
+    "small_root_": ("cuda",),
+    "judge_roots_": ("triton",),
+}
+
+# The argument whose dtype and size decide, by its place: the first of several that is there; of a
+# list, the dtype of the first and the size of all.
+_SUBJECT = {
+    "gather_blocks_": (0,),
+    "magnitudes_": (1,),
+    "graft_moments_": (0, 1, 2, 3, 4),
+    "update_blocks_": (2,),
+    "gram_ema_": (0,),
+    "precondition_": (0,),
+    "minimax_root_": (0,),
+    "small_root_": (0,),
+    "judge_roots_": (1,),
+}
+ELEMENTWISE = ("gather_blocks_", "magnitudes_", "graft_moments_", "update_blocks_")
+
+SMALL = 128  # rows of a matrix whose whole root chain one thread block holds, csrc/launch.h
+SMALL_STEPS = 16  # of its schedule
+
+Table = Mapping[str, Any]
+
+
+def chosen() -> str:
+    """The backend that ``SHAMPOO_BACKEND`` names; ``auto`` by default.
+
+    Raises:
+        ValueError: if it is none of the four.
+    """
+    backend = os.environ.get("SHAMPOO_BACKEND", "auto")
+    if backend not in BACKENDS:
+        raise ValueError(f"Invalid SHAMPOO_BACKEND={backend!r}. Must be one of {BACKENDS}.")
+    return backend
+
+
+def table() -> Table:
+    """The measurements behind ``auto``: of ``SHAMPOO_BACKEND_TABLE``, else those of the package.
+
+    Raises:
+        ValueError: if it cannot be read, or names a kernel that an op does not have.
+    """
+    return read_table(os.environ.get("SHAMPOO_BACKEND_TABLE", ""))
+
+
+@functools.cache
+def read_table(path: str) -> Table:
+    """The table in a file, checked; the package's own for an empty path."""
+    try:
+        if path:
+            text = Path(path).expanduser().read_text(encoding="utf-8")
+        else:
+            text = (
+                resources.files("shampoo.ops").joinpath("backends.json").read_text(encoding="utf-8")
+            )
+        found = json.loads(text)
+        for card in found["cuda"].values():
+            for op, dtypes in card["ops"].items():
+                for row in (row for rows in dtypes.values() for row in rows):
+                    _check(op, row)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        where = f"SHAMPOO_BACKEND_TABLE={path!r}" if path else "backends.json"
+        raise ValueError(
+            f"Invalid {where}: {type(error).__name__}: {error}. Must be a table that"
+            " `python -m benchmarks.gpu --write-table` wrote."
+        ) from error
+    return found  # type: ignore[no-any-return]
+
+
+def _check(op: str, row: Mapping[str, Any]) -> None:
+    known = (*KERNELS.get(op, ()), REFERENCE)
+    if row["kernel"] not in known:
+        raise ValueError(f"kernel={row['kernel']!r} for {op}. Must be one of {known}")
+    if not row["size"] > 0:
+        raise ValueError(f"size={row['size']} for {op}. Must be > 0")
+
+
+def choose(
+    op: str, device: str, dtype: str, size: int, *, backend: str, card: str, table: Table
+) -> str:
+    """The kernel that runs an op.
+
+    Args:
+        op: Its name, such as ``"gram_ema_"``.
+        device: ``"cpu"`` or ``"cuda"``.
+        dtype: Of its data, such as ``"float32"``.
+        size: Columns of the largest factor; elements for an op that works on elements.
+        backend: One of ``BACKENDS``.
+        card: The card's key in the table: its compute capability, such as ``"9.0"``.
+        table: Of measurements.
+
+    Returns:
+        ``"cpp"``, ``"cuda"``, ``"triton"`` or ``"reference"``. A backend that has no kernel for
+        the op leaves the reference: there is nothing else that it could name.
+
+    """
+    if device == "cpu":
+        if backend == "auto":
+            return str(table["cpu"].get(op, REFERENCE))
+        return "cpp" if backend == "cuda" and table["cpu"].get(op) else REFERENCE
+    if device != "cuda":
+        return REFERENCE
+    if backend != "auto":
+        return backend if backend in KERNELS.get(op, ()) else REFERENCE
+    rows: Sequence[Mapping[str, Any]]
+    rows = table["cuda"].get(card, {}).get("ops", {}).get(op, {}).get(dtype, ())
+    # The measurement of the next size above; beyond the last one, the last.
+    above = [row for row in rows if row["size"] >= size]
+    nearest = min(above, key=_size) if above else max(rows, key=_size, default=None)
+    return REFERENCE if nearest is None else str(nearest["kernel"])
+
+
+def _size(row: Mapping[str, Any]) -> float:
+    return float(row["size"])
+
+
+def wanted(backend: str, card: str, table: Table) -> frozenset[str]:
+    """The kinds of kernels that a process has to load: of ``cpp``, ``cuda`` and ``triton``.
+
+    ``card`` is empty where there is no CUDA device.
+    """
+    if backend == "auto":
+        kinds = {kind for kind in table["cpu"].values() if kind != REFERENCE}
+        measured = table["cuda"].get(card, {}).get("ops", {})
+        for dtypes in measured.values():
+            kinds |= {row["kernel"] for rows in dtypes.values() for row in rows} - {REFERENCE}
+        return frozenset(kinds)
+    named = {"cuda": {"cpp", "cuda"}, "triton": {"triton"}, "reference": set[str]()}
+    return frozenset(named[backend])
+
+
+def router(op: str, backend: str, table: Table) -> Callable[[Sequence[Any]], str]:
+    """:func:`choose` for the arguments of a call on a CUDA device, whether or not it takes them."""
+    places, counts = _SUBJECT[op], op in ELEMENTWISE
+
+    @functools.lru_cache(maxsize=1024)
+    def remembered(dtype: torch.dtype, size: int, card: str) -> str:
+        name = str(dtype).removeprefix("torch.")
+        return choose(op, "cuda", name, size, backend=backend, card=card, table=table)
+
+    def kernel_for(arguments: Sequence[Any]) -> str:
+        given: Tensor | Sequence[Tensor]
+        given = next(arguments[at] for at in places if arguments[at] is not None)
+        tensors = [given] if isinstance(given, Tensor) else given
+        first = tensors[0]
+        if counts:
+            size = sum(tensor.numel() for tensor in tensors)
+        else:
+            size = max(first.shape[1:], default=0)
+        return remembered(first.dtype, size, card_of(first.device))
+
+    return kernel_for
+
+
+def supports_small_root(
+    root: Tensor,
+    ridge: Tensor,
+    factor: Tensor,
+    p: int,
+    eps: object,
+    relative_eps: object,
+    schedule: Sequence[float],
+) -> bool:
+    """Whether the fused chain in CUDA C++ takes these: float32, contiguous, n <= 128, p >= 2."""
+    return (
+        root.dtype == factor.dtype == torch.float32
+        and factor.shape[-1] <= SMALL
+        and p >= 2
+        and 3 <= len(schedule) <= 3 * SMALL_STEPS
+        and root.is_contiguous()
+        and factor.is_contiguous()
+        and ridge.is_contiguous()
+    )
+
+
+def supports_magnitudes(out: Tensor, tensors: Sequence[Tensor]) -> bool:
+    """Whether the kernel in CUDA C++ takes these: one launch has the memory of one device."""
+    return all(tensor.device == out.device for tensor in tensors)
+
+
+@functools.cache
+def card_of(device: torch.device) -> str:
+    """The key of a device in the table: its compute capability; empty for one without."""
+    if device.type != "cuda":
+        return ""
+    return "{}.{}".format(*torch.cuda.get_device_capability(device))
+
+
+def card() -> str:
+    """The key of the current CUDA device, empty if there is none."""
+    if not torch.cuda.is_available():
+        return ""
+    return card_of(torch.device("cuda", torch.cuda.current_device()))
+
+
+def describe(backend: str, card: str, table: Table) -> dict[str, str]:
+    """For every op with kernels on a CUDA device, in words which one runs, and where it loses."""
+    if backend != "auto":
+        return {
+            op: choose(op, "cuda", "float32", 1, backend=backend, card=card, table=table)
+            for op in KERNELS
+        }
+    measured = table["cuda"].get(card, {}).get("ops", {})
+    said = {}
+    for op in KERNELS:
+        rows = sorted(measured.get(op, {}).get("float32", ()), key=_size)
+        said[op] = "; ".join(map(_in_words, rows)) or "reference (not yet measured on this card)"
+    return said
+
+
+def _in_words(row: Mapping[str, Any]) -> str:
+    seconds: Mapping[str, float] = row.get("seconds", {})
+    base = seconds.get(REFERENCE, math.nan)
+    ratios = [f"{kind} {base / s:.2g}x" for kind, s in seconds.items() if kind != REFERENCE]
+    return f"{row['size']}: {row['kernel']}" + (f" ({', '.join(ratios)})" if ratios else "")

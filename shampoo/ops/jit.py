@@ -1,0 +1,296 @@
+"""Builds ``csrc/`` on first use. No other module runs a compiler.
+
+A build is named by a hash of everything that shapes it, made in a private folder and published by
+one atomic rename, so no reader ever sees half a library. The lock only saves ranks from compiling
+the same thing twice; the operating system drops it when its holder dies.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from shampoo.ops import backends
+
+LIBRARY = "shampoo_csrc.so"
+FAILURE = "failure.txt"
+
+# A failed build is not repeated by the ranks that waited for it, nor for this many seconds after:
+# longer would keep the references in use after a full disk was emptied.
+FAILURE_LIFETIME = 3600.0
+
+# No -std: torch passes the one its own headers need, and the last one given would win. The rest
+# leaves every value as IEEE 754 has it, and bits independent of where a loop was cut.
+CXX_FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+
+# Not -march=native: a cache on a shared file system may serve machines of several kinds, and these
+# levels are part of the key. They are torch's own, found at run time.
+CPU_LEVELS = {"AVX512": "-march=x86-64-v4", "AVX2": "-march=x86-64-v3"}
+
+# What a compiler takes from its surroundings, beside its version.
+COMPILER_ENVIRONMENT = (
+    *("CXX", "PATH", "CPATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "LD_LIBRARY_PATH", "TMPDIR"),
+    *("CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "PYTORCH_NVCC"),
+)
+
+
+class BuildError(RuntimeError):
+    """The sources could not be built or loaded."""
+
+
+def source_dir() -> Path:
+    """The folder of the C++ and CUDA sources, wherever the package is installed."""
+    return Path(str(resources.files("shampoo.csrc")))
+
+
+def sources() -> list[Path]:
+    """The translation units; headers count in the key but are not compiled on their own.
+
+    ``*.cu`` and ``*_cuda.cpp`` are compiled for a torch with CUDA, where they are wanted.
+    """
+    units = sorted(path for path in source_dir().iterdir() if path.suffix in {".cpp", ".cu"})
+    if needs_cuda():
+        return units
+    return [path for path in units if path.suffix == ".cpp" and not path.stem.endswith("_cuda")]
+
+
+def needs_cuda() -> bool:
+    """Whether the backend wants the kernels in CUDA C++; ``auto`` only where they can be built."""
+    if not torch.version.cuda:
+        return False
+    backend = backends.chosen()
+    if "cuda" not in backends.wanted(backend, backends.card(), backends.table()):
+        return False
+    return backend == "cuda" or _has_toolkit(_toolkit())
+
+
+def _toolkit() -> str:
+    """Where torch looks for nvcc and the CUDA headers; empty if it knows no place."""
+    from torch.utils import cpp_extension
+
+    return cpp_extension.CUDA_HOME or ""
+
+
+def _has_toolkit(folder: str) -> bool:
+    return bool(folder) and Path(folder, "include", "cuda_runtime.h").is_file()
+
+
+def has_cuda_sources() -> bool:
+    """Whether this torch and these sources need nvcc."""
+    return any(path.suffix == ".cu" for path in sources())
+
+
+def cuda_flags() -> list[str]:
+    """One ``-gencode`` for each of ``SHAMPOO_CUDA_ARCH``, else for the current device.
+
+    Raises:
+        BuildError: if there is no GPU to ask and the variable is not set.
+    """
+    if not has_cuda_sources():
+        return []
+    arches = os.environ.get("SHAMPOO_CUDA_ARCH", "").replace(";", " ").split()
+    if not arches:
+        if not torch.cuda.is_available():
+            raise BuildError("no GPU is visible: set SHAMPOO_CUDA_ARCH, for example to '9.0'")
+        arches = ["{}.{}".format(*torch.cuda.get_device_capability())]
+    numbers = [arch.replace(".", "") for arch in arches]
+    return [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
+
+
+def compiler() -> list[str]:
+    """The command of the C++ compiler: ``CXX``, else ``c++``, as torch chooses it."""
+    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+
+
+@functools.cache
+def _version(command: tuple[str, ...]) -> str:
+    answer = subprocess.run(
+        [*command, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    return answer.stdout.strip()
+
+
+def compiler_version() -> str:
+    """What the compiler says of itself; empty if there is none."""
+    command = compiler()
+    return _version(tuple(command)) if shutil.which(command[0]) else ""
+
+
+def nvcc_version() -> str:
+    """What the CUDA compiler that torch would run says of itself; empty if there is none."""
+    toolkit = _toolkit()
+    command = os.environ.get("PYTORCH_NVCC") or (f"{toolkit}/bin/nvcc" if toolkit else "")
+    return _version((command,)) if shutil.which(command) else ""
+
+
+def compiler_versions() -> list[str]:
+    """What every compiler that a build needs says of itself; empty for one that is not there."""
+    return [compiler_version(), nvcc_version()] if has_cuda_sources() else [compiler_version()]
+
+
+def portable_flags() -> list[str]:
+    """The flags of the C++ compiler that do not depend on which one it is."""
+    level = CPU_LEVELS.get(torch.backends.cpu.get_cpu_capability())
+    return [*CXX_FLAGS, level] if level else [*CXX_FLAGS]
+
+
+def cxx_flags() -> list[str]:
+    """The flags of the C++ compiler on this machine."""
+    # gcc's calls resolve to the OpenMP runtime that torch has loaded, hence to its threads and
+    # torch.set_num_threads. clang's need a second runtime, so there the kernels run on one thread.
+    openmp = [] if "clang" in compiler_version() else ["-fopenmp"]
+    return portable_flags() + openmp
+
+
+def cache_dir() -> Path:
+    """``SHAMPOO_CACHE_DIR``, else ``shampoo`` in the user's cache folder."""
+    if path := os.environ.get("SHAMPOO_CACHE_DIR"):
+        return Path(path).expanduser()
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "shampoo"
+
+
+def library_path() -> Path:
+    """Where the library lies, built or not: ``cache/sources/compilers``, both hashes.
+
+    ``sources`` stands for torch, CUDA, flags and files, ``compilers`` for what those say of
+    themselves: a machine that lacks one can so find what another has built.
+    """
+    parts = [torch.__version__, str(torch.version.cuda), *portable_flags(), *cuda_flags()]
+    parts += [path.name for path in sources()]
+    for path in sorted(source_dir().iterdir()):
+        if path.suffix in {".h", ".cuh", ".cpp", ".cu"}:
+            parts += [path.name, path.read_text(encoding="utf-8")]
+    return cache_dir() / _digest(*parts) / _digest(*compiler_versions()) / LIBRARY
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def load(retry: bool = False) -> None:
+    """Registers the compiled kernels with :mod:`shampoo.ops`, building them if nobody has.
+
+    Args:
+        retry: build even if the same build failed a short while ago.
+
+    Raises:
+        BuildError: with the reason and what to do about it.
+    """
+    if os.environ.get("SHAMPOO_DISABLE_JIT") == "1":
+        raise BuildError("SHAMPOO_DISABLE_JIT=1 forbids building csrc/. Unset it.")
+    try:
+        library = library_path()
+        if _loads(library):
+            return
+        lacking = not all(compiler_versions())
+        if lacking and any(map(_loads, library.parent.parent.glob(f"*/{LIBRARY}"))):
+            return
+        _require_compiler()
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(library.with_suffix(".lock")):
+            if _loads(library):  # another process built it while this one waited
+                return
+            _raise_known_failure(library.parent, retry)
+            _build(library)
+    except OSError as error:
+        raise BuildError(f"{error}. Set SHAMPOO_CACHE_DIR to a writable folder.") from error
+
+
+def _loads(library: Path) -> bool:
+    """Loads a built library. One that does not load counts as not built."""
+    if not library.exists():
+        return False
+    try:
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+    except OSError:
+        return False
+    return True
+
+
+def _require_compiler() -> None:
+    command = compiler()[0]
+    if not shutil.which(command):
+        raise BuildError(f"no C++ compiler: {command!r} is not on PATH. Install g++ or set CXX.")
+    if has_cuda_sources():
+        toolkit = _toolkit()
+        if not _has_toolkit(toolkit):
+            where = toolkit or "PATH"
+            raise BuildError(f"no CUDA toolkit in {where!r}. Install it or set CUDA_HOME.")
+
+
+def _surroundings() -> str:
+    """One line that changes when the compiler may find other things than before."""
+    return _digest(*(os.environ.get(name, "") for name in COMPILER_ENVIRONMENT))
+
+
+def _raise_known_failure(folder: Path, retry: bool) -> None:
+    record = folder / FAILURE
+    if retry or not record.exists() or time.time() - record.stat().st_mtime > FAILURE_LIFETIME:
+        return
+    surroundings, _, text = record.read_text().partition("\n")
+    if surroundings == _surroundings():
+        raise BuildError(f"{text}\n(remembered from {record}; `python -m shampoo` tries again)")
+
+
+def _build(library: Path) -> None:
+    """Compiles, loads and publishes the library. The caller holds the lock."""
+    folder = library.parent
+    for abandoned in folder.glob("build-*"):  # by a holder that died
+        shutil.rmtree(abandoned, ignore_errors=True)
+    seconds = 60 if has_cuda_sources() else 15
+    print(
+        f"shampoo: building kernels for torch {torch.__version__}, once, "
+        f"about {seconds} s ({folder})",
+        file=sys.stderr,
+        flush=True,
+    )
+    with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as scratch, _ninja_on_path():
+        try:
+            _compile(Path(scratch))
+        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+            text = f"csrc/ could not be built with {shlex.join(compiler())}.\n{error}"
+            (folder / FAILURE).write_text(f"{_surroundings()}\n{text}")
+            raise BuildError(text) from error
+        os.replace(Path(scratch) / LIBRARY, library)
+    (folder / FAILURE).unlink(missing_ok=True)
+
+
+def _compile(scratch: Path) -> None:
+    from torch.utils import cpp_extension
+
+    cpp_extension.load(
+        name=Path(LIBRARY).stem,
+        sources=[str(path) for path in sources()],
+        extra_cflags=cxx_flags(),
+        extra_cuda_cflags=["-O3", *cuda_flags()],
+        extra_include_paths=[str(source_dir())],
+        build_directory=str(scratch),
+        is_python_module=False,
+    )
+
+
+@contextlib.contextmanager
+def _ninja_on_path() -> Iterator[None]:
+    """torch runs bare ``ninja``, which an environment that is not activated does not offer."""
+    if shutil.which("ninja"):
+        yield
+        return
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), before])
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before

@@ -1,0 +1,271 @@
+"""Plan before you train: memory, balance, traffic and time on any number of ranks.
+
+Nothing is allocated and nothing is communicated: the plan is the one the optimizer makes, from the
+same shapes, the same cuts and the same owners, evaluated with a
+:class:`~shampoo.blocks.cost.CostModel`.
+"""
+
+import fnmatch
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from shampoo.blocks.cost import CostModel
+from shampoo.blocks.layout import Layout
+from shampoo.distributed.process_groups import ProcessGroups, trainers_per_group
+from shampoo.hyperparameters import Hyperparameters, dtype_name
+from shampoo.optimizer import Shampoo
+from shampoo.planner.forecast import Groups, Setting, Tensor, forecast
+from shampoo.planner.report import PlanReport
+from shampoo.step.thin import describe, thin_among
+
+LAYOUTS = ("ddp", "fsdp2", "hsdp")
+BLOCK_CANDIDATES = (512, 1024, 2048, 4096)
+_SMALL_MESSAGE = 64 << 10  # bytes, below which latency rather than bandwidth decides
+_BALANCED = 1.1  # largest over mean compute that a recommended block size may have
+
+Shapes = Mapping[str, Sequence[int]] | Iterable[Sequence[int]]
+
+
+def plan(
+    model_or_shapes: nn.Module | Shapes,
+    world_size: int,
+    *,
+    layout: str = "ddp",
+    num_trainers_per_group: int = -1,
+    replicas: int = 1,
+    grafted_only: Sequence[str] = (),
+    parameter_dtype: torch.dtype = torch.float32,
+    communication_dtype: torch.dtype | None = None,
+    devices_per_node: int = 8,
+    island_bandwidth: float = 350e9,
+    network_bandwidth: float = 40e9,
+    cost_model: CostModel | None = None,
+    block_candidates: Sequence[int] = BLOCK_CANDIDATES,
+    **arguments: Any,
+) -> PlanReport:
+    """What Shampoo would hold, send and take on ``world_size`` ranks.
+
+    Blocks, owners and bytes are those of the optimizer; seconds are predictions, in which all of
+    the exchange counts as if nothing hid it, but the latency of messages does not.
+
+    Args:
+        model_or_shapes: a module, on any device, ``meta`` included, of which the parameters that
+            require a gradient count; or shapes, by name or in a row.
+        world_size: ranks, >= 1.
+        layout: ``"ddp"``: parameters are replicated; ``"fsdp2"``: their rows are sharded over all
+            ranks; ``"hsdp"``: sharded, in ``replicas`` copies.
+        num_trainers_per_group: under DDP, consecutive ranks that share the blocks; -1: those of a
+            node, or fewer if there are few blocks. Sharded layouts share over all ranks.
+        replicas: of HSDP; divides ``world_size``.
+        grafted_only: patterns (``fnmatch``) of names whose tensors have ``precondition=False``,
+            for embeddings, say.
+        parameter_dtype: of parameters and gradients, where shapes are given.
+        communication_dtype: of directions on the wire, float32, bfloat16 or float16; None for
+            that in which they are computed.
+        devices_per_node: ranks joined by fast links.
+        island_bandwidth: bytes a second that a rank receives inside a node.
+        network_bandwidth: the same across nodes.
+        cost_model: of the machine, for seconds; None for the nominal one. Owners are those of the
+            nominal one in any case.
+        block_candidates: of ``recommended_block``: the largest that leaves compute balanced
+            (within 1.1), has four blocks an owner, and whose mean step is predicted to cost no more
+            than the one asked for; failing that, the one with the shortest mean step. Empty
+            recommends what was asked for.
+        **arguments: of :class:`~shampoo.Shampoo`, checked as it checks them.
+
+    Raises:
+        ValueError: for a value out of range, naming it, its bound and the remedy.
+        TypeError: for an argument that Shampoo does not have.
+    """
+    values = _hyperparameters(arguments)
+    _check_counts(
+        block_candidates,
+        world_size=world_size,
+        replicas=replicas,
+        devices_per_node=devices_per_node,
+    )
+    _check_layout(layout, world_size, replicas)
+    _check_bandwidth("island_bandwidth", island_bandwidth)
+    _check_bandwidth("network_bandwidth", network_bandwidth)
+    _check_dtype(parameter_dtype)
+    ProcessGroups(None, num_trainers_per_group, communication_dtype)  # checks them
+    groups = _groups(_tensors(model_or_shapes, parameter_dtype), values, grafted_only)
+    trainers = _trainers(groups, world_size, devices_per_node)
+    owners = world_size if layout != "ddp" else trainers(num_trainers_per_group)
+    setting = Setting(
+        layout=layout,
+        world_size=world_size,
+        owners=owners,
+        shards=1 if layout == "ddp" else world_size // replicas,
+        communication_dtype=communication_dtype,
+        devices_per_node=devices_per_node,
+        island_bandwidth=island_bandwidth,
+        network_bandwidth=network_bandwidth,
+        cost_model=cost_model or CostModel(),
+    )
+    report = forecast(groups, setting)
+    return replace(
+        report,
+        recommended_block=_recommend_block(groups, setting, report, block_candidates),
+        recommended_group=trainers(-1),
+        notes=(
+            *_notes(report, num_trainers_per_group, devices_per_node),
+            *_note_of_thin(groups),
+        ),
+    )
+
+
+def _notes(report: PlanReport, asked_group: int, devices_per_node: int) -> Iterator[str]:
+    """What the numbers alone do not say."""
+    world_size, owners = report.world_size, report.owners
+    if report.layout == "ddp":
+        if asked_group > world_size:
+            yield f"num_trainers_per_group={asked_group} is more than the world"
+        elif asked_group == -1 and owners < min(devices_per_node, world_size):
+            yield (
+                f"groups are smaller than a node: they must divide {world_size} ranks and have"
+                f" four of the {report.blocks} blocks an owner"
+            )
+        return
+    # Two exchanges a step, each with a message for every owner.
+    message = sum(report.traffic_bytes) / (2 * owners**2)
+    if 0 < message < _SMALL_MESSAGE:
+        yield (
+            f"an all-to-all has {message:.0f} bytes for a peer: it takes longer than predicted,"
+            " since latency is not modelled"
+        )
+
+
+def _note_of_thin(groups: Groups) -> list[str]:
+    """What the optimizer would warn of."""
+    found = []
+    for values, tensors in groups:
+        named = [(tensor.name, tensor.shape, tensor.dtype) for tensor in tensors]
+        found += thin_among(named, values)
+    return [describe(found)] if found else []
+
+
+def _hyperparameters(arguments: Mapping[str, Any]) -> Hyperparameters:
+    parameters = inspect.signature(Shampoo).parameters.values()
+    group = {p.name: p.default for p in parameters if p.default is not p.empty}
+    for name in arguments:
+        if name not in group:
+            raise TypeError(f"plan() got {name!r}, which is not an argument of Shampoo.")
+    group |= arguments
+    group["preconditioner_dtype"] = dtype_name(group["preconditioner_dtype"])
+    return Hyperparameters.read(group)
+
+
+def _tensors(model_or_shapes: nn.Module | Shapes, dtype: torch.dtype) -> list[Tensor]:
+    if isinstance(model_or_shapes, nn.Module):
+        found = [
+            Tensor(name, tuple(param.shape), param.dtype)
+            for name, param in model_or_shapes.named_parameters()
+            if param.requires_grad
+        ]
+    elif isinstance(model_or_shapes, Mapping):
+        found = [Tensor(str(k), _shape(k, v), dtype) for k, v in model_or_shapes.items()]
+    else:
+        named = ((f"tensor{index}", shape) for index, shape in enumerate(model_or_shapes))
+        found = [Tensor(name, _shape(name, shape), dtype) for name, shape in named]
+    found = [tensor for tensor in found if tensor.numel > 0]
+    if not found:
+        raise ValueError(
+            "Invalid model_or_shapes: nothing to train. Must have at least one tensor with an"
+            " element that requires a gradient."
+        )
+    return found
+
+
+def _shape(name: str, shape: Any) -> tuple[int, ...]:
+    sizes = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else None
+    if sizes is None or not all(isinstance(size, int) and size >= 0 for size in sizes):
+        raise ValueError(f"Invalid shape {shape!r} of {name}. Must be a list of integers >= 0.")
+    return sizes
+
+
+def _groups(tensors: list[Tensor], values: Hyperparameters, patterns: Sequence[str]) -> Groups:
+    """The parameter groups of the optimizer: what is preconditioned, then what is not."""
+    patterns = (patterns,) if isinstance(patterns, str) else patterns
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(tensor.name, pattern) for tensor in tensors):
+            raise ValueError(
+                f"Invalid grafted_only={pattern!r}. Must match a name, such as {tensors[0].name!r}."
+            )
+    rest: list[Tensor] = []
+    grafted: list[Tensor] = []
+    for tensor in tensors:
+        is_grafted = any(fnmatch.fnmatchcase(tensor.name, pattern) for pattern in patterns)
+        (grafted if is_grafted else rest).append(tensor)
+    plain = replace(values, geometry=replace(values.geometry, precondition=False))
+    return [(group, members) for group, members in ((values, rest), (plain, grafted)) if members]
+
+
+def _check_counts(blocks: Sequence[int], **counts: int) -> None:
+    counts |= {f"block_candidates[{index}]": block for index, block in enumerate(blocks)}
+    for name, count in counts.items():
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"Invalid {name}={count!r}. Must be an integer >= 1.")
+
+
+def _check_layout(layout: str, world_size: int, replicas: int) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"Invalid layout={layout!r}. Must be one of {', '.join(LAYOUTS)}.")
+    if layout == "hsdp" and (replicas < 2 or world_size % replicas):
+        divisors = [n for n in range(2, world_size + 1) if world_size % n == 0]
+        raise ValueError(
+            f"Invalid replicas={replicas}. Must divide the {world_size} ranks and be >= 2 under"
+            f" hsdp: one of {', '.join(map(str, divisors)) or 'none, use fsdp2'}."
+        )
+    if layout != "hsdp" and replicas != 1:
+        raise ValueError(f'Invalid replicas={replicas}. Must be 1 unless layout="hsdp".')
+
+
+def _check_bandwidth(name: str, bandwidth: float) -> None:
+    if not 0 < bandwidth < math.inf:
+        raise ValueError(f"Invalid {name}={bandwidth}. Must be > 0 and finite, in bytes a second.")
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(
+            f"Invalid parameter_dtype={dtype!r}. Must be a floating-point torch.dtype."
+        )
+
+
+def _trainers(groups: Groups, world_size: int, node: int) -> Callable[[int], int]:
+    """What ``num_trainers_per_group`` comes to, as the optimizer decides it."""
+    blocks = sum(
+        Layout.of(tensor.shape, values.geometry).blocks
+        for values, tensors in groups
+        for tensor in tensors
+    )
+    return lambda asked: trainers_per_group(asked, world_size, min(node, world_size), blocks)
+
+
+def _recommend_block(
+    groups: Groups, setting: Setting, asked: PlanReport, candidates: Sequence[int]
+) -> int:
+    best, shortest = 0, (asked.together.mean, asked.max_preconditioner_dim)
+    for block in sorted({*candidates, asked.max_preconditioner_dim} if candidates else ()):
+        cut = [(_with_block(values, block), tensors) for values, tensors in groups]
+        report = asked if block == asked.max_preconditioner_dim else forecast(cut, setting)
+        mean = report.together.mean
+        shortest = min(shortest, (mean, block))
+        is_balanced = report.compute_imbalance <= _BALANCED
+        has_enough = report.factored_blocks >= 4 * report.owners
+        if is_balanced and has_enough and mean <= asked.together.mean:
+            best = block
+    if candidates:
+        return best or shortest[1]
+    return asked.max_preconditioner_dim
+
+
+def _with_block(values: Hyperparameters, block: int) -> Hyperparameters:
+    return replace(values, geometry=replace(values.geometry, max_preconditioner_dim=block))

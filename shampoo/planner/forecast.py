@@ -1,0 +1,283 @@
+"""Memory, balance, traffic and step time of one sharding, computed from shapes."""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from shampoo.blocks.cost import CostModel
+from shampoo.blocks.layout import ADAGRAD, FACTORED, Layout
+from shampoo.blocks.ownership import Share, Team, divide
+from shampoo.blocks.staggering import aligned_phases
+from shampoo.distributed.all_gather import slice_length
+from shampoo.grafting import GRAFTING
+from shampoo.hyperparameters import Hyperparameters
+from shampoo.planner.report import PlanReport, StepSeconds
+from shampoo.planner.traffic import Rows
+from shampoo.preconditioner.footprint import block_state_bytes
+
+_STEP_BYTES = 8  # the step counter of a parameter, on every rank
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A trained parameter with at least one element."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+Groups = Sequence[tuple[Hyperparameters, Sequence[Tensor]]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Ranks, links and machine: everything but the tensors and how they are cut."""
+
+    layout: str
+    world_size: int
+    owners: int  # ranks that share the blocks
+    shards: int  # of every parameter; 1 if it is replicated
+    communication_dtype: torch.dtype | None
+    devices_per_node: int
+    island_bandwidth: float  # bytes a second that a rank receives
+    network_bandwidth: float
+    cost_model: CostModel  # of seconds; owners are those of every machine
+
+    @property
+    def bandwidth(self) -> float:
+        """Of an exchange among the owners; across nodes the slower links decide."""
+        is_island = self.owners <= self.devices_per_node
+        return self.island_bandwidth if is_island else self.network_bandwidth
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What all blocks of one shape, rule and dtype have in common."""
+
+    numel: int
+    ordinary: float
+    root: float
+    seconds: float  # a step, the roots spread over their period
+    state_bytes: int
+    rooted_sides: tuple[int, ...]
+    needs_weights: bool  # at the owner
+
+
+class _Blocks:
+    """All blocks in the order of groups, tensors and grids, and their owners."""
+
+    def __init__(self, groups: Groups, setting: Setting) -> None:
+        self.setting = setting
+        self.kinds: list[_Kind] = []
+        self.tensors: list[tuple[Tensor, Layout, int]] = []  # with the index of its first block
+        self.factored = self.diagonal = 0
+        team = Team(tuple(range(setting.owners)), 0, setting.layout != "ddp")
+        shares = []
+        for index, (values, tensors) in enumerate(groups):
+            for tensor in tensors:
+                layout = Layout.of(tensor.shape, values.geometry)
+                param = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+                shares.append(Share(index, param, layout, team, values.precondition_frequency))
+                self.tensors.append((tensor, layout, len(self.kinds)))
+                self.kinds += self._kinds(tensor, layout, values)
+                if layout.rule == FACTORED:
+                    self.factored += layout.blocks
+                    self.diagonal += layout.blocks * any(layout.diagonal)
+        self.owners = [owner for owners in divide(shares) for owner in owners]
+        dtypes = [tensor.dtype for tensor, _, _ in self.tensors]
+        computed = functools.reduce(torch.promote_types, dtypes, groups[0][0].geometry.dtype)
+        self.gradient_itemsize = functools.reduce(torch.promote_types, dtypes).itemsize
+        self.direction_itemsize = (setting.communication_dtype or computed).itemsize
+
+    def _kinds(self, tensor: Tensor, layout: Layout, values: Hyperparameters) -> list[_Kind]:
+        model, frequency = self.setting.cost_model, values.precondition_frequency
+        by_block: dict[int, _Kind] = {}
+        for tile in layout.tiles:
+            block = (tile.extent, layout.diagonal, layout.rule)
+            kind = _Kind(
+                numel=tile.block_numel,
+                ordinary=model.ordinary_seconds(*block),
+                root=model.root_seconds(*block),
+                seconds=model.block_seconds(*block, frequency),
+                state_bytes=block_state_bytes(*block, values, tensor.dtype),
+                rooted_sides=_rooted_sides(*block),
+                needs_weights=_needs_weights(values, layout.rule),
+            )
+            by_block |= dict.fromkeys(tile.block_indices(), kind)
+        return [by_block[index] for index in range(len(by_block))]
+
+    def per_owner(self, part: str) -> list[Any]:
+        """[owners], a field of the kinds summed over the blocks of each."""
+        sums: list[Any] = [0] * self.setting.owners
+        for kind, owner in zip(self.kinds, self.owners, strict=True):
+            sums[owner] += getattr(kind, part)
+        return sums
+
+    def update_bytes(self, numel: int, tensor: Tensor) -> int:
+        """Of moving ``numel`` elements of a tensor: direction read, weight read and written."""
+        return numel * (self.direction_itemsize + 2 * tensor.dtype.itemsize)
+
+
+def _rooted_sides(extent: Sequence[int], diagonal: Sequence[bool], rule: str) -> tuple[int, ...]:
+    """The sides of a block that have a root."""
+    if rule != FACTORED:
+        return ()
+    return tuple(s for s, is_diagonal in zip(extent, diagonal, strict=True) if not is_diagonal)
+
+
+def _needs_weights(values: Hyperparameters, rule: str) -> bool:
+    """Whether directions depend on weights, as in
+    :func:`shampoo.distributed.distributor.needs_weights`."""
+    in_gradient = values.weight_decay > 0.0 and not values.decoupled_weight_decay
+    in_direction = values.momentum > 0.0 and values.decoupled_decay > 0.0
+    is_layerwise = GRAFTING[values.geometry.grafting].layerwise and rule != ADAGRAD
+    return in_gradient or in_direction or is_layerwise
+
+
+@dataclass(frozen=True)
+class _Exchange:
+    """What moves in a step: bytes received by each owner, buffers, parameter bytes written."""
+
+    received: tuple[int, ...]
+    buffer: int
+    updated: int
+    padding: float = 1.0
+    locality: float | None = None
+    best_locality: float | None = None
+    holders: float | None = None
+
+
+def _all_gather(blocks: _Blocks) -> _Exchange:
+    """Directions of replicated parameters, without overlap
+    (:mod:`shampoo.distributed.all_gather`)."""
+    owners, itemsize = blocks.setting.owners, blocks.direction_itemsize
+    updated = sum(blocks.update_bytes(tensor.numel, tensor) for tensor, _, _ in blocks.tensors)
+    if owners == 1:
+        return _Exchange((0,), 0, updated)
+    numels = blocks.per_owner("numel")
+    longest = itemsize * slice_length(max(numels))
+    padding = owners * longest / (sum(numels) * itemsize)
+    return _Exchange(((owners - 1) * longest,) * owners, owners * longest, updated, padding)
+
+
+def _all_to_all(blocks: _Blocks) -> _Exchange:
+    """Gradients to owners, directions to the holders of rows
+    (:mod:`shampoo.distributed.all_to_all`).
+
+    Not counted: the word that each rank sends to every other in both exchanges, one element.
+    A rank's shard is its rank modulo the shards: replicas of HSDP are the outer mesh dimension.
+    """
+    setting, replicas = blocks.setting, blocks.setting.owners // blocks.setting.shards
+    going = blocks.direction_itemsize
+    received, buffers, updated = ([0] * setting.owners for _ in range(3))
+    on_owner = on_best = holders = 0
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for tensor, layout, first in blocks.tensors:
+        alike.setdefault((tensor.shape, tensor.dtype, layout), []).append(first)
+    for (shape, dtype, layout), starts in alike.items():
+        tensor = Tensor("", shape, dtype)
+        coming = blocks.gradient_itemsize * (1 + blocks.kinds[starts[0]].needs_weights)
+        rows = Rows.of(shape, layout, setting.shards)
+        for rank, local in enumerate(rows.local_numels() * replicas):
+            received[rank] += len(starts) * local * going
+            # Of the holders of a piece, one sends its gradient: they take turns.
+            buffers[rank] += len(starts) * local * (going + coming // replicas)
+            updated[rank] += len(starts) * blocks.update_bytes(local, tensor)
+        spans = rows.spans()
+        on_best += len(starts) * sum(span.largest_piece for span in spans)
+        holders += len(starts) * sum(span.holders for span in spans)
+        for first in starts:
+            for index, span in enumerate(spans, start=first):
+                owner = blocks.owners[index]
+                local = span.on(owner % setting.shards)
+                received[owner] += (span.numel - local) * coming - local * going
+                buffers[owner] += span.numel * (coming + going * replicas)
+                on_owner += local
+    numel = sum(tensor.numel for tensor, _, _ in blocks.tensors)
+    return _Exchange(
+        tuple(received),
+        buffer=max(buffers),
+        updated=max(updated),
+        locality=on_owner / numel,
+        best_locality=on_best / numel,
+        holders=holders / len(blocks.kinds),
+    )
+
+
+def _slot_seconds(blocks: _Blocks, frequency: int) -> tuple[StepSeconds, int]:
+    """Compute of a step when refreshes are staggered, and how many slots of a period are used."""
+    sides: list[list[int]] = [[] for _ in range(blocks.setting.owners)]
+    for kind, owner in zip(blocks.kinds, blocks.owners, strict=True):
+        sides[owner] += kind.rooted_sides
+    for owned in sides:
+        owned.sort(reverse=True)
+    slots = aligned_phases([[side**3 for side in owned] for owned in sides], frequency)
+    seconds = {
+        side: blocks.setting.cost_model.root_seconds((side,), (False,), FACTORED)
+        for owned in sides
+        for side in set(owned)
+    }
+    ordinary = blocks.per_owner("ordinary")
+    # A rank without a root in a slot still takes its ordinary step.
+    longest = [max(ordinary)] * frequency
+    for start, owned in zip(ordinary, sides, strict=True):
+        refreshing: dict[int, float] = {}
+        for side, slot in zip(owned, slots, strict=False):
+            refreshing[slot] = refreshing.get(slot, start) + seconds[side]
+        for slot, taken in refreshing.items():
+            longest[slot] = max(longest[slot], taken)
+    return StepSeconds(sum(longest) / frequency, max(longest)), len(set(slots))
+
+
+def forecast(groups: Groups, setting: Setting) -> PlanReport:
+    """Cuts, assigns and adds up. Recommends what was asked for."""
+    blocks = _Blocks(groups, setting)
+    values, _ = groups[0]
+    distributor = _all_gather(blocks) if setting.layout == "ddp" else _all_to_all(blocks)
+    frequency = values.precondition_frequency
+    ordinary, roots = blocks.per_owner("ordinary"), blocks.per_owner("root")
+    update = distributor.updated * setting.cost_model.byte
+    wire = max(distributor.received) / setting.bandwidth
+    refresh = max(map(sum, zip(ordinary, roots, strict=True)))
+    together = (max(ordinary) * (frequency - 1) + refresh) / frequency
+    staggered, slots = _slot_seconds(blocks, frequency)
+    steps = _STEP_BYTES * len(blocks.tensors)
+    return PlanReport(
+        layout=setting.layout,
+        world_size=setting.world_size,
+        owners=setting.owners,
+        numel=sum(tensor.numel for tensor, _, _ in blocks.tensors),
+        tensors=len(blocks.tensors),
+        blocks=len(blocks.kinds),
+        factored_blocks=blocks.factored,
+        diagonal_blocks=blocks.diagonal,
+        max_preconditioner_dim=values.geometry.max_preconditioner_dim,
+        precondition_frequency=frequency,
+        state_bytes=tuple(steps + size for size in blocks.per_owner("state_bytes")),
+        compute_seconds=tuple(blocks.per_owner("seconds")),
+        traffic_bytes=distributor.received,
+        buffer_bytes=distributor.buffer,
+        padding=distributor.padding,
+        locality=distributor.locality,
+        best_locality=distributor.best_locality,
+        holders=distributor.holders,
+        update_seconds=update,
+        exchange_seconds=wire,
+        together=StepSeconds(together + update + wire, refresh + update + wire),
+        staggered=StepSeconds(staggered.mean + update + wire, staggered.worst + update + wire),
+        refresh_slots=slots,
+        recommended_block=values.geometry.max_preconditioner_dim,
+        recommended_group=setting.owners,
+        cost_model=setting.cost_model.machine,
+        notes=(),
+    )

@@ -1,0 +1,1 @@
+"""Kinds of preconditioner, one a file."""

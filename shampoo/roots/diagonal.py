@@ -1,0 +1,53 @@
+"""Inverse p-th roots that no solver finds: of diagonal matrices, and of those not finite."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shampoo.kernels.reference.norms import elementwise_power, largest_entry, schatten4
+from shampoo.roots.eigh import NEGLIGIBLE
+
+
+def diagonal_root_(
+    root: Tensor,
+    ridge: Tensor,
+    factor: Tensor,
+    p: float,
+    eps: float,
+    relative_eps: float,
+    reads: bool,
+) -> None:
+    """Overwrites the roots of those matrices of a stack that are exactly diagonal, or not finite.
+
+    A diagonal matrix has the root ``(diagonal + ridge)^(-1/p)``, with the conventions of
+    ``eigh_root_``; a zero matrix without a ridge has the root I. A matrix that is not finite has
+    NaN in all of its root, whatever a solver has made of it. Arguments as in ``eigh_root_``, and
+    ``reads``: whether the host may look first if there is a matrix of either kind.
+    """
+    count, n, _ = factor.shape
+    values = factor.diagonal(dim1=1, dim2=2).double()  # [B, n]
+    largest = torch.zeros_like(ridge)
+    if n > 1:
+        # Without its last entry, a matrix is n - 1 rows of one diagonal entry and n others.
+        rest = factor.flatten(1)[:, :-1].view(count, n - 1, n + 1)[:, :, 1:]
+        largest = largest_entry(rest)
+    finite = largest.isfinite() & values.isfinite().all(dim=1)
+    diagonal = finite & (largest == 0)
+    if not (reads and finite.all()):
+        root.masked_fill_(~finite[:, None, None], torch.nan)
+    if reads and not diagonal.any():
+        return
+    own = torch.clamp(relative_eps * schatten4(values), min=eps)
+    if eps == 0 and relative_eps == 0:
+        cutoff = n * torch.finfo(factor.dtype).eps * values.amax(dim=1)
+        powers = torch.where(values > cutoff[:, None], elementwise_power(values, -1 / p), 0.0)
+    else:
+        smallest = values.amin(dim=1)
+        own = own - torch.where(smallest < -NEGLIGIBLE * own, smallest, 0.0)
+        damped = torch.where(own[:, None] > 0, values + own[:, None], 1.0)
+        powers = elementwise_power(damped, -1 / p)
+    ridge.copy_(torch.where(diagonal, own, ridge))
+    root.masked_fill_(diagonal[:, None, None], 0)
+    roots = root.diagonal(dim1=1, dim2=2)
+    roots.copy_(torch.where(diagonal[:, None], powers.to(root.dtype), roots))

@@ -1,0 +1,1 @@
+"""How state is kept, loaded and gathered."""

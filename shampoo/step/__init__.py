@@ -1,0 +1,1 @@
+"""One step: what is planned, what is checked first, factors, roots and directions."""

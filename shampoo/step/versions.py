@@ -1,0 +1,40 @@
+"""Version counters: how autograd notices that a parameter has moved.
+
+A backward pass through a graph made before a step would use weights that are no longer there. torch
+refuses it if the counter of a saved tensor has changed, and what its own functions write in place
+they count. Our kernels write through pointers, below all of that, so a step counts for them: once,
+whichever kernels and exchanges have moved the parameters.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from shampoo.distributed.distributor import StepInputs
+
+
+def mark_moved(params: Sequence[Tensor], step: StepInputs) -> None:
+    """Says that a step has moved what has a gradient.
+
+    Args:
+        params: the planned parameters. A DTensor counts for itself, and so does its local tensor:
+            either may have been saved.
+        step: what was taken, in the order of ``params``.
+    """
+    moved: list[Tensor] = []
+    for param, local, grad in zip(params, step.params, step.grads, strict=True):
+        if grad is not None:
+            moved.append(param)
+            if local is not param:
+                moved.append(local)
+    increment_version(moved)
+
+
+def mark_replayed(params: Sequence[Tensor]) -> None:
+    """Says that a graph has moved parameters, as torch's compiled functions do after a replay.
+
+    A bare ``torch.cuda.CUDAGraph.replay()`` counts nothing. Which gradients the graph knows, the
+    host does not, so that all parameters that are trained count.
+    """
+    increment_version([param for param in params if param.requires_grad])
