@@ -5,6 +5,7 @@ The arithmetic is :func:`shampoo.kernels.reference.ops.graft_moments_`.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,9 +52,11 @@ GRAFTING = {
 }
 
 
-@dataclass(frozen=True)
-class SecondMoment:
-    """How ``exp_avg_sq`` moves and enters the direction at one step."""
+class SecondMoment(NamedTuple):
+    """How ``exp_avg_sq`` moves and enters the direction at one step.
+
+    ``v <- beta v + weight g^2``, then ``sqrt(v / correction) + eps``.
+    """
 
     beta: Number
     weight: Number
@@ -65,11 +68,3 @@ class SecondMoment:
     def correction_at(self, step: Number) -> Number:
         """``correction`` at another step."""
         return correction_of(self.beta, step) if self.corrected else 1.0
-
-
-def second_moment(
-    beta: Number, step: Number, eps: float, *, corrected: bool, normalized: bool = False
-) -> SecondMoment:
-    """``v <- beta v + (1 - beta) g^2``, or ``v + g^2`` at beta = 1, then ``sqrt(v / c) + eps``."""
-    correction = correction_of(beta, step) if corrected else 1.0
-    return SecondMoment(beta, weight_of(beta), correction, eps, normalized, corrected)

@@ -1,10 +1,14 @@
-"""The hyper-parameters of one parameter group, read and checked at every step.
+"""The hyper-parameters of the parameter groups: read, and checked.
 
-Nothing is kept between steps: schedulers, frameworks and users write into ``param_groups``, and
-what stands there when ``step()`` is called is what counts.
+Schedulers, frameworks and users write into ``param_groups``, and what stands there when ``step()``
+is called is what counts. Every step looks whether anything has changed; only then is a group read
+and checked again.
 """
 
+import copy
+import functools
 import math
+import operator
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +20,7 @@ import torch
 from shampoo.blocks.blocking import MERGE_MODES
 from shampoo.blocks.layout import DTYPES, LARGE_DIM_METHODS, Geometry
 from shampoo.errors import shown, warn_outside
-from shampoo.grafting import GRAFTING, SecondMoment, correction_of, second_moment, weight_of
+from shampoo.grafting import GRAFTING, SecondMoment, weight_of
 from shampoo.ops import Number
 from shampoo.roots.methods import MOST_POWER, ROOT_METHODS
 from shampoo.roots.minimax_table import smallest_relative_eps, tabulated_powers
@@ -149,8 +153,7 @@ class Hyperparameters:
 
     def _check(self) -> None:
         finite = math.isfinite
-        if not isinstance(self.lr, torch.Tensor):
-            _require(finite(self.lr) and self.lr >= 0.0, "lr", self.lr, ">= 0.0 and finite")
+        _check_lr(self.lr)
         _require(finite(self.eps) and self.eps >= 0.0, "eps", self.eps, ">= 0.0 and finite")
         _require(
             finite(self.relative_eps) and self.relative_eps >= 0.0,
@@ -207,17 +210,17 @@ class Hyperparameters:
             override = override[order - 1] if order <= len(override) else 0
         return (override or 2 * order) / self.exponent_multiplier
 
-    @property
+    @functools.cached_property
     def coupled_decay(self) -> float:
         """The weight decay that joins the gradient."""
         return 0.0 if self.decoupled_weight_decay else self.weight_decay
 
-    @property
+    @functools.cached_property
     def decoupled_decay(self) -> float:
         """The weight decay that joins the direction."""
         return self.weight_decay if self.decoupled_weight_decay else 0.0
 
-    @property
+    @functools.cached_property
     def is_staggered(self) -> bool:
         """Whether refreshes are spread over the steps of a period."""
         return self.geometry.refresh_schedule == "staggered"
@@ -235,38 +238,155 @@ class Hyperparameters:
             return int(step - start) % frequency
         return 0 if step == start or step % frequency == 0 else None
 
-    @property
+    @functools.cached_property
     def has_exp_avg(self) -> bool:
         """Whether the gradient is averaged: a beta1 on the device may become anything."""
         return isinstance(self.beta1, torch.Tensor) or self.beta1 > 0.0
 
-    def correction1(self, step: Number) -> Number:
-        """``c1`` of 2.3; 1 without a gradient EMA, which has nothing to correct."""
-        return correction_of(self.beta1, step) if self.bias_correction else 1.0
-
-    def correction2(self, step: Number) -> Number:
-        """``c2`` of 2.3; 1 for plain sums."""
-        return correction_of(self.beta2, step) if self.bias_correction else 1.0
-
-    @property
+    @functools.cached_property
     def factor_weight(self) -> Number:
         """What a new gradient weighs in a factor: ``1 - beta2``, or 1 in a plain sum."""
         return weight_of(self.beta2)
 
-    def grafting_moment(self, step: Number) -> SecondMoment:
-        """How the grafted method's accumulator moves at ``step`` (2.1)."""
+    @functools.cached_property
+    def grafting_moment(self) -> SecondMoment:
+        """How the grafted method's accumulator moves (2.1), uncorrected."""
         kind = GRAFTING[self.geometry.grafting]
-        return second_moment(
-            self.grafting_beta2,
-            step,
-            self.grafting_eps,
-            corrected=kind.bias_corrected,
-            normalized=kind.normalized,
+        beta, eps = self.grafting_beta2, self.grafting_eps
+        return SecondMoment(beta, weight_of(beta), 1.0, eps, kind.normalized, kind.bias_corrected)
+
+    @functools.cached_property
+    def diagonal_moment(self) -> SecondMoment:
+        """The same for tensors that use the "adagrad" row of 3.3: beta2, its correction, eps."""
+        beta = self.beta2
+        return SecondMoment(
+            beta, weight_of(beta), 1.0, self.eps, normalized=False, corrected=self.bias_correction
         )
 
-    def diagonal_moment(self, step: Number) -> SecondMoment:
-        """The same for tensors that use the "adagrad" row of 3.3: beta2, its correction, eps."""
-        return second_moment(self.beta2, step, self.eps, corrected=self.bias_correction)
+    def with_lr(self, lr: Any) -> "Hyperparameters":
+        """The same with another learning rate, a number.
+
+        Raises:
+            ValueError: if it is negative or not finite.
+        """
+        values = copy.copy(self)  # what is derived does not depend on it, and is kept
+        object.__setattr__(values, "lr", _number({"lr": lr}, "lr"))
+        _check_lr(values.lr)
+        return values
+
+
+def _check_lr(lr: Number) -> None:
+    if not isinstance(lr, torch.Tensor):
+        _require(math.isfinite(lr) and lr >= 0.0, "lr", lr, ">= 0.0 and finite")
+
+
+class HyperparameterReader:
+    """The values of all groups of an optimizer, read again where a group has changed.
+
+    Attributes:
+        revision: another number whenever anything but a learning rate has changed.
+    """
+
+    def __init__(self) -> None:
+        self.revision = 0
+        self._values: list[Hyperparameters] = []
+        self._seen: list[_Seen | None] = []  # None for a group that is read at every step
+
+    def read(self, groups: Sequence[dict[str, Any]]) -> list[Hyperparameters]:
+        """The values of the groups; the same list as last time if none has changed.
+
+        Raises:
+            ValueError: as :meth:`Hyperparameters.read`.
+            RuntimeError: likewise.
+        """
+        is_same, revision = len(self._seen) == len(groups), self.revision
+        values, seen = list(self._values), list(self._seen[: len(groups)])
+        seen += [None] * (len(groups) - len(seen))
+        for index, (group, known) in enumerate(zip(groups, list(seen), strict=True)):
+            lr = group["lr"]
+            if known is None or not known.still(group) or isinstance(lr, torch.Tensor):
+                values[index : index + 1] = [Hyperparameters.read(group)]
+                revision = self.revision + 1
+            elif lr == known.lr and type(lr) is type(known.lr):
+                continue
+            else:  # what schedulers move at every step
+                values[index] = values[index].with_lr(lr)
+            seen[index] = _Seen.of(group)
+            is_same = False
+        if not is_same:
+            self._values, self._seen, self.revision = values[: len(groups)], seen, revision
+        return self._values
+
+
+# All that a group is read for but the learning rate. What can change inside stands first.
+_REST = (
+    "betas",
+    "exponent_override",
+    "eps",
+    "weight_decay",
+    "relative_eps",
+    "decoupled_weight_decay",
+    "momentum",
+    "nesterov",
+    "max_preconditioner_dim",
+    "precondition_frequency",
+    "start_preconditioning_step",
+    "merge_dims",
+    "precondition_1d",
+    "precondition",
+    "exponent_multiplier",
+    "bias_correction",
+    "grafting",
+    "grafting_beta2",
+    "grafting_eps",
+    "large_dim_method",
+    "root_method",
+    "preconditioner_dtype",
+    "nonfinite",
+    "max_root_failures",
+    "refresh_schedule",
+    "maximize",
+    "stochastic_rounding",
+    "foreach",
+    "fused",
+    "capturable",
+    "differentiable",
+)
+_rest_of = operator.itemgetter(*_REST)
+
+
+class _Seen:
+    """What stood in a group when it was read."""
+
+    def __init__(self, group: dict[str, Any]) -> None:
+        self.lr = group["lr"]
+        self._rest = _rest_of(group)
+        self._types = tuple(map(type, self._rest))
+        self._inside = self._copied(self._rest)
+
+    @classmethod
+    def of(cls, group: dict[str, Any]) -> "_Seen | None":
+        """None if a tensor is among the values: nobody is told what is written into one."""
+        seen = cls(group)
+        values = (seen.lr, *seen._rest, *seen._inside)
+        return None if any(isinstance(value, torch.Tensor) for value in values) else seen
+
+    def still(self, group: dict[str, Any]) -> bool:
+        """Whether all but the learning rate is as it was."""
+        rest = _rest_of(group)
+        # Types first: True equals 1, and what an array is compared with has no truth.
+        return (
+            tuple(map(type, rest)) == self._types
+            and rest == self._rest
+            and self._copied(rest) == self._inside
+        )
+
+    @staticmethod
+    def _copied(rest: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What lists hold: a list equals itself, whatever was written into it since."""
+        betas, override = rest[:2]
+        held = tuple(betas) if isinstance(override, int) else (*betas, *override)
+        return (*map(type, held), *held)
 
 
 def _check_flags(group: dict[str, Any]) -> None:

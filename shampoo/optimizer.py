@@ -12,7 +12,6 @@ from torch.distributed import ProcessGroup
 from shampoo import ops
 from shampoo.blocks.layout import AUTO, FACTORED, Layout
 from shampoo.blocks.ownership import Team
-from shampoo.blocks.segments import ActiveBlocks
 from shampoo.distributed.consensus import FAILED, OK, SKIPPED, DeferredError, Vote
 from shampoo.distributed.distributor import StepInputs
 from shampoo.distributed.process_groups import ProcessGroups
@@ -21,17 +20,23 @@ from shampoo.distributed.shard_regions import local_tensor
 from shampoo.errors import ShampooDistributedError
 from shampoo.hyperparameters import FORMER_DEFAULTS, Hyperparameters, dtype_name, warn_about
 from shampoo.roots.methods import check_method
-from shampoo.scalars import Scalars
 from shampoo.state.persistent import Persistent
 from shampoo.step import capture, tracing
+from shampoo.step.agreed_step import AgreedStep
 from shampoo.step.block_plan import BlockPlan
-from shampoo.step.directions import rescale, search_directions
+from shampoo.step.directions import (
+    accumulate,
+    gradients,
+    graft,
+    precondition,
+    refresh,
+    refresh_ahead,
+)
 from shampoo.step.distributors import Distributors, DistributorsKey, join_groups
 from shampoo.step.gradients import are_ordinary, check_gradients
 from shampoo.step.parameters import check_distinct, check_parameter, parameter_name
-from shampoo.step.preflight import Preflight, propose
+from shampoo.step.preflight import Preflight, look
 from shampoo.step.thin import warn_of_thin
-from shampoo.step.versions import mark_moved
 
 logger = logging.getLogger(__name__)
 
@@ -304,31 +309,78 @@ class Shampoo(Persistent):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        params = self._all_params()
+        with tracing.answering(params):
+            step = self._begin(params)  # all ranks step, or none: nothing has changed so far
+            if step is None:
+                return loss
+            with step:
+                step.open(self.param_groups, self.state, self._reader.revision)
+                for arena, segments, hyper, scalars, due, distributor in step.arenas():
+                    with step.deferred:  # others may wait for this rank in the next collective
+                        is_ahead = refresh_ahead(segments, due, hyper, scalars, distributor)
+                        for segment in segments:
+                            s = scalars.at(segment.owners)
+                            # 1, 2: G <- sign G (+ weight_decay W), from the owners of its pieces
+                            G = gradients(segment, hyper, s, distributor)
+                            # 3: M <- beta1 M + (1 - beta1) G, the graft's second moment, |D|
+                            graft(segment, G, s)
+                            if not is_ahead:
+                                # 4: A_k <- beta2 A_k + (1 - beta2) mat_k(G) mat_k(G)^T
+                                accumulate(segment, s)
+                                # 5: X_k <- (A_k / c2 + ridge I)^(-1/p), where it is due
+                                refresh(due, hyper, scalars)
+                            # 6, 7: P <- M x_1 X_1 ... x_o X_o with the length of D
+                            precondition(segment, hyper, s)
+                            # 8 to 10: decay, momentum, W <- W - lr P, or P on its way to others
+                            if not arena.is_layerwise:
+                                distributor.apply_direction(arena, segment, hyper, s)
+                try:
+                    step.finish()  # W <- W - lr P by what has come from others
+                finally:
+                    self._damage = step.damage
+        return loss
+
+    def _begin(self, params: Sequence[Tensor]) -> AgreedStep | None:
+        """A step that all ranks that must step alike can take, ready to be taken."""
         capture.check_health(self)
         self._consolidated = None
-        params = [param for group in self.param_groups for param in group["params"]]
-        with tracing.answering(params):
-            with self._undone_if_refused():
-                preflight = self._agree(params)
-            if preflight is not None:
-                try:
-                    self._take(preflight)
-                finally:
-                    # Also of a step that failed midway: it may have moved some of them.
-                    mark_moved(preflight.plan.planned, preflight.round)
-                    if self._distributors is not None:
-                        self._distributors.close()
-        return loss
+        before = dict(self.state), self._plan, self._on_device
+        self._taken = None
+        try:
+            preflight = self._agree(params)
+        except Exception:
+            self._take_back(*before)
+            raise
+        finally:
+            self._taken = None
+        if preflight is None:
+            return None
+        assert self._distributors is not None
+        ranks, consensus = preflight.plan.stepping_ranks, None
+        if not ranks.is_alone:
+            device = preflight.plan.arenas[0].device
+            consensus = self._process_groups.consensus(ranks, device)
+        return AgreedStep(
+            preflight.plan,
+            preflight.inputs,
+            preflight.accepted,
+            self._distributors,
+            self._on_device,
+            consensus,
+            self._ridges,
+        )
 
     def _agree(self, params: Sequence[Tensor]) -> Preflight | None:
         """What to do in this step, if all ranks that must step alike can do it."""
-        stepping_ranks = self._process_groups.stepping_ranks(params)
-        deferred = DeferredError(is_shared=not stepping_ranks.is_alone)
-        preflight = deferred.run(self._preflight, stepping_ranks)
+        ranks = self._process_groups.stepping_ranks(params)
+        preflight, deferred = None, DeferredError(is_shared=not ranks.is_alone)
+        with deferred:
+            preflight = self._preflight(ranks)
         vote = Vote(FAILED, False, False) if preflight is None else preflight.vote
         error = deferred.error if preflight is None else preflight.error
-        if not stepping_ranks.is_alone:
-            consensus = self._process_groups.consensus(stepping_ranks, params[0].device)
+        if not ranks.is_alone:
+            consensus = self._process_groups.consensus(ranks, params[0].device)
             must_agree = () if preflight is None else preflight.must_agree
             vote = consensus.settle(vote, must_agree, error)
             if preflight is not None and preflight.copies:
@@ -340,117 +392,63 @@ class Shampoo(Persistent):
             self._count_skipped(preflight.complaint)
         # The step that torch.distributed.checkpoint makes to fill an empty state is inert.
         is_step = vote.is_nonzero or preflight.plan.step > 0
-        is_step = is_step and vote.status == OK and any(preflight.round.present)
-        if is_step and not vote.is_prepared:
+        if not is_step or vote.status != OK or True not in preflight.inputs.present:
+            return None
+        if not vote.is_prepared:
             self._prepare(preflight)
-        return preflight if is_step else None
+        return preflight
 
-    def _preflight(self, stepping_ranks: Team) -> Preflight:
+    def _preflight(self, ranks: Team) -> Preflight:
         """Looks at this rank's part of the parameters and gradients. Changes nothing."""
         if self._damage:
             raise ShampooDistributedError(f"{self._damage} Load the last checkpoint.")
-        plan = self._plan
-        is_current = plan is not None and plan.is_current(self.param_groups, self._process_groups)
-        if plan is None or not is_current or not are_ordinary(plan.planned, plan.forms):
-            check_gradients(self.param_groups)
-        values = [Hyperparameters.read(group) for group in self.param_groups]
+        hyper, plan, groups = self._reader.read(self.param_groups), self._plan, self._process_groups
+        geometries = [values.geometry for values in hyper]
+        is_current = plan is not None and plan.is_current(self.param_groups, geometries, groups)
+        if not is_current:
+            check_gradients(self.param_groups)  # before there is a plan for them
         plan = self._current_plan(is_current)
-        plan.check_methods(values)
-        plan.check_counts()
-        plan.check_roots(values)
-        params = plan.planned
-        grads = [None if param.grad is None else local_tensor(param.grad) for param in params]
-        purpose = DistributorsKey.of(plan, values, self._process_groups)
-        is_prepared = self._distributors is not None and self._distributors.purpose == purpose
-        step = StepInputs([local_tensor(param) for param in params], grads, values)
-        preflight = propose(plan, step, purpose, is_prepared, self._on_device)
-        if not stepping_ranks.is_alone:
-            preflight.add_items(self._process_groups.terms())
-            period = self._process_groups.check_replicas_every
+        plan.check(hyper, self._reader.revision)
+        params, grads = plan.planned, [param.grad for param in plan.planned]
+        present = tuple([grad is not None for grad in grads])
+        if not are_ordinary(grads, present, plan.forms):
+            check_gradients(self.param_groups)
+            params = [local_tensor(param) for param in params]
+            grads = [None if grad is None else local_tensor(grad) for grad in grads]
+        key, is_prepared = self._distributors_key(plan, hyper)
+        inputs = StepInputs(params, grads, present, hyper)
+        preflight = look(plan, inputs, key, is_prepared, self._on_device)
+        if not ranks.is_alone:
+            preflight.add_items(groups.terms())
+            period = groups.check_replicas_every
             if period and plan.step % period == 0:
                 names = [member.name for member in plan.members]
-                preflight.copies = checksums_of(names, params, self._process_groups.replicas())
+                preflight.copies = checksums_of(names, plan.planned, groups.replicas())
         return preflight
+
+    def _distributors_key(
+        self, plan: BlockPlan, hyper: Sequence[Hyperparameters]
+    ) -> tuple[DistributorsKey, bool]:
+        """What a step needs of distributors, and whether they are there."""
+        held, revision = self._distributors, self._reader.revision
+        if held is not None and held.is_for(plan, self._process_groups.world(), revision):
+            return held.key, True
+        key = DistributorsKey.of(plan, hyper, self._process_groups)
+        if held is None or held.key != key:
+            return key, False
+        held.revision = revision
+        return key, True
 
     def _prepare(self, preflight: Preflight) -> None:
         """Makes process groups and buffers; all ranks do in the step in which one needs them."""
-        plan = preflight.plan
-        join_groups(plan, self._process_groups)
+        plan, groups = preflight.plan, self._process_groups
+        join_groups(plan, groups)
         deferred = DeferredError(is_shared=not plan.stepping_ranks.is_alone)
-        params = plan.planned
         self._distributors = None  # its buffers are free before new ones are asked for
-        self._distributors = deferred.run(
-            Distributors, preflight.purpose, params, self._process_groups
-        )
+        with deferred:
+            self._distributors = Distributors(preflight.key, plan.planned, groups)
         if not plan.stepping_ranks.is_alone:
-            self._process_groups.consensus(plan.stepping_ranks, plan.arenas[0].device).check(
-                deferred
-            )
-
-    def _take(self, preflight: Preflight) -> None:
-        """Steps 1 to 10 of algorithm.md 1.3 for all blocks of this rank, then for the weights."""
-        assert self._distributors is not None
-        plan, step = preflight.plan, preflight.round
-        distributors = self._distributors.by_team
-        deferred = DeferredError(is_shared=not plan.stepping_ranks.is_alone)
-        if not capture.is_capturing():
-            plan.count_step(step.present)  # now: a rank that fails must not fall a step behind
-        plan.present = step.present
-        for distributor in distributors.values():
-            deferred.run(distributor.open, step)
-        for distributor in distributors.values():
-            distributor.fetch()
-        actives = deferred.run(self._select, plan, step) or [None] * len(plan.arenas)
-        if self._on_device is not None:
-            self._on_device.keep(actives, self._distributors.squares)
-        for arena, active, squares in zip(
-            plan.arenas, actives, self._distributors.squares, strict=True
-        ):
-            distributor, hyper = distributors[arena.team], step.hyper[arena.group]
-            scalars = deferred.run(self._scalars, active, hyper, preflight.accepted)
-            deferred.run(search_directions, active, hyper, scalars, distributor)
-            deferred.run(self._ridges.look, active, hyper, scalars, plan.members)
-            if squares is not None:
-                segments = [] if active is None else active.segments
-                rescale(arena, segments, squares, hyper, scalars, distributor, deferred)
-        word = deferred.word
-        for distributor in distributors.values():
-            word = max(word, distributor.send(word))
-        if not plan.stepping_ranks.is_alone:
-            consensus = self._process_groups.consensus(plan.stepping_ranks, plan.arenas[0].device)
-            # A team that is all there is knows every word already.
-            if any(team.size < plan.stepping_ranks.size for team in distributors):
-                word = consensus.confirm(word)
-            if word != OK:
-                if plan.is_redundant:
-                    self._damage = "A failed step has moved the statistics of some groups only."
-                consensus.fail(deferred.error)
-        applied = DeferredError(is_shared=not plan.stepping_ranks.is_alone)
-        for distributor in distributors.values():
-            applied.run(distributor.apply)
-        if applied.error is not None:
-            # The others have gone on to the next step, and hear of it there.
-            self._damage = f"It has moved its parameters only in part: {applied.error}."
-            logger.error("shampoo: %s", self._damage)
-
-    def _select(self, plan: BlockPlan, step: StepInputs) -> Sequence[ActiveBlocks | None]:
-        """The blocks that move, by arena."""
-        plan.add_missing_moments(self.param_groups, step.hyper, self.state)
-        plan.assign_phases(self.param_groups, step.hyper)
-        capture.check_warm(plan.has_selected(step.present))
-        return plan.select(step.present)
-
-    def _scalars(
-        self, active: ActiveBlocks, hyper: Hyperparameters, accepted: Tensor | None
-    ) -> Scalars | None:
-        """The numbers that move an arena in the step that has just been counted, if it moves."""
-        if not active.ranks:
-            return None
-        if accepted is not None and self._on_device is not None:
-            return self._on_device.scalars(hyper, active, accepted)
-        arena = active.arena
-        counts, ranks = arena.counts(), active.ranks
-        return Scalars.of_counts(hyper, arena.rule, counts, ranks, arena.device)
+            groups.consensus(plan.stepping_ranks, plan.arenas[0].device).check(deferred)
 
     def coming_refresh(self) -> tuple[Hashable, ...]:
         """Names the roots that the next step refreshes: what a graph of it can be used for again.
@@ -458,7 +456,7 @@ class Shampoo(Persistent):
         All None for an ordinary step. The schedule follows the steps that were asked for; the host
         does not know which of them ``capturable=True`` has skipped.
         """
-        values = [Hyperparameters.read(group) for group in self.param_groups]
+        values = self._reader.read(self.param_groups)
         plan = self._current_plan()
         plan.assign_phases(self.param_groups, values)
         return capture.coming_refresh(plan, values)

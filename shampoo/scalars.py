@@ -1,14 +1,15 @@
 """The numbers of one step of one arena, on the host or, for a step that a graph replays, not."""
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from shampoo.blocks.layout import ADAGRAD, FACTORED
-from shampoo.grafting import SecondMoment
+from shampoo.grafting import SecondMoment, correction_of
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.ops import Number
 
@@ -32,7 +33,7 @@ class Counted:
         hyper: Hyperparameters,
         rule: str,
         counts: Sequence[int],
-        distinct: Iterable[int],
+        distinct: Collection[int],
         moment: SecondMoment,
         device: torch.device,
     ) -> "Counted":
@@ -44,9 +45,10 @@ class Counted:
             moment: at any step.
         """
         known = list(distinct)
+        is_corrected = hyper.bias_correction
         each = [
-            [hyper.correction1(count) for count in known],
-            [hyper.correction2(count) for count in known],
+            [correction_of(hyper.beta1, n) for n in known] if is_corrected else [1.0] * len(known),
+            [correction_of(hyper.beta2, n) for n in known] if is_corrected else [1.0] * len(known),
             [moment.correction_at(count) for count in known],
             known,
         ]
@@ -67,8 +69,7 @@ def has_started(hyper: Hyperparameters, rule: str, step: Number) -> bool | Tenso
     return rule == FACTORED and start < math.inf and step >= start
 
 
-@dataclass(frozen=True)
-class Scalars:
+class Scalars(NamedTuple):
     """What moves an arena in one step, in the words of :class:`Hyperparameters`."""
 
     sign: Number  # of the gradient
@@ -90,7 +91,10 @@ class Scalars:
     @classmethod
     def of(cls, hyper: Hyperparameters, rule: str, step: Number) -> "Scalars":
         """The numbers of ``step``, counted from 1; tensors where it or a hyper-parameter is one."""
-        is_adagrad = rule == ADAGRAD
+        moment = hyper.diagonal_moment if rule == ADAGRAD else hyper.grafting_moment
+        if moment.corrected:
+            moment = moment._replace(correction=correction_of(moment.beta, step))
+        is_corrected = hyper.bias_correction
         return cls(
             sign=-1.0 if hyper.maximize else 1.0,
             coupled_decay=hyper.coupled_decay,
@@ -98,11 +102,11 @@ class Scalars:
             lr=hyper.lr,
             momentum=hyper.momentum,
             beta1=hyper.beta1,
-            correction1=hyper.correction1(step),
+            correction1=correction_of(hyper.beta1, step) if is_corrected else 1.0,  # 2.3
             beta2=hyper.beta2,
             factor_weight=hyper.factor_weight,
-            correction2=hyper.correction2(step),
-            moment=hyper.diagonal_moment(step) if is_adagrad else hyper.grafting_moment(step),
+            correction2=correction_of(hyper.beta2, step) if is_corrected else 1.0,
+            moment=moment,
             step=step if isinstance(step, Tensor) else float(step),
             started=has_started(hyper, rule, step),
         )
@@ -113,21 +117,20 @@ class Scalars:
         hyper: Hyperparameters,
         rule: str,
         counts: Sequence[int],
-        ranks: Sequence[int],
+        distinct: Collection[int],
         device: torch.device,
     ) -> "Scalars":
         """The numbers of a step of parameters that have taken ``counts`` steps, this one included.
 
         Args:
             counts: [members].
-            ranks: which of them have a gradient, at least one.
+            distinct: the counts of those that have a gradient, at least one.
         """
-        plain = cls.of(hyper, rule, counts[ranks[0]])
-        distinct = {counts[rank] for rank in ranks}
+        plain = cls.of(hyper, rule, next(iter(distinct)))
         if len(distinct) == 1:
             return plain
         counted = Counted.of(hyper, rule, counts, distinct, plain.moment, device)
-        return replace(plain, counted=counted)
+        return plain._replace(counted=counted)
 
     def at(self, owners: Tensor) -> "Scalars":
         """The numbers of some blocks, each of which may have its own.
@@ -139,11 +142,10 @@ class Scalars:
             return self
         first, second, moment, step = self.counted.numbers.index_select(1, owners).unbind()
         started = self.counted.started
-        return replace(
-            self,
+        return self._replace(
             correction1=first,
             correction2=second,
-            moment=replace(self.moment, correction=moment),
+            moment=self.moment._replace(correction=moment),
             step=step,
             started=started[owners] if isinstance(started, Tensor) else started,
             counted=None,

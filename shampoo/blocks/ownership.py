@@ -1,5 +1,6 @@
 """Which rank owns which block: greedy longest processing time (distributed.md 2.1)."""
 
+import functools
 import heapq
 import math
 from collections.abc import Mapping, Sequence
@@ -29,15 +30,18 @@ class Team:
     me: int
     is_sharded: bool = False
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         """How many ranks."""
         return len(self.ranks)
 
-    @property
+    @functools.cached_property
     def is_alone(self) -> bool:
         """Whether there is nobody to share with."""
         return self.size == 1
+
+
+ALONE = Team((0,), 0)  # without a process group
 
 
 # The team that divided the blocks of a parameter, and the owner of each.

@@ -250,15 +250,6 @@ class Arena:
         sizes = [placed.numel for stack in self.stacks for placed in stack.placements]
         return max(sizes, default=0)
 
-    def count_step(self, present: Sequence[bool]) -> None:
-        """The parameters with a gradient have taken one more step.
-
-        Args:
-            present: for every parameter of the plan.
-        """
-        here = [present[member] for member in self.first]
-        self.steps += 1 if all(here) else torch.tensor(here, device="cpu")
-
     def counts(self) -> list[int]:
         """[members], how many steps each parameter has taken or, if capturable, asked for."""
         return self.steps.tolist()

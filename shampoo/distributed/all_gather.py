@@ -25,7 +25,7 @@ from shampoo.hyperparameters import Hyperparameters
 from shampoo.ops.limits import clamped
 from shampoo.scalars import Scalars
 
-_HEADER = 16  # elements in front of a slice: its rank's word, and what keeps slices aligned
+_HEADER = 16  # elements in front of a slice: its rank's status, and what keeps slices aligned
 _PARTS = 4  # of a buffer that is sent while the rest is computed
 
 _Entry = tuple[int, Tensor, Tensor]  # a part, tiles, scales of 1
@@ -37,11 +37,10 @@ def slice_length(numel: int) -> int:
 
 
 class AllGatherDistributor(Distributor):
-    """The exchange of a team whose ranks all hold the same parameters.
+    """A team whose ranks all hold the same parameters.
 
     Args:
-        crews: arenas of the team, for each of its positions, in the order in which the step
-            delivers.
+        all_arenas: of the team, for each of its positions, in the order of the step.
         group: the team's process group, None for one rank.
         dtype: in which directions travel.
         overlap: send in parts, each as soon as the step has delivered it.
@@ -55,7 +54,7 @@ class AllGatherDistributor(Distributor):
         overlap: bool,
     ) -> None:
         super().__init__()
-        self._crews = all_arenas
+        self._all_arenas = all_arenas
         self._group = group
         self._team = all_arenas[0][0].team
         self._index = {
@@ -90,7 +89,7 @@ class AllGatherDistributor(Distributor):
         total = self._bases[position][-1]
         starts = [
             base + placed.element
-            for base, arenas_by_rank in zip(self._bases[position], self._crews, strict=False)
+            for base, arenas_by_rank in zip(self._bases[position], self._all_arenas, strict=False)
             for stack in arenas_by_rank[position].stacks
             for placed in stack.placements
         ]
@@ -100,9 +99,9 @@ class AllGatherDistributor(Distributor):
             edges.append(starts[at] if at < len(starts) else total)
         return [*edges, total]
 
-    def open(self, step: StepInputs) -> None:
+    def open(self, inputs: StepInputs) -> None:
         """Takes a step's parameters and gradients."""
-        super().open(step)
+        super().open(inputs)
         self._table()  # here, where others still hear of it if this fails
 
     def apply_direction(
@@ -112,7 +111,7 @@ class AllGatherDistributor(Distributor):
         me = self._team.me
         start = self._bases[me][self._index[id(arena)]] + segment.start
         part = bisect.bisect_right(self._edges[me], start) - 1
-        self._launch(part, word=0)
+        self._launch(part, status=0)
 
         offset = _HEADER + start - self._edges[me][part]
         out = self._buffers[part][me, offset : offset + segment.direction.numel()]
@@ -123,27 +122,27 @@ class AllGatherDistributor(Distributor):
         if self._group is not None:
             dist.all_reduce(values, group=self._group.live())
 
-    def _launch(self, until: int, word: int) -> None:
+    def _launch(self, until: int, status: int) -> None:
         """Starts to send the parts before ``until`` that have not been sent yet."""
         me = self._team.me
         for part in range(len(self._works), until):
             buffer = self._buffers[part]
-            buffer[me, 0] = word
+            buffer[me, 0] = status
             work = None
             if self._group is not None:
                 is_async = len(self._buffers) > 1
                 work = _all_gather(buffer.view(-1), buffer[me], self._group.live(), is_async)
             self._works.append(work)
 
-    def send(self, word: int) -> int:
-        """Sends what is left with this rank's word; returns the team's, once all is here."""
-        self._launch(len(self._buffers), word)
+    def send(self, status: int) -> int:
+        """Sends what is left with this rank's status; returns the team's, once all is here."""
+        self._launch(len(self._buffers), status)
         for work in self._works:
             if work is not None:
                 work.wait()
         self._works.clear()  # not in open(), which does not happen once something has failed
-        words = torch.stack([buffer[:, 0] for buffer in self._buffers])
-        return FAILED if bool((words != 0).any()) else word
+        statuses = torch.stack([buffer[:, 0] for buffer in self._buffers])
+        return FAILED if bool((statuses != 0).any()) else status
 
     def apply(self) -> None:
         """W <- W - lr D for all blocks, by the bits that travelled."""
@@ -153,8 +152,8 @@ class AllGatherDistributor(Distributor):
             return self._buffers[part].view(-1).to(device, dtype)
 
         for index, entries in enumerate(self._table()):
-            arena = self._crews[index][self._team.me]
-            hyper = self.round.hyper[arena.group]
+            arena = self._all_arenas[index][self._team.me]
+            hyper = self.inputs.hyper[arena.group]
             dtype = arena.update_dtype if hyper.momentum > 0 else arena.dtype
             members = arena.members
             for part, tiles, ones in entries:
@@ -164,12 +163,12 @@ class AllGatherDistributor(Distributor):
         """For every arena, the parts in which present blocks lie: tiles, scales of 1."""
 
         def make(present: Pattern) -> list[list[_Entry]]:
-            return [self._entries(index, present) for index in range(len(self._crews))]
+            return [self._entries(index, present) for index in range(len(self._all_arenas))]
 
-        return self._tables.get(self.round.present, make)
+        return self._tables.get(self.inputs.present, make)
 
     def _entries(self, index: int, present: Pattern) -> list[_Entry]:
-        own = self._crews[index][self._team.me]
+        own = self._all_arenas[index][self._team.me]
         is_here = torch.tensor([present[member] for member in own.first], device="cpu")
         entries = []
         for part, rows in enumerate(self._rows[index]):
@@ -181,7 +180,7 @@ class AllGatherDistributor(Distributor):
 
     def _rows_of(self, index: int) -> list[Tensor]:
         """The tiles of an arena's blocks in each part of the buffer, by the places of members."""
-        arenas_by_rank = self._crews[index]
+        arenas_by_rank = self._all_arenas[index]
         ranks = {member: rank for rank, member in enumerate(arenas_by_rank[0].first)}
         placed = [
             (position, placement)

@@ -32,7 +32,7 @@ from shampoo.hyperparameters import Hyperparameters
 from shampoo.ops.limits import clamped
 from shampoo.scalars import Scalars
 
-_HEADER = 1  # element in front of what goes to each rank: the sender's word
+_HEADER = 1  # element in front of what goes to each rank: the sender's status
 
 Pieces = list[list[Piece]]
 Block = tuple[int, int]  # member, index in its grid of blocks
@@ -60,10 +60,10 @@ class _Wire:
         sent, received = (torch.zeros(sum(side), dtype=dtype, device=device) for side in splits)
         return cls(sent, received, *splits)
 
-    def distributor(self, group: dist.ProcessGroup, word: int) -> Tensor:
-        """Sends everything; returns the words of all ranks."""
+    def exchange(self, group: dist.ProcessGroup, status: int) -> Tensor:
+        """Sends everything; returns the statuses of all ranks."""
         for offset in _starts(self.outgoing_splits):
-            self.outgoing[offset] = word
+            self.outgoing[offset] = status
         dist.all_to_all_single(
             self.incoming, self.outgoing, self.incoming_splits, self.outgoing_splits, group=group
         )
@@ -87,11 +87,11 @@ class _Copies:
 
 
 class AllToAllDistributor(Distributor):
-    """The exchange of a team whose ranks hold shards.
+    """A team whose ranks hold shards.
 
     Args:
         arenas: this rank's, all of one team.
-        routed: the team's parameters, in plan order.
+        sharded: the team's parameters, in plan order.
         group: the team's process group.
         gradient_dtype: wide enough for every gradient and weight.
         dtype: in which directions travel.
@@ -130,16 +130,16 @@ class AllToAllDistributor(Distributor):
         self._applied: PatternCache[list[tuple[Arena, Tensor, Tensor]]] = PatternCache()
         self._rows = self._rows_of()
 
-    def open(self, step: StepInputs) -> None:
+    def open(self, inputs: StepInputs) -> None:
         """Packs the pieces of this rank's gradients, and of weights where owners need them."""
-        super().open(step)
+        super().open(inputs)
         self._table()  # here, where others still hear of it if this fails
-        self._incoming.pack(step)
+        self._incoming.pack(inputs)
 
     def fetch(self) -> None:
         """The first all-to-all."""
-        # No word: ranks have agreed before, and what goes wrong from here on is said in send().
-        self._incoming.wire.distributor(self._group.live(), 0)
+        # No status here: ranks have agreed, and what goes wrong from here on is said in send().
+        self._incoming.wire.exchange(self._group.live(), 0)
 
     def gradients(self, segment: Segment) -> Blocks:
         """The pieces that came, put together where directions will be."""
@@ -173,16 +173,16 @@ class AllToAllDistributor(Distributor):
         """Adds up what the ranks of the team know, in place."""
         dist.all_reduce(values, group=self._group.live())
 
-    def send(self, word: int) -> int:
-        """The second all-to-all, with this rank's word; returns the team's."""
-        words = self._directions.distributor(self._group.live(), word)
-        return FAILED if bool((words != 0).any()) else word
+    def send(self, status: int) -> int:
+        """The second all-to-all, with this rank's status; returns the team's."""
+        statuses = self._directions.exchange(self._group.live(), status)
+        return FAILED if bool((statuses != 0).any()) else status
 
     def apply(self) -> None:
         """W <- W - lr D on this rank's shards, by the bits that travelled."""
         wide = functools.cache(self._directions.incoming.to)
         for arena, tiles, ones in self._table():
-            hyper = self.round.hyper[arena.group]
+            hyper = self.inputs.hyper[arena.group]
             dtype = arena.update_dtype if hyper.momentum > 0 else arena.dtype
             self.move(arena, arena.members, wide(dtype), tiles, ones)
 
@@ -199,7 +199,7 @@ class AllToAllDistributor(Distributor):
                     tables.append((arena, tiles, ones))
             return tables
 
-        return self._applied.get(self.round.present, make)
+        return self._applied.get(self.inputs.present, make)
 
     def _rows_of(self) -> list[tuple[Arena, Tensor]]:
         """The tiles of all pieces that come here, by arena and the places of members in it."""
@@ -241,13 +241,13 @@ class _Incoming:
         self._rows = self._rows_of()
         self._copies: WeakKeyDictionary[Segment, dict[bool, _Copies]] = WeakKeyDictionary()
 
-    def pack(self, step: StepInputs) -> None:
+    def pack(self, inputs: StepInputs) -> None:
         """Copies this rank's pieces of what is present to the wire, in its own dtype."""
-        table = self._tables.get(step.present, self._table)
+        table = self._tables.get(inputs.present, self._table)
         if len(table) == 0:
             return
-        params = [step.params[member] for member in self._packed]
-        grads = [step.grads[member] for member in self._packed]
+        params = [inputs.params[member] for member in self._packed]
+        grads = [inputs.grads[member] for member in self._packed]
         # Where there is no gradient, something that no tile names keeps the others in their places.
         sources = [p if grad is None else grad for p, grad in zip(params, grads, strict=True)]
         sources += params

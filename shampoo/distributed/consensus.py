@@ -1,14 +1,15 @@
 """All ranks that hold the same parameters take a step together, or none does.
 
-One small all-reduce before anything is changed carries each rank's word on its gradients, a digest
-of its plan and a digest of what its step is about to do (distributed.md 2.2, 3.3). A rank that
-cannot go on says so there, and the others stop with it instead of waiting for it.
+One small all-reduce before anything is changed carries what each rank says of its gradients, a
+digest of its plan and a digest of what its step is about to do (distributed.md 2.2, 3.3). A rank
+that cannot go on says so there, and the others stop with it instead of waiting for it.
 """
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from types import TracebackType
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -26,11 +27,10 @@ from shampoo.errors import (
     ShampooError,
 )
 
-# What a rank says of its step; the largest word counts.
+# What a rank says of its step; the largest status counts.
 OK, SKIPPED, REFUSED, FAILED = range(4)
 
 Entry = Mapping[str, str]  # what a rank says of one parameter or group, by the name of it
-Result = TypeVar("Result")
 
 # Errors that keep their type on the ranks that only hear of them.
 _SHARED_ERRORS = {
@@ -68,7 +68,7 @@ class Vote(NamedTuple):
     """On a step, by one rank or, where they have agreed, by all.
 
     Attributes:
-        status: the word; OK or SKIPPED once agreed.
+        status: of the step; OK or SKIPPED once agreed.
         is_nonzero: whether there is a gradient that is not all zero (on any rank).
         is_prepared: whether the buffers that the step needs are there (on all ranks).
     """
@@ -79,32 +79,37 @@ class Vote(NamedTuple):
 
 
 class DeferredError:
-    """Runs this rank's part of a step; while others wait for it, an exception must wait too.
+    """Keeps this rank's first exception until the next collective. A context manager.
 
-    Between two collectives everything that can raise runs in here: a rank that raised at once would
+    Between two collectives everything that can raise runs in it: a rank that raised at once would
     leave the others in the next collective until the process group times out.
+
+    Args:
+        is_shared: whether others wait; if not, exceptions are raised as they come.
     """
 
     def __init__(self, is_shared: bool) -> None:
         self._is_shared = is_shared
         self.error: Exception | None = None
 
+    def __enter__(self) -> "DeferredError":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        if not self._is_shared or not isinstance(error, Exception):
+            return False
+        self.error = self.error or error
+        return True
+
     @property
-    def word(self) -> int:
+    def status(self) -> int:
         """OK or FAILED."""
         return OK if self.error is None else FAILED
-
-    def run(self, work: Callable[..., Result], *arguments: Any) -> Result | None:
-        """What ``work`` returns, nothing once something has failed."""
-        if self.error is not None:
-            return None
-        try:
-            return work(*arguments)
-        except Exception as error:
-            if not self._is_shared:
-                raise
-            self.error = error
-            return None
 
 
 class Consensus:
@@ -128,7 +133,7 @@ class Consensus:
         """Agrees on whether to step.
 
         Args:
-            verdict: this rank's; its status may be any word.
+            verdict: this rank's; its status may be any.
             topics: what must be alike on all ranks, as many on each; may be empty where ``error``
                 is given.
             error: why the status is FAILED or REFUSED.
@@ -152,13 +157,13 @@ class Consensus:
                 self._name_difference(item.noun, item.entries())
         return Vote(status, bool(nonzero), not unprepared)
 
-    def confirm(self, word: int) -> int:
-        """The largest word of all ranks."""
-        return self._max([word])[0]
+    def confirm(self, status: int) -> int:
+        """The largest status of all ranks."""
+        return self._max([status])[0]
 
     def check(self, deferred: DeferredError) -> None:
-        """Raises on all ranks if the attempt of one has failed."""
-        if self.confirm(deferred.word) != OK:
+        """Raises on all ranks if one has failed."""
+        if self.confirm(deferred.status) != OK:
             self.fail(deferred.error)
 
     def fail(self, error: Exception | None) -> NoReturn:

@@ -1,15 +1,14 @@
 """How a team moves gradients to the owners of blocks and search directions back.
 
-The step asks an exchange where gradients and weights lie, and hands it the direction of every
+The step asks a distributor where gradients and weights lie, and hands it the direction of every
 segment; what happens in between depends on who holds what. :class:`SingleProcess` is one rank that
 owns all it holds; the others are in :mod:`shampoo.distributed.all_gather` and
 :mod:`shampoo.distributed.all_to_all`.
 """
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,18 +24,16 @@ from shampoo.scalars import Scalars
 Blocks = tuple[Sequence[Tensor], Tensor]  # tensors, and the tiles of a segment's blocks in them
 
 
-@dataclass(frozen=True)
-class StepInputs:
+class StepInputs(NamedTuple):
     """What one step brings: this rank's part of every planned parameter, and its group's values."""
 
     params: Sequence[Tensor]
     grads: Sequence[Tensor | None]
+    present: tuple[bool, ...]  # which parameters have a gradient
     hyper: Sequence[Hyperparameters]  # by parameter group
 
-    @functools.cached_property
-    def present(self) -> tuple[bool, ...]:
-        """Which parameters have a gradient."""
-        return tuple(grad is not None for grad in self.grads)
+
+_NO_INPUTS = StepInputs((), (), (), ())
 
 
 def applied_decay(arena: Arena, hyper: Hyperparameters) -> float:
@@ -48,33 +45,36 @@ def applied_decay(arena: Arena, hyper: Hyperparameters) -> float:
     return 0.0 if in_direction else hyper.decoupled_decay
 
 
-def needs_weights(arena: Arena, hyper: Hyperparameters) -> bool:
+def needs_weights(is_layerwise: bool, hyper: Hyperparameters) -> bool:
     """Whether the owner of a block must know its weights to find the direction."""
     in_gradient = hyper.weight_decay != 0.0 and not hyper.decoupled_weight_decay
     in_direction = hyper.momentum > 0 and hyper.decoupled_decay != 0.0
-    return in_gradient or in_direction or arena.is_layerwise
+    return in_gradient or in_direction or is_layerwise
 
 
 class Distributor(ABC):
     """What the step asks for, in the order in which it asks."""
 
     def __init__(self) -> None:
-        self.round = StepInputs((), (), ())
+        self.inputs = _NO_INPUTS
 
-    def open(self, step: StepInputs) -> None:
+    def open(self, inputs: StepInputs) -> None:
         """Takes a step's parameters and gradients. No communication: this may fail."""
-        self.round = step
+        self.inputs = inputs
 
     def close(self) -> None:
         """Lets go of the gradients, which would outlive ``zero_grad()``."""
-        self.round = StepInputs((), (), ())
+        self.inputs = _NO_INPUTS
 
     def fetch(self) -> None:  # noqa: B027, to do nothing is right where gradients are whole
         """Brings gradients to the owners of their blocks, where they do not have them."""
 
     def gradients(self, segment: Segment) -> Blocks:
         """Where the gradients of a segment lie: perhaps where its directions will be."""
-        params, grads = self.round.params, self.round.grads
+        params, grads, present, _ = self.inputs
+        if False not in present:
+            there: Any = grads
+            return list(map(there.__getitem__, segment.members)), segment.tiles
         # Where there is no gradient, something that no tile names keeps the others in their places.
         return [
             params[member] if (grad := grads[member]) is None else grad
@@ -83,7 +83,7 @@ class Distributor(ABC):
 
     def weights(self, segment: Segment) -> Blocks:
         """Where the weights of a segment lie: perhaps where those of the one before did."""
-        return [self.round.params[member] for member in segment.members], segment.tiles
+        return list(map(self.inputs.params.__getitem__, segment.members)), segment.tiles
 
     @abstractmethod
     def apply_direction(
@@ -94,17 +94,17 @@ class Distributor(ABC):
     def sum_(self, values: Tensor) -> None:  # noqa: B027, the sum of one rank is there
         """Adds up what the ranks of the team know, in place."""
 
-    def send(self, word: int) -> int:
-        """Sends the directions with this rank's word; returns the team's, once they are here."""
-        return word
+    def send(self, status: int) -> int:
+        """Sends the directions with this rank's status; returns the team's, once they are here."""
+        return status
 
     def move(
         self, arena: Arena, members: Sequence[int], direction: Tensor, tiles: Tensor, ones: Tensor
     ) -> None:
         """W <- W - lr D for the tiles of some parameters, where D is what travelled."""
-        hyper = self.round.hyper[arena.group]
+        hyper = self.inputs.hyper[arena.group]
         ops.update_blocks_(
-            [self.round.params[member] for member in members],
+            [self.inputs.params[member] for member in members],
             None,
             direction,
             ones.to(direction.dtype),
@@ -129,7 +129,7 @@ class SingleProcess(Distributor):
         momentum = segment.moments.get("momentum") if hyper.momentum > 0 else None
         dtype = segment.direction.dtype if momentum is None else momentum.dtype
         ops.update_blocks_(
-            [self.round.params[member] for member in segment.members],
+            list(map(self.inputs.params.__getitem__, segment.members)),
             momentum,
             segment.direction.to(dtype),  # wider only for float64 parameters
             scalars.gate(segment.scale.to(dtype)),

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from shampoo.blocks.ownership import Team
+from shampoo.blocks.ownership import ALONE, Team
 from shampoo.distributed.consensus import Consensus
 from shampoo.distributed.group_handle import GroupHandle
 from shampoo.distributed.shard_regions import mesh_ranks
@@ -100,7 +100,7 @@ class ProcessGroups:
     def replicas(self) -> Team:
         """All ranks that hold the same plain parameters; this one alone without a process group."""
         if self.world() is None:
-            return Team((0,), 0)
+            return ALONE
         ranks = tuple(self._ranks or dist.get_process_group_ranks(self.world()))
         rank = dist.get_rank()
         if rank not in ranks:
@@ -136,7 +136,7 @@ class ProcessGroups:
     def stepping_ranks(self, params: Sequence[Tensor]) -> Team:
         """The ranks that must step alike: all that hold parameters which this rank holds too."""
         if self.world() is None:
-            return Team((0,), 0)
+            return ALONE
         ranks: set[int] = set()
         rank = dist.get_rank()
         for mesh in {param.device_mesh for param in params if isinstance(param, DTensor)}:
@@ -208,7 +208,7 @@ class ProcessGroups:
             "_world": None,
             "_groups": {},
             "_meshes": {},
-            "_agreements": {},
+            "_consensus": {},
         }
         return {**self.__dict__, **dead}
 

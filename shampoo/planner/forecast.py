@@ -13,6 +13,7 @@ from shampoo.blocks.layout import ADAGRAD, FACTORED, Layout
 from shampoo.blocks.ownership import Share, Team, divide
 from shampoo.blocks.staggering import aligned_phases
 from shampoo.distributed.all_gather import slice_length
+from shampoo.distributed.distributor import needs_weights
 from shampoo.grafting import GRAFTING
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.planner.report import PlanReport, StepSeconds
@@ -111,7 +112,7 @@ class _Blocks:
                 seconds=model.block_seconds(*block, frequency),
                 state_bytes=block_state_bytes(*block, values, tensor.dtype),
                 rooted_sides=_rooted_sides(*block),
-                needs_weights=_needs_weights(values, layout.rule),
+                needs_weights=needs_weights(_is_layerwise(values, layout.rule), values),
             )
             by_block |= dict.fromkeys(tile.block_indices(), kind)
         return [by_block[index] for index in range(len(by_block))]
@@ -135,13 +136,8 @@ def _rooted_sides(extent: Sequence[int], diagonal: Sequence[bool], rule: str) ->
     return tuple(s for s, is_diagonal in zip(extent, diagonal, strict=True) if not is_diagonal)
 
 
-def _needs_weights(values: Hyperparameters, rule: str) -> bool:
-    """Whether directions depend on weights, as in
-    :func:`shampoo.distributed.distributor.needs_weights`."""
-    in_gradient = values.weight_decay > 0.0 and not values.decoupled_weight_decay
-    in_direction = values.momentum > 0.0 and values.decoupled_decay > 0.0
-    is_layerwise = GRAFTING[values.geometry.grafting].layerwise and rule != ADAGRAD
-    return in_gradient or in_direction or is_layerwise
+def _is_layerwise(values: Hyperparameters, rule: str) -> bool:
+    return GRAFTING[values.geometry.grafting].layerwise and rule != ADAGRAD
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def consolidate(
         group: the ranks that hold the parameters.
         to: the global rank that receives, in host memory; None for all of them, each on the
             devices of its parameters.
-        agreement: of the same ranks.
+        consensus: of the same ranks.
 
     Returns:
         The whole state, copied, where it is received; None on the other ranks. What is not this
@@ -64,8 +64,11 @@ def consolidate(
     is_receiver = to is None or me == to
     deferred = DeferredError(is_shared=True)
     teammate = ranks[0] if to is None else to
-    outgoing = deferred.run(_outgoing, plan, params, state, teammate) if me != to else []
-    manifest = [entry for entry, _ in outgoing or []]
+    outgoing: list[tuple[Entry, Tensor]] = []
+    with deferred:
+        if me != to:
+            outgoing = _outgoing(plan, params, state, teammate)
+    manifest = [entry for entry, _ in outgoing]
     manifests: list[Any] = [[] if rank != me else manifest for rank in ranks]
     if to is None:
         dist.all_gather_object(manifests, manifest, group)
@@ -79,17 +82,20 @@ def consolidate(
     if is_receiver:
         coming = [list(entries) for entries in manifests]
         coming[ranks.index(me)] = []
-        whole = deferred.run(_room, params, state, coming, to is not None)
-    buffer = deferred.run(_buffer, manifests, device)
+        with deferred:
+            whole = _room(params, state, coming, on_host=to is not None)
+    buffer: Tensor | None = None
+    with deferred:
+        buffer = _buffer(manifests, device)
     consensus.check(deferred)
     assert buffer is not None
-    assert outgoing is not None
     # Whatever else fails, a device perhaps, messages keep their number and lengths.
     for source, entries in zip(ranks, manifests, strict=True):
         for start, stop in _batches(entries):
             message = buffer[: _nbytes(entries[start:stop])]
             if source == me:
-                deferred.run(_pack, message, [value for _, value in outgoing[start:stop]])
+                with deferred:
+                    _pack(message, [value for _, value in outgoing[start:stop]])
             if to is None:
                 dist.broadcast(message, source, group)
             elif source == me:
@@ -99,7 +105,8 @@ def consolidate(
             if source != me:
                 assert whole is not None
                 places = [whole[params[e.member]][e.key] for e in entries[start:stop]]
-                deferred.run(_unpack, message, places)
+                with deferred:
+                    _unpack(message, places)
     consensus.check(deferred)
     return whole
 

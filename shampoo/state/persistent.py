@@ -8,20 +8,21 @@ before there are others (distributed.md, rule 16).
 import functools
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from shampoo.blocks.layout import Geometry
 from shampoo.blocks.ownership import Owners, Team
 from shampoo.blocks.pattern_cache import Pattern
 from shampoo.blocks.publication import TakenIn
 from shampoo.blocks.state_keys import MOMENTS, is_own, parse
 from shampoo.distributed.consensus import DeferredError
 from shampoo.distributed.process_groups import ProcessGroups
+from shampoo.hyperparameters import HyperparameterReader
 from shampoo.state.fillable import Blank, fillable_state
 from shampoo.state.gathering import Whole, consolidate
 from shampoo.state.inquiry import inquiry
@@ -64,10 +65,9 @@ class Persistent(Optimizer):
             is_current: whether the plan still holds, for a caller that has asked it.
         """
         plan = self._plan
-        if is_current is None:
-            is_current = plan is not None and plan.is_current(
-                self.param_groups, self._process_groups
-            )
+        if is_current is None and plan is not None:
+            geometries = [Geometry.of(group) for group in self.param_groups]
+            is_current = plan.is_current(self.param_groups, geometries, self._process_groups)
         if plan is None or not is_current or not plan.is_intact(self.state):
             capture.check_warm(False)
             is_capturable = capture.is_capturable(self.param_groups)
@@ -114,28 +114,32 @@ class Persistent(Optimizer):
         return plan
 
     @functools.cached_property
+    def _reader(self) -> HyperparameterReader:
+        """What has been read of the groups; a copy reads them anew."""
+        return HyperparameterReader()
+
+    @functools.cached_property
     def _ridges(self) -> RidgeWatch:
         """What has been said of ``eps``; a copy says it again."""
         return RidgeWatch()
 
-    @contextmanager
-    def _undone_if_refused(self) -> Iterator[None]:
-        """Takes back what a step that is refused has made of the state: its plan, its views."""
-        state, plan, on_device = dict(self.state), self._plan, self._on_device
-        self._taken = None
-        try:
-            yield
-        except Exception:
-            if self._plan is not plan:
-                self.state.clear()
-                self.state.update(state)
-                self._plan, self._on_device = plan, on_device
-                self._distributors = None
-            elif self._taken is not None:
-                self._taken.undo(self.state)
-            raise
-        finally:
-            self._taken = None
+    def _take_back(
+        self, state: dict[Any, Any], plan: BlockPlan | None, on_device: capture.DeviceState | None
+    ) -> None:
+        """Undoes what a step that is refused has made of the state: its plan, its views.
+
+        Args:
+            state: what stood in ``state`` before.
+            plan: the one before.
+            on_device: what counted its steps.
+        """
+        if self._plan is not plan:
+            self.state.clear()
+            self.state.update(state)
+            self._plan, self._on_device = plan, on_device
+            self._distributors = None
+        elif self._taken is not None:
+            self._taken.undo(self.state)
 
     def _owners(self) -> dict[Tensor, Owners] | None:
         """Who owns the blocks that have state, on this rank or another."""
@@ -270,8 +274,9 @@ class Persistent(Optimizer):
 
     def _gather(self, stepping_ranks: Team, to: int | None) -> Whole | None:
         """The whole state on one rank, or on all."""
-        deferred = DeferredError(is_shared=True)
-        plan = deferred.run(self._current_plan)
+        plan, deferred = None, DeferredError(is_shared=True)
+        with deferred:
+            plan = self._current_plan()
         consensus = self._process_groups.consensus(stepping_ranks, self._all_params()[0].device)
         consensus.check(deferred)
         assert plan is not None
@@ -330,14 +335,14 @@ class Persistent(Optimizer):
             deferred = DeferredError(
                 is_shared=inquirer.is_broadcast and not stepping_ranks.is_alone
             )
-            found = deferred.run(
-                *(match, self.param_groups, self.defaults, incoming, self._process_groups),
-                *(self._owners(), strict, inquirer.is_full, self._foreign_names()),
-            )
+            with deferred:
+                self._incoming = match(
+                    *(self.param_groups, self.defaults, incoming, self._process_groups),
+                    *(self._owners(), strict, inquirer.is_full, self._foreign_names()),
+                )
             if inquirer.is_broadcast and not stepping_ranks.is_alone:
                 device = self._all_params()[0].device
                 self._process_groups.consensus(stepping_ranks, device).check(deferred)
-            self._incoming = found
             return {**incoming, "state": foreign_state(incoming)}
 
         # Registered now, so that it sees what the user's own hooks make of the state.

@@ -75,6 +75,8 @@ class BlockPlan:
         self._segments: list[list[Segment]] | None = None  # by arena
         self._selections: PatternCache[list[ActiveBlocks]] = PatternCache()
         self.present: Pattern = ()  # of the last step
+        # Of the hyper-parameters that were found to suit, and for which all has been made.
+        self._checked = self._followed = -1
         self.members, self._seen = plan_params(
             groups, self._geometries, state, process_groups, kept
         )
@@ -174,12 +176,23 @@ class BlockPlan:
         """What gradients of the planned parameters must be like."""
         return list(map(form_of, self.planned))
 
-    def is_current(self, groups: Sequence[dict[str, Any]], process_groups: ProcessGroups) -> bool:
-        """Whether the plan still holds: same parameters, same geometry, same ranks."""
-        if len(groups) != len(self._seen) or process_groups.replicas() != self._replicas:
+    def is_current(
+        self,
+        groups: Sequence[dict[str, Any]],
+        geometries: Sequence[Geometry],
+        process_groups: ProcessGroups,
+    ) -> bool:
+        """Whether the plan still holds: same parameters, same geometry, same ranks.
+
+        Args:
+            groups: ``optimizer.param_groups``.
+            geometries: of the groups.
+            process_groups: who shares the work.
+        """
+        if geometries != self._geometries or process_groups.replicas() != self._replicas:
             return False
-        for group, geometry, seen in zip(groups, self._geometries, self._seen, strict=True):
-            if Geometry.of(group) != geometry or not seen.still(group["params"]):
+        for group, seen in zip(groups, self._seen, strict=True):
+            if not seen.still(group["params"]):
                 return False
         return True
 
@@ -237,7 +250,11 @@ class BlockPlan:
     def count_step(self, present: Pattern) -> None:
         """The parameters with a gradient have taken one more step."""
         for arena in self.arenas:
-            arena.count_step(present)
+            if False not in present:
+                arena.steps += 1
+            else:
+                here = [present[member] for member in arena.first]
+                arena.steps += torch.tensor(here, device="cpu")
 
     def count_replayed(self, present: Pattern) -> None:
         """A graph has taken a step with these gradients; what it wrote into roots is known."""
@@ -277,11 +294,28 @@ class BlockPlan:
             for member in self.members
         ]
 
-    def add_missing_moments(
+    def follow(
         self,
         groups: Sequence[dict[str, Any]],
         hyperparameters: Sequence[Hyperparameters],
         state: State,
+        revision: int,
+    ) -> None:
+        """Makes what the hyper-parameters call for, if others than learning rates have changed.
+
+        Args:
+            groups: ``optimizer.param_groups``.
+            hyperparameters: of the groups.
+            state: ``optimizer.state``.
+            revision: of the hyper-parameters.
+        """
+        if revision != self._followed:
+            self._add_missing_moments(hyperparameters, state)
+            self.assign_phases(groups, hyperparameters)
+            self._followed = revision
+
+    def _add_missing_moments(
+        self, hyperparameters: Sequence[Hyperparameters], state: State
     ) -> None:
         """Makes the buffers that a change of betas or momentum has called for since the build."""
         for arena in self.arenas:
@@ -298,6 +332,27 @@ class BlockPlan:
                             self._publication.add(self.planned[member], key, view, state)
                     self._forget_segments()
 
+    def check(self, hyperparameters: Sequence[Hyperparameters], revision: int) -> None:
+        """Refuses a step with values, or from a state, that cannot be stepped with.
+
+        Args:
+            hyperparameters: of the groups.
+            revision: theirs.
+
+        Raises:
+            ValueError: if a root method cannot take the power that it would meet, or if somebody
+                has written a count of steps that cannot be one.
+            RootFailureError: if a factor has failed for longer than its group allows.
+        """
+        if revision != self._checked:
+            self.check_methods(hyperparameters)
+            self._checked = revision
+        self._check_counts()
+        for arena in self.arenas:
+            most = hyperparameters[arena.group].max_root_failures
+            if most is not None:
+                self._check_roots(arena, most)
+
     def check_methods(self, hyperparameters: Sequence[Hyperparameters]) -> None:
         """Raises ValueError if a root method cannot take the power that it would meet."""
         for arena in self.arenas:
@@ -305,35 +360,33 @@ class BlockPlan:
             for order in {factors.order for factors in arena.factor_stacks}:
                 check_method(values.root_method, values.root_power(order))
 
-    def check_counts(self) -> None:
-        """Raises ValueError if somebody has written a count of steps that cannot be one."""
+    def _check_counts(self) -> None:
         for arena in self.arenas:
-            counts = arena.counts()
-            if (count := min(counts)) < 0:
-                member = arena.members[counts.index(count)]
-                raise ValueError(
-                    f"Invalid step={count} in the state of {self.members[member].name}. Must be"
-                    " >= 0: write what it was, or remove the entry to start the parameter anew."
-                )
-
-    def check_roots(self, hyperparameters: Sequence[Hyperparameters]) -> None:
-        """Raises RootFailureError if a factor has failed for longer than its group allows."""
-        for arena in self.arenas:
-            most = hyperparameters[arena.group].max_root_failures
-            stacks = [stack for stack in arena.factor_stacks if not stack.diagonal]
-            if most is None or all(int(stack.failures.max()) <= most for stack in stacks):
+            if min(arena.steps.tolist()) >= 0:
                 continue
-            member, key, count = next(
-                (member, key, int(view))
-                for member, key, view in arena.views(())
-                if ".failures" in key and int(view) > most
+            counts = arena.counts()
+            count = min(counts)
+            member = arena.members[counts.index(count)]
+            raise ValueError(
+                f"Invalid step={count} in the state of {self.members[member].name}. Must be >= 0:"
+                " write what it was, or remove the entry to start the parameter anew."
             )
-            raise RootFailureError(
-                f"{key.replace('failures', 'factor')} of {self.members[member].name} has had no"
-                f" valid root for {count} refreshes in a row, more than max_root_failures={most}."
-                " Load a checkpoint from before, or set max_root_failures=None to go on with the"
-                " last valid root."
-            )
+
+    def _check_roots(self, arena: Arena, most: int) -> None:
+        stacks = [stack for stack in arena.factor_stacks if not stack.diagonal]
+        if all(int(stack.failures.max()) <= most for stack in stacks):
+            return
+        member, key, count = next(
+            (member, key, int(view))
+            for member, key, view in arena.views(())
+            if ".failures" in key and int(view) > most
+        )
+        raise RootFailureError(
+            f"{key.replace('failures', 'factor')} of {self.members[member].name} has had no valid"
+            f" root for {count} refreshes in a row, more than max_root_failures={most}. Load a"
+            " checkpoint from before, or set max_root_failures=None to go on with the last valid"
+            " root."
+        )
 
     def assign_phases(
         self, groups: Sequence[dict[str, Any]], hyperparameters: Sequence[Hyperparameters]

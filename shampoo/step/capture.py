@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -176,9 +175,7 @@ class DeviceState:
         self._has_stepped |= accepted
         return accepted
 
-    def keep(
-        self, actives: Sequence[ActiveBlocks | None], squares: Sequence[Tensor | None]
-    ) -> None:
+    def keep(self, actives: Sequence[ActiveBlocks], squares: Sequence[Tensor | None]) -> None:
         """Keeps what a step that is being captured works on as long as this lives.
 
         Args:
@@ -220,8 +217,8 @@ class DeviceState:
         gated = torch.where(accepted, torch.stack(tensors), self._neutral).unbind()
         moved: dict[str, Any] = dict(zip(_NEUTRAL, gated, strict=False))
         moment: dict[str, Any] = dict(zip(_NEUTRAL_MOMENT, gated[len(_NEUTRAL) :], strict=True))
-        moved["moment"] = replace(plain.moment, **moment)
-        return replace(plain, **moved, accepted=accepted, counted=counted)
+        moved["moment"] = plain.moment._replace(**moment)
+        return plain._replace(**moved, accepted=accepted, counted=counted)
 
 
 def _counted(hyper: Hyperparameters, arena: Arena, accepted: Tensor) -> Counted:

@@ -1,6 +1,6 @@
-"""One step of one arena: factors, roots and search directions (algorithm.md 1.3, steps 0 to 8)."""
+"""Factors, roots and search directions of segments (algorithm.md 1.3, steps 1 to 7)."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -8,89 +8,60 @@ from torch import Tensor
 
 from shampoo import ops
 from shampoo.blocks.segments import ActiveBlocks, FactorRows, Part, Segment
-from shampoo.blocks.stacks import Arena
-from shampoo.distributed.consensus import DeferredError
 from shampoo.distributed.distributor import Distributor
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.kernels.reference.norms import elementwise_power
 from shampoo.ops import Number
 from shampoo.ops.limits import kept_scale, summand_limit
-from shampoo.ops.precision import full_precision
 from shampoo.roots.refresh import refresh_roots_, refresh_roots_on_device_
 from shampoo.scalars import Scalars
-from shampoo.step import capture, layerwise
 
 
-def search_directions(
-    active: ActiveBlocks, hyper: Hyperparameters, scalars: Scalars | None, distributor: Distributor
-) -> None:
-    """Factors, roots and search directions of one arena (steps 0 to 6), if any of it moves."""
-    arena = active.arena
-    if scalars is None:
-        return
-    with full_precision(arena.device):
-        due = due_rows(active, hyper)
-        # Roots see the factors of all blocks, so these move first. Segments share a workspace: if
-        # there are several, their gradients are gathered again. If there is one, moments move
-        # before the roots are refreshed, which do not depend on each other.
-        is_ahead = bool(due) and len(active.segments) > 1
-        if is_ahead:
-            for segment in active.segments:
-                ops.gather_blocks_(segment.grad, *gradients(segment, hyper, scalars, distributor))
-                _accumulate(segment, scalars)
-            _refresh(due, hyper, scalars)
-        for segment in active.segments:
-            own = scalars.at(segment.owners)
-            graft(segment, gradients(segment, hyper, own, distributor), own)
-            if not is_ahead:
-                _accumulate(segment, own)
-                _refresh(due, hyper, scalars)
-            precondition(segment, hyper, own)
-            if not arena.is_layerwise:
-                distributor.apply_direction(arena, segment, hyper, own)
-
-
-def rescale(
-    arena: Arena,
+def refresh_ahead(
     segments: Sequence[Segment],
-    squares: Tensor,
+    due: Sequence[FactorRows],
     hyper: Hyperparameters,
-    scalars: Scalars | None,
+    scalars: Scalars,
     distributor: Distributor,
-    deferred: DeferredError,
-) -> None:
-    """LARS and LAMB: P <- P |W| / |P| over whole parameters, whose blocks others may own.
+) -> bool:
+    """Moves all factors, and refreshes roots, before any direction; False if that can wait.
 
-    A rank that has failed still adds its zeros to the sum.
+    Roots see the factors of all blocks. Segments share a workspace: if there are several, their
+    gradients are gathered again afterwards. If there is one, moments move before the roots are
+    refreshed, which do not depend on each other.
+    """
+    if not due or len(segments) == 1:
+        return False
+    for segment in segments:
+        ops.gather_blocks_(segment.grad, *gradients(segment, hyper, scalars, distributor))
+        accumulate(segment, scalars)
+    refresh(due, hyper, scalars)
+    return True
+
+
+def due_rows(
+    active: ActiveBlocks,
+    hyper: Hyperparameters,
+    counts: Sequence[int],
+    distinct: Collection[int],
+    is_capturing: bool,
+) -> list[FactorRows]:
+    """The factors whose roots are refreshed in this step: by a parameter's own count of steps.
 
     Args:
-        squares: [2, blocks] float64, overwritten.
+        counts: [members] of the arena, this step included.
+        distinct: the counts of those that have a gradient.
+        is_capturing: then it has not been counted.
     """
-    with full_precision(arena.device):
-        squares.zero_()
-        deferred.run(layerwise.measure, squares, segments, distributor, hyper.decoupled_decay)
-        distributor.sum_(squares)
-        deferred.run(layerwise.rescale, squares, arena, segments)
-        for segment in segments:
-            own = None if scalars is None else scalars.at(segment.owners)
-            deferred.run(distributor.apply_direction, arena, segment, hyper, own)
-
-
-def due_rows(active: ActiveBlocks, hyper: Hyperparameters) -> list[FactorRows]:
-    """The factors whose roots are refreshed in this step: by a parameter's own count of steps."""
-    # While a step is captured, it has not been counted.
-    ahead = int(capture.is_capturing())
-    counts = active.arena.counts()
-    present = {counts[rank] + ahead for rank in active.ranks}
-    slots = {count: hyper.due_phase(count) for count in present}
-    if len(slots) == 1:
-        [slot] = slots.values()
-        return [] if slot is None else active.rows_of_phase(slot)
-    if not any(slot is not None for slot in slots.values()):
+    if len(distinct) == 1:
+        phase = hyper.due_phase(next(iter(distinct)) + is_capturing)
+        return [] if phase is None else active.rows_of_phase(phase)
+    phases = {count: hyper.due_phase(count + is_capturing) for count in distinct}
+    if set(phases.values()) == {None}:
         return []
     return active.rows_by_owner(
         tuple(
-            slots[count + ahead] if is_here else None
+            phases[count] if is_here else None
             for count, is_here in zip(counts, active.present, strict=True)
         )
     )
@@ -103,7 +74,7 @@ def factor_correction(factors: FactorRows, scalars: Scalars) -> Number:
     return scalars.at(factors.owners).correction2
 
 
-def _accumulate(segment: Segment, scalars: Scalars) -> None:
+def accumulate(segment: Segment, scalars: Scalars) -> None:
     """A_k <- beta2 A_k + (1 - beta2) mat_k(G) mat_k(G)^T, from the raw gradient."""
     for part in segment.parts:
         if not part.factors:
@@ -115,7 +86,7 @@ def _accumulate(segment: Segment, scalars: Scalars) -> None:
             part.put(factor, moved)
 
 
-def _refresh(due: Sequence[FactorRows], hyper: Hyperparameters, scalars: Scalars) -> None:
+def refresh(due: Sequence[FactorRows], hyper: Hyperparameters, scalars: Scalars) -> None:
     """X_k <- (A_k / c2 + ridge I)^(-1/p)."""
     for factors in due:
         stack = factors.stack

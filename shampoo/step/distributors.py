@@ -27,7 +27,7 @@ from shampoo.step.block_plan import BlockPlan
 
 @dataclass(frozen=True)
 class DistributorsKey:
-    """What buffers are made for; they are made anew for another one.
+    """What distributors are made for; they are made anew for another key.
 
     Attributes:
         weighted: by arena, whether weights travel to the owners of its blocks.
@@ -43,13 +43,15 @@ class DistributorsKey:
         cls, plan: BlockPlan, hyper: Sequence[Hyperparameters], process_groups: ProcessGroups
     ) -> "DistributorsKey":
         """What a step needs."""
-        weighted = tuple(needs_weights(arena, hyper[arena.group]) for arena in plan.arenas)
+        weighted = tuple(
+            needs_weights(arena.is_layerwise, hyper[arena.group]) for arena in plan.arenas
+        )
         world = process_groups.world()
         return cls(plan, weighted, None if world is None else weakref.ref(world))
 
 
 class Distributors:
-    """The exchange of every team of a plan.
+    """The distributor of every team of a plan.
 
     Args:
         params: the planned parameters, DTensors as they are.
@@ -57,17 +59,21 @@ class Distributors:
             so that a rank that fails can say so to those that have not.
 
     Attributes:
+        revision: of hyper-parameters with which the key is known to agree.
+        devices: of the plan's arenas.
         by_team: in the order in which all ranks visit the teams they are in.
         squares: for every arena of the plan the norms that LARS and LAMB add up, [2, blocks]
             float64, None if it is not of these.
     """
 
     def __init__(
-        self, purpose: DistributorsKey, params: Sequence[Tensor], process_groups: ProcessGroups
+        self, key: DistributorsKey, params: Sequence[Tensor], process_groups: ProcessGroups
     ) -> None:
-        plan = purpose.plan
-        self.purpose = purpose
-        self.by_team = _distributors_of(purpose, params, process_groups)
+        plan = key.plan
+        self.key = key
+        self.revision = -1
+        self.by_team = _distributors_of(key, params, process_groups)
+        self.devices = list({arena.device: None for arena in plan.arenas})
         self.squares = [
             torch.empty(2, arena.blocks, dtype=torch.float64, device=arena.device)
             if arena.is_layerwise
@@ -75,10 +81,15 @@ class Distributors:
             for arena in plan.arenas
         ]
 
-    def close(self) -> None:
-        """Lets go of a step's gradients."""
-        for distributor in self.by_team.values():
-            distributor.close()
+    def is_for(self, plan: BlockPlan, world: dist.ProcessGroup | None, revision: int) -> bool:
+        """Whether they are surely what a step needs, seen from far.
+
+        Args:
+            world: the default process group.
+            revision: of the hyper-parameters.
+        """
+        own = None if self.key.world is None else self.key.world()
+        return plan is self.key.plan and own is world and revision == self.revision
 
 
 def join_groups(plan: BlockPlan, process_groups: ProcessGroups) -> None:
@@ -99,10 +110,10 @@ def _teams(plan: BlockPlan) -> dict[Team, list[list[Arena]]]:
 
 
 def _distributors_of(
-    purpose: DistributorsKey, params: Sequence[Tensor], process_groups: ProcessGroups
+    key: DistributorsKey, params: Sequence[Tensor], process_groups: ProcessGroups
 ) -> dict[Team, Distributor]:
-    plan = purpose.plan
-    weighted = dict(zip(map(id, plan.arenas), purpose.weighted, strict=True))
+    plan = key.plan
+    weighted = dict(zip(map(id, plan.arenas), key.weighted, strict=True))
     all_arenas = _teams(plan)
     distributors: dict[Team, Distributor] = {}
     for team in all_arenas:

@@ -3,6 +3,7 @@
 import math
 import operator
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from shampoo.step.parameters import parameter_name
 
 _DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 _PLAIN = (Parameter, Tensor)  # surely no DTensors
+_PLAIN_GRADS = frozenset({Tensor})
 _NAMES = "float64, float32, bfloat16 or float16"
 
 
@@ -31,18 +33,23 @@ def form_of(param: Tensor) -> Form | None:
     return (param.shape, param.device, torch.strided) if is_simple else None
 
 
-def are_ordinary(params: Sequence[Tensor], forms: Sequence[Form | None]) -> bool:
-    """Whether gradients surely fit their parameters, seen from far: every step asks it of all."""
-    pairs = [
-        (grad, form)
-        for param, form in zip(params, forms, strict=True)
-        if (grad := param.grad) is not None
-    ]
-    there = [grad for grad, _ in pairs]
+def are_ordinary(
+    grads: Sequence[Tensor | None], present: Sequence[bool], forms: Sequence[Form | None]
+) -> bool:
+    """Whether gradients surely fit their parameters, seen from far: every step asks it of all.
+
+    Args:
+        grads: of all planned parameters.
+        present: which of them are there.
+        forms: of the parameters.
+    """
+    there, expected = list(grads), list(forms)
+    if False in present:
+        there, expected = list(compress(grads, present)), list(compress(forms, present))
     return (
-        {*map(type, there)} <= {Tensor}
+        {*map(type, there)} <= _PLAIN_GRADS
         and {*map(_DTYPE, there)} <= _DTYPES
-        and list(map(_FORM, there)) == [form for _, form in pairs]
+        and list(map(_FORM, there)) == expected
     )
 
 

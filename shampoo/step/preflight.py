@@ -1,9 +1,10 @@
 """What a rank would do in a step: its gradients, looked at before anything changes."""
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from shampoo.distributed.consensus import OK, REFUSED, SKIPPED, MustAgree, Vote, digest
@@ -15,13 +16,16 @@ from shampoo.step.capture import DeviceState
 from shampoo.step.distributors import DistributorsKey
 from shampoo.step.gradients import largest_magnitudes, with_decay
 
+_COUPLED_DECAY = operator.attrgetter("coupled_decay")
+
 
 @dataclass
 class Preflight:
     """A step that has not been taken.
 
     Attributes:
-        purpose: the buffers that it needs.
+        inputs: what it would take.
+        key: of the distributors that it needs.
         verdict: this rank's.
         complaint: why the step is to be skipped.
         error: why it is refused.
@@ -31,8 +35,8 @@ class Preflight:
     """
 
     plan: BlockPlan
-    round: StepInputs
-    purpose: DistributorsKey
+    inputs: StepInputs
+    key: DistributorsKey
     vote: Vote
     complaint: str = "the gradients of another rank are not finite, or too large to square"
     error: Exception | None = None
@@ -46,7 +50,7 @@ class Preflight:
         Args:
             terms: arguments of the optimizer that belong to no group.
         """
-        plan, hyper, present = self.plan, self.round.hyper, self.round.present
+        plan, hyper, present = self.plan, self.inputs.hyper, self.inputs.present
         # A rank that alone has loaded a checkpoint, or lost its state, is some steps off: its bias
         # corrections would be others.
         steps = plan.counts()
@@ -80,65 +84,78 @@ class Preflight:
         )
 
 
-def propose(
+def look(
     plan: BlockPlan,
-    step: StepInputs,
-    purpose: DistributorsKey,
+    inputs: StepInputs,
+    key: DistributorsKey,
     is_prepared: bool,
     on_device: DeviceState | None,
 ) -> Preflight:
     """Whether these gradients make a step: all finite, and small enough to square.
 
     Args:
-        is_prepared: whether the buffers for ``purpose`` are there.
+        is_prepared: whether the distributors are there.
         on_device: what decides it without the host, where it must not wait.
 
     Raises:
         ValueError: for ``stochastic_rounding`` where blocks are divided among ranks.
     """
-    if not plan.stepping_ranks.is_alone and any(hyper.stochastic_rounding for hyper in step.hyper):
+    if not plan.stepping_ranks.is_alone and any(h.stochastic_rounding for h in inputs.hyper):
         raise ValueError(
             f"Invalid stochastic_rounding=True where {plan.stepping_ranks.size} ranks step"
             " together. Must be False: they would draw other numbers for the same weight. Or, for"
             " parameters that are not DTensors, pass num_trainers_per_group=1 and"
             " check_replicas_every=0."
         )
-    present = [
-        (member, grad, param, limit)
-        for member, grad, param, limit in zip(
-            plan.members, step.grads, step.params, plan.square_limits, strict=True
-        )
-        if grad is not None and grad.numel() > 0  # an empty shard has nothing to say
-    ]
-    if not present:
-        return Preflight(plan, step, purpose, Vote(OK, False, is_prepared))
+    there: Sequence[int] = range(len(inputs.grads))
+    if False in inputs.present or inputs.params is not plan.planned:
+        # An empty shard has nothing to say.
+        there = [i for i, g in enumerate(inputs.grads) if g is not None and g.numel() > 0]
+    if not there:
+        return Preflight(plan, inputs, key, Vote(OK, False, is_prepared))
     if on_device is not None:
-        accepted = on_device.accept(plan, step.grads, step.params, step.hyper)
+        accepted = on_device.accept(plan, inputs.grads, inputs.params, inputs.hyper)
         vote = Vote(OK, True, is_prepared)
-        return Preflight(plan, step, purpose, vote, accepted=accepted)
-    decays = [step.hyper[member.group].coupled_decay for member, *_ in present]
-    largest = largest_magnitudes([grad for _, grad, _, _ in present])
-    reach = with_decay(largest, [param for _, _, param, _ in present], decays)
-    magnitudes, reaches = torch.stack((largest, reach)).tolist()
+        return Preflight(plan, inputs, key, vote, accepted=accepted)
+    limits = list(map(plan.square_limits.__getitem__, there))
+    grads: Any = inputs.grads
+    largest = largest_magnitudes(list(map(grads.__getitem__, there)))
+    magnitudes = reaches = largest.tolist()
+    if max(map(_COUPLED_DECAY, inputs.hyper)) > 0.0:
+        coupled = [inputs.hyper[plan.members[index].group].coupled_decay for index in there]
+        reaches = with_decay(largest, [inputs.params[index] for index in there], coupled).tolist()
+    if all(map(operator.lt, reaches, limits)):
+        return Preflight(plan, inputs, key, Vote(OK, any(magnitudes), is_prepared))
+    return _of_bad(plan, inputs, key, is_prepared, there, reaches, limits)
+
+
+def _of_bad(
+    plan: BlockPlan,
+    inputs: StepInputs,
+    key: DistributorsKey,
+    is_prepared: bool,
+    there: Sequence[int],
+    reaches: Sequence[float],
+    limits: Sequence[float],
+) -> Preflight:
+    """The vote on gradients some of which are not fit, with the words for it."""
     bad = [
-        (member, decay)
-        for (member, _, _, limit), decay, most in zip(present, decays, reaches, strict=True)
-        if not most < limit
+        plan.members[index]
+        for index, reach, limit in zip(there, reaches, limits, strict=True)
+        if not reach < limit
     ]
-    if not bad:
-        return Preflight(plan, step, purpose, Vote(OK, any(magnitudes), is_prepared))
-    first, decay = bad[0]
+    decay = inputs.hyper[bad[0].group].coupled_decay
     added = f", with the weight_decay={decay} that is added to it," if decay != 0.0 else ""
     complaint = (
-        f"the gradient of {first.name}{added} is not finite, or too large to square"
-        f" ({len(bad)} of {len(present)} gradients are)"
+        f"the gradient of {bad[0].name}{added} is not finite, or too large to square"
+        f" ({len(bad)} of {len(there)} gradients are)"
     )
-    is_refused = any(step.hyper[member.group].nonfinite == "raise" for member, _ in bad)
+    is_refused = any(inputs.hyper[member.group].nonfinite == "raise" for member in bad)
     vote = Vote(REFUSED if is_refused else SKIPPED, True, is_prepared)
     if not is_refused:
-        return Preflight(plan, step, purpose, vote, complaint)
+        return Preflight(plan, inputs, key, vote, complaint)
     error = NonFiniteGradientError(
         f"{complaint[0].upper()}{complaint[1:]}. Nothing was changed. Lower lr or clip gradients,"
         ' or pass nonfinite="skip" to leave such steps out.'
     )
-    return Preflight(plan, step, purpose, vote, complaint, error)
+    return Preflight(plan, inputs, key, vote, complaint, error)

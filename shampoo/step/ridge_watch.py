@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shampoo.blocks.segments import ActiveBlocks, FactorRows
+from shampoo.blocks.segments import FactorRows
 from shampoo.blocks.stacks import Arena
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.roots.solver import chunks
 from shampoo.scalars import Scalars
-from shampoo.step.directions import due_rows, factor_correction
+from shampoo.step.directions import factor_correction
 from shampoo.step.param_plan import PlannedParam
 
 logger = logging.getLogger(__name__)
@@ -57,20 +57,19 @@ class RidgeWatch:
 
     def look(
         self,
-        active: ActiveBlocks,
+        arena: Arena,
+        due: Sequence[FactorRows],
         hyper: Hyperparameters,
-        scalars: Scalars | None,
+        scalars: Scalars,
         members: Sequence[PlannedParam],
     ) -> None:
         """Looks at the factors whose roots this step has refreshed; warns of one too small.
 
         Args:
+            due: these factors, all of one arena.
             members: the parameters of the plan, for their names.
         """
-        if self._has_warned or scalars is None or scalars.accepted is not None:
-            return
-        arena, due = active.arena, due_rows(active, hyper)
-        if not due:
+        if self._has_warned or scalars.accepted is not None:
             return
         share = max(_SHARE, hyper.relative_eps)
         if arena.device.type == "cpu":  # where the host may look first, and passes cost most

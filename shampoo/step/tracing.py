@@ -9,7 +9,7 @@ is what torch's tools for memory estimation count.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -43,13 +43,17 @@ def run_eagerly(kind: type[Optimizer]) -> None:
         kind.step = eager  # type: ignore[method-assign]
 
 
-@contextmanager
-def answering(params: Sequence[Tensor]) -> Iterator[None]:
+def answering(params: Sequence[Tensor]) -> AbstractContextManager[object]:
     """Answers what a step reads on the host, if the parameters are fake."""
     first = local_tensor(params[0]) if params else None
-    if not isinstance(first, FakeTensor):
-        yield
-        return
+    return _answering(first) if isinstance(first, FakeTensor) else _NOTHING
+
+
+_NOTHING = nullcontext()
+
+
+@contextmanager
+def _answering(first: FakeTensor) -> Iterator[None]:
     with ExitStack() as modes:
         if active_fake_mode() is None:
             modes.enter_context(first.fake_mode)  # or what a step makes would be real memory

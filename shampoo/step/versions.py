@@ -7,6 +7,7 @@ whichever kernels and exchanges have moved the parameters.
 """
 
 from collections.abc import Sequence
+from itertools import compress
 
 from torch import Tensor
 from torch.autograd.graph import increment_version
@@ -22,12 +23,13 @@ def mark_moved(params: Sequence[Tensor], step: StepInputs) -> None:
             either may have been saved.
         step: what was taken, in the order of ``params``.
     """
-    moved: list[Tensor] = []
-    for param, local, grad in zip(params, step.params, step.grads, strict=True):
-        if grad is not None:
-            moved.append(param)
-            if local is not param:
-                moved.append(local)
+    moved = list(compress(params, step.present))
+    if step.params is not params:
+        moved += [
+            local
+            for param, local, is_here in zip(params, step.params, step.present, strict=True)
+            if is_here and local is not param
+        ]
     increment_version(moved)
 
 
