@@ -29,7 +29,7 @@ from shampoo import inverse_root
 from shampoo.kernels.reference.newton import coupled_newton, iteration_bound
 from shampoo.roots.minimax_table import minimax_schedule, tabulated_powers
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @functools.cache
