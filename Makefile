@@ -14,7 +14,7 @@ TORCH ?= torch==2.13.0
 CUDA_TORCH ?= torch==2.11.0
 VENV ?= .venv
 # Processes of the test run, each with up to four ranks of its own. Files stay whole: the tests of one
-# share builds and runs. In alphabetical order, which ends with short files.
+# share builds and runs. In alphabetical order, which ends with files of less than a minute.
 WORKERS ?= 2
 
 BIN := $(abspath $(VENV))/bin

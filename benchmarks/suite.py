@@ -87,7 +87,7 @@ def run_tests(backend: str, timeout: float) -> dict[str, Any]:
     """``pytest -m gpu`` under one backend, in a process of its own: counts, and what failed."""
     if not TESTS.is_dir():
         return {"error": f"no tests at {TESTS.name}/: run from a checkout"}
-    others = {"cuda": "test_triton_gpu.py", "triton": "test_cuda_gpu.py"}
+    others = {"cuda": "ops/test_triton_gpu.py", "triton": "ops/test_cuda_gpu.py"}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--tb=short"]

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from compiled import load_compiled
 from ranks import Ranks
 
 from shampoo import ops
@@ -51,8 +52,6 @@ def _seed() -> None:
 @pytest.fixture(params=["reference", "compiled"])
 def impl(request: pytest.FixtureRequest) -> ModuleType:
     """The ops twice. What has no CPU kernel goes to its reference through the table."""
-    from test_ops import load_compiled  # not before pytest has rewritten its assertions
-
     if request.param == "reference":
         return reference
     load_compiled()

@@ -1,4 +1,4 @@
-"""What ranks run for tests/test_finite.py: gradients of any size, all state looked at."""
+"""What ranks run for tests/step/test_finite.py: gradients of any size, all state looked at."""
 
 from typing import Any
 

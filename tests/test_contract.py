@@ -1,4 +1,4 @@
-"""What torch.optim promises, one row of ecosystem.md section 2 a test."""
+"""What torch.optim promises to those who use it, one promise a test."""
 
 from typing import Any
 

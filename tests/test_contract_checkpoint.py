@@ -1,4 +1,4 @@
-"""Saving, loading, copying: K6 and ecosystem.md sections 2 and 4."""
+"""Saving, loading, copying: K6, and what torch.optim and its checkpoints promise."""
 
 import copy
 import io

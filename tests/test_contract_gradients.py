@@ -1,4 +1,4 @@
-"""Gradients that are missing, zero, huge, shared or wrong: ecosystem.md section 2."""
+"""Gradients that are missing, zero, huge, shared or wrong."""
 
 import math
 from typing import Any

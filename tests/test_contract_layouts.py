@@ -1,4 +1,4 @@
-"""Dtypes, layouts and shapes that a torch.optim.Optimizer meets: ecosystem.md section 2."""
+"""Dtypes, layouts and shapes that a torch.optim.Optimizer meets."""
 
 from typing import Any
 

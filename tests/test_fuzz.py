@@ -7,7 +7,6 @@ as it gets and printed; it goes into :data:`FOUND` when it is mended.
 
 import logging
 import os
-from typing import Any
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from fuzz_programs import Op, Program, Slope, Weight, programs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn import Parameter
+from torch_twins import TWINS
 
 from shampoo import Shampoo
 
@@ -57,48 +57,10 @@ def test_a_program_keeps_what_every_program_must(program):
         return  # by the constructor, with a value, its bound and the remedy
 
 
-IRREGULAR: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], dict[str, Any]]] = {
-    "adamw": (
-        torch.optim.AdamW,
-        {"betas": (0.9, 0.95), "eps": 1e-8},
-        {"grafting": "adam", "betas": (0.9, 0.95), "grafting_eps": 1e-8},
-    ),
-    "adam": (
-        torch.optim.Adam,
-        {"betas": (0.9, 0.95), "eps": 1e-8},
-        {"grafting": "adam", "betas": (0.9, 0.95), "decoupled_weight_decay": False},
-    ),
-    "rmsprop": (
-        torch.optim.RMSprop,
-        {"alpha": 0.95, "eps": 1e-6, "momentum": 0.9},
-        {
-            **{"grafting": "rmsprop", "betas": (0.0, 0.99), "momentum": 0.9},
-            **{"grafting_beta2": 0.95, "grafting_eps": 1e-6, "decoupled_weight_decay": False},
-        },
-    ),
-    "adagrad": (
-        torch.optim.Adagrad,
-        {"eps": 1e-6},
-        {
-            **{"grafting": "adagrad", "betas": (0.0, 0.99)},
-            **{"grafting_eps": 1e-6, "decoupled_weight_decay": False},
-        },
-    ),
-    "sgd": (
-        torch.optim.SGD,
-        {"momentum": 0.9, "nesterov": True},
-        {
-            **{"grafting": "sgd", "betas": (0.0, 0.99), "momentum": 0.9, "nesterov": True},
-            "decoupled_weight_decay": False,
-        },
-    ),
-}
-
-
 @pytest.mark.slow
 @profile(100)
 @given(
-    st.sampled_from(sorted(IRREGULAR)),
+    st.sampled_from(sorted(TWINS)),
     st.lists(st.sampled_from([(3, 4), (5,), (), (2, 3, 2), (4, 1)]), min_size=2, max_size=4),
     st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=4, max_size=16),
     st.sampled_from([0.0, 0.1]),
@@ -108,12 +70,12 @@ def test_without_preconditioning_any_pattern_of_gradients_gives_torchs_own(
     name, shapes, pattern, weight_decay, seed
 ):
     """The gradients are there now and then, for each parameter when it likes."""
-    their_class, their_hyper, hyper = IRREGULAR[name]
+    their_class, their_hyper, hyper = TWINS[name]
     generator = torch.Generator().manual_seed(seed)
     ours = [Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
     theirs = [Parameter(param.detach().clone()) for param in ours]
     starts = [param.detach().clone() for param in ours]
-    common: dict[str, Any] = {"lr": 0.01, "weight_decay": weight_decay}
+    common = {"lr": 0.01, "weight_decay": weight_decay}
     optimizer = Shampoo(ours, precondition=False, **common, **hyper)
     twin = their_class(theirs, **common, **their_hyper)
     for presence in pattern:

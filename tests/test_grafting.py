@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch_twins import TWINS
 from trajectory import (
     PURE,
     apply,
@@ -85,55 +86,6 @@ def test_c1_the_norm_is_per_block_not_per_tensor():
     assert_relative(directions(pairs, **hyper)[-1][:, :3], alone)
 
 
-TWINS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any], dict[str, Any]]] = {
-    "sgd": (torch.optim.SGD, {}, {"grafting": "sgd", "betas": (0.0, 0.99)}),
-    "sgd-momentum": (
-        torch.optim.SGD,
-        {"momentum": 0.9},
-        {"grafting": "sgd", "betas": (0.0, 0.99), "momentum": 0.9},
-    ),
-    "sgd-nesterov": (
-        torch.optim.SGD,
-        {"momentum": 0.9, "nesterov": True},
-        {"grafting": "sgd", "betas": (0.0, 0.99), "momentum": 0.9, "nesterov": True},
-    ),
-    "adagrad": (
-        torch.optim.Adagrad,
-        {"eps": 1e-6},
-        {"grafting": "adagrad", "betas": (0.0, 0.99), "grafting_eps": 1e-6},
-    ),
-    "rmsprop": (
-        torch.optim.RMSprop,
-        {"alpha": 0.95, "eps": 1e-6},
-        {"grafting": "rmsprop", "betas": (0.0, 0.99), "grafting_beta2": 0.95, "grafting_eps": 1e-6},
-    ),
-    "rmsprop-momentum": (
-        torch.optim.RMSprop,
-        {"alpha": 0.95, "eps": 1e-6, "momentum": 0.9},
-        {
-            **{"grafting": "rmsprop", "betas": (0.0, 0.99), "momentum": 0.9},
-            **{"grafting_beta2": 0.95, "grafting_eps": 1e-6},
-        },
-    ),
-    "adam": (
-        torch.optim.Adam,
-        {"betas": (0.9, 0.95), "eps": 1e-8},
-        {"grafting": "adam", "betas": (0.9, 0.95), "grafting_eps": 1e-8},
-    ),
-    "adam-own-beta2": (
-        torch.optim.Adam,
-        {"betas": (0.9, 0.95), "eps": 1e-5},
-        {
-            **{"grafting": "adam", "betas": (0.9, 0.999)},
-            **{"grafting_beta2": 0.95, "grafting_eps": 1e-5},
-        },
-    ),
-    "adamw": (
-        torch.optim.AdamW,
-        {"betas": (0.9, 0.95), "eps": 1e-8},
-        {"grafting": "adam", "betas": (0.9, 0.95), "grafting_eps": 1e-8},
-    ),
-}
 SHAPES = [(7, 5), (6,), (3, 2, 4), (), (1, 5)]
 
 
@@ -149,7 +101,6 @@ def test_c2_a_start_that_never_comes_is_the_grafted_optimizer(twin, weight_decay
         params,
         lr=0.01,
         weight_decay=weight_decay,
-        decoupled_weight_decay=twin == "adamw",
         start_preconditioning_step=math.inf,
         max_preconditioner_dim=4,
         preconditioner_dtype=dtype,

@@ -1,7 +1,8 @@
 """The generic checks of torch's own suite that step: every configuration goes through every one.
 
-Only ``Trial`` decides what runs, so that AdamW's entry, which goes through the same functions, says
-that they ask for what torch gives. What a check is about is in its name.
+A case is a check and a configuration, or a check and all of them where no argument has a part in
+it. Only ``Trial`` decides what runs, so that AdamW's entry, which goes through the same functions,
+says that they ask for what torch gives. What a check is about is in its name.
 """
 
 import copy
@@ -18,6 +19,7 @@ from torch_entry import (
     ErrorOptimizerInput,
     OptimizerErrorEnum,
     Trial,
+    all_together,
     assert_goes_on_alike,
     assert_same,
     every,
@@ -73,7 +75,9 @@ class Fit:
 
 def transposed(params: list[Parameter]) -> list[Parameter]:
     """The same numbers, the matrix stored column by column."""
-    return [Parameter(p.detach().t().contiguous().t() if p.dim() == 2 else p) for p in params]
+    columns = [Parameter(p.detach().t().contiguous().t() if p.dim() == 2 else p) for p in params]
+    assert not columns[0].is_contiguous()
+    return columns
 
 
 def assert_goes_its_way(trial: Trial, before: Tensor, after: Tensor) -> None:
@@ -93,15 +97,14 @@ def test_torch_has_an_entry_for_at_least_40_configurations():
 
 
 @every
-@pytest.mark.parametrize("is_contiguous", [True, False], ids=["contiguous", "transposed"])
-def test_the_loss_goes_the_right_direction(trial, is_contiguous):
-    params = new_params() if is_contiguous else transposed(new_params())
-    assert params[0].is_contiguous() == is_contiguous
-    fit, optimizer = Fit(params), trial.make(params)
-    first = fit.loss().detach()
-    for _ in range(6):
-        optimizer.step(fit.closure(optimizer))
-    assert_goes_its_way(trial, first, fit.loss().detach())
+def test_the_loss_goes_the_right_direction(trial):
+    """Also where the memory of a matrix is not contiguous."""
+    for params in (new_params(), transposed(new_params())):
+        fit, optimizer = Fit(params), trial.make(params)
+        first = fit.loss().detach()
+        for _ in range(6):
+            optimizer.step(fit.closure(optimizer))
+        assert_goes_its_way(trial, first, fit.loss().detach())
 
 
 @every
@@ -126,35 +129,36 @@ def test_the_loss_goes_the_right_direction_in_groups_under_schedulers(trial):
 
 
 @every
-@pytest.mark.parametrize("name", ["lr", "weight_decay"])
-def test_a_group_has_its_own_value_and_leaves_the_others_alone(trial, name):
-    ours, twins = new_params(), new_params()
-    value = {"lr": 0.0, "weight_decay": 0.7}[name]
-    optimizer = trial.make([{"params": ours[:1], name: value}, {"params": ours[1:]}])
-    twin = trial.make([{"params": twins[:1]}, {"params": twins[1:]}])
-    assert optimizer.param_groups[0][name] == value != optimizer.param_groups[1][name]
-    for each in (optimizer, twin):
-        take(each, 3)
-    assert not torch.equal(ours[0], twins[0])
-    assert torch.equal(ours[1], twins[1])
-    if name == "lr":
-        assert torch.equal(ours[0], new_params()[0])
+def test_a_group_has_its_own_value_and_leaves_the_others_alone(trial):
+    for name, value in (("lr", 0.0), ("weight_decay", 0.7)):
+        ours, twins = new_params(), new_params()
+        optimizer = trial.make([{"params": ours[:1], name: value}, {"params": ours[1:]}])
+        twin = trial.make([{"params": twins[:1]}, {"params": twins[1:]}])
+        assert optimizer.param_groups[0][name] == value != optimizer.param_groups[1][name]
+        for each in (optimizer, twin):
+            take(each, 3)
+        assert not torch.equal(ours[0], twins[0]), name
+        assert torch.equal(ours[1], twins[1]), name
+        if name == "lr":
+            assert torch.equal(ours[0], new_params()[0])
 
 
 @every
-@pytest.mark.parametrize("shape", [(), (1,)], ids=["0-d", "1-d"])
-def test_a_tensor_is_a_learning_rate(trial, shape):
-    rate = torch.full(shape, 0.01)
-    optimizer, twin = trial.make(new_params(), lr=rate), trial.make(new_params(), lr=rate.item())
-    for each in (optimizer, twin):
-        take(each, 3)
-    for param, expected in zip(params_of(optimizer), params_of(twin), strict=True):
-        torch.testing.assert_close(param, expected, rtol=1e-6, atol=1e-7)
-    assert torch.equal(rate, torch.full(shape, 0.01)), "it is read, never written"
-    before = [param.detach().clone() for param in params_of(optimizer)]
-    rate.zero_()  # what a scheduler does to it
-    take(optimizer, 1)
-    assert all(torch.equal(p, old) for p, old in zip(params_of(optimizer), before, strict=True))
+def test_a_tensor_is_a_learning_rate(trial):
+    """Of no dimension, and of one with a single element."""
+    for shape in ((), (1,)):
+        rate = torch.full(shape, 0.01)
+        optimizer = trial.make(new_params(), lr=rate)
+        twin = trial.make(new_params(), lr=rate.item())
+        for each in (optimizer, twin):
+            take(each, 3)
+        for param, expected in zip(params_of(optimizer), params_of(twin), strict=True):
+            torch.testing.assert_close(param, expected, rtol=1e-6, atol=1e-7)
+        assert torch.equal(rate, torch.full(shape, 0.01)), "it is read, never written"
+        before = [param.detach().clone() for param in params_of(optimizer)]
+        rate.zero_()  # what a scheduler does to it
+        take(optimizer, 1)
+        assert all(map(torch.equal, params_of(optimizer), before)), shape
 
 
 # -- when it must not move
@@ -301,7 +305,7 @@ def test_dtypes_side_by_side_go_as_they_would_alone(trial):
 # -- how it looks
 
 
-@every
+@all_together
 def test_it_can_be_printed(trial):
     optimizer = trial.make(new_params())
     for _ in range(2):
@@ -312,7 +316,7 @@ def test_it_can_be_printed(trial):
         take(optimizer, 3)
 
 
-@every
+@all_together
 def test_every_parameter_with_a_gradient_has_state_after_a_step(trial):
     optimizer = trial.trained(1)
     for param in params_of(optimizer):
@@ -321,7 +325,7 @@ def test_every_parameter_with_a_gradient_has_state_after_a_step(trial):
     assert set(optimizer.state) == set(params_of(optimizer))
 
 
-@every
+@all_together
 def test_params_may_come_named_and_lazily(trial):
     def lazily():
         yield from zip(("weight", "bias"), new_params(), strict=True)
@@ -351,14 +355,11 @@ def test_a_group_that_joins_trains_from_its_first_step(trial):
 
 
 @pytest.mark.parametrize("trial", [t for t in TRIALS if t.info is SHAMPOO], ids=str)
-@pytest.mark.parametrize("flag", ["foreach", "fused"])
-def test_flags_of_implementation_change_no_bit(trial, flag):
+def test_flags_of_implementation_change_no_bit(trial):
     """Work is always batched; ``fused=True``, which may raise, has tests of its own."""
-    others = [{flag: None}, {flag: False}]
-    if flag == "foreach":
-        others.append({flag: True})
-    optimizers = [trial.make(new_params(), **{"foreach": None, **more}) for more in others]
-    assert_goes_on_alike(optimizers)
+    flags = [{}, {"foreach": False}, {"foreach": True}, {"fused": False}]
+    neither = {"foreach": None, "fused": None}
+    assert_goes_on_alike([trial.make(new_params(), **{**neither, **more}) for more in flags])
 
 
 def refusal_id(refusal: ErrorOptimizerInput) -> str:
@@ -403,7 +404,7 @@ def test_what_torch_refuses_of_every_optimizer_is_refused(refusal):
     assert_refused(SHAMPOO.optim_cls, refusal, error, words)
 
 
-@every
+@all_together
 def test_a_bad_group_is_refused_and_nothing_joins(trial):
     optimizer = trial.trained(3)
     groups, before = copy.copy(optimizer.param_groups), held(optimizer)

@@ -18,6 +18,7 @@ from torch.optim.optimizer import (
 from torch_entry import (
     SHAMPOO,
     Trial,
+    all_together,
     assert_goes_on_alike,
     assert_same,
     every,
@@ -58,18 +59,18 @@ def assert_equal_states(actual: Any, expected: Any) -> None:
 
 
 @every
-@pytest.mark.parametrize("steps", [0, 1, 3])
-def test_a_loaded_state_goes_on_to_the_bit(trial, steps):
+def test_a_loaded_state_goes_on_to_the_bit(trial):
     """Also a state that no step has filled, and one of before the first root."""
-    optimizer = trial.trained(steps)
-    twin = twin_of(trial, optimizer)
-    saved = copy.deepcopy(optimizer.state_dict())  # torch's own would share its tensors
-    assert set(saved) == {"state", "param_groups"}
-    kept = copy.deepcopy(saved)
-    twin.load_state_dict(saved)
-    assert_equal_states(saved, kept)
-    assert_equal_states(twin.state_dict()["state"], kept["state"])
-    assert_goes_on_alike([optimizer, twin])
+    for steps in (0, 1, 3):
+        optimizer = trial.trained(steps)
+        twin = twin_of(trial, optimizer)
+        saved = copy.deepcopy(optimizer.state_dict())  # torch's own would share its tensors
+        assert set(saved) == {"state", "param_groups"}
+        kept = copy.deepcopy(saved)
+        twin.load_state_dict(saved)
+        assert_equal_states(saved, kept)
+        assert_equal_states(twin.state_dict()["state"], kept["state"])
+        assert_goes_on_alike([optimizer, twin])
 
 
 @every
@@ -100,57 +101,53 @@ def test_a_file_loads_with_weights_only_and_is_equal(trial):
     assert_goes_on_alike([optimizer, twin])
 
 
-@every
-@pytest.mark.parametrize("is_named", [(True, True), (True, False), (False, True)], ids=str)
-def test_names_may_come_and_go_between_a_save_and_a_load(trial, is_named):
-    saver = twin_of(trial, trial.make(new_params()), name=is_named[0])
-    take(saver, 3)
-    loader = twin_of(trial, saver, name=is_named[1])
-    loader.load_state_dict(copy.deepcopy(saver.state_dict()))
-    for optimizer, is_one in ((saver, is_named[0]), (loader, any(is_named))):
-        assert ("param_names" in optimizer.param_groups[0]) == is_one
-    assert_goes_on_alike([saver, loader])
+@all_together
+def test_names_may_come_and_go_between_a_save_and_a_load(trial):
+    for is_named in ((True, True), (True, False), (False, True)):
+        saver = twin_of(trial, trial.make(new_params()), name=is_named[0])
+        take(saver, 3)
+        loader = twin_of(trial, saver, name=is_named[1])
+        loader.load_state_dict(copy.deepcopy(saver.state_dict()))
+        for optimizer, is_one in ((saver, is_named[0]), (loader, any(is_named))):
+            assert ("param_names" in optimizer.param_groups[0]) == is_one, is_named
+        assert_goes_on_alike([saver, loader])
 
 
 @every
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("foreach", "differentiable", "maximize", "capturable"),
-        ("foreach", "fused", "differentiable", "decoupled_weight_decay"),
-    ],
-    ids=["first", "later"],
-)
-def test_an_older_state_without_flags_that_came_later_loads(trial, flags):
+def test_an_older_state_without_flags_that_came_later_loads(trial):
     """They are what the constructor was given, or the defaults of it."""
     optimizer = trial.trained(3)
-    older = copy.deepcopy(optimizer.state_dict())
-    for group in older["param_groups"]:
-        for flag in flags:
-            group.pop(flag, None)
-    twin = twin_of(trial, optimizer)
-    twin.load_state_dict(older)
-    if trial.info is SHAMPOO or not {"maximize", "decoupled_weight_decay"} & set(trial.kwargs):
-        assert_goes_on_alike([optimizer, twin])
-    else:  # torch takes False, whatever was asked for
-        take(twin, 1)
-        assert all(param.isfinite().all() for param in params_of(twin))
+    for flags in (
+        ("foreach", "differentiable", "maximize", "capturable"),
+        ("foreach", "fused", "differentiable", "decoupled_weight_decay"),
+    ):
+        older = copy.deepcopy(optimizer.state_dict())
+        for group in older["param_groups"]:
+            for flag in flags:
+                group.pop(flag, None)
+        twin = twin_of(trial, optimizer)
+        twin.load_state_dict(older)
+        if trial.info is SHAMPOO or not {"maximize", "decoupled_weight_decay"} & set(trial.kwargs):
+            assert_goes_on_alike([optimizer, twin])
+        else:  # torch takes False, whatever was asked for
+            take(twin, 1)
+            assert all(param.isfinite().all() for param in params_of(twin))
 
 
 @every
-@pytest.mark.parametrize("to", [int, float])
-def test_a_step_that_is_a_number_is_taken(trial, to):
+def test_a_step_that_is_a_number_is_taken(trial):
     """As very old files hold it, and those of other frameworks."""
     optimizer = trial.trained(3)
-    saved = copy.deepcopy(optimizer.state_dict())
-    for entries in saved["state"].values():
-        entries["step"] = to(entries["step"].item())
-    twin = twin_of(trial, optimizer)
-    twin.load_state_dict(saved)
-    assert_goes_on_alike([optimizer, twin])
+    for to in (int, float):
+        saved = copy.deepcopy(optimizer.state_dict())
+        for entries in saved["state"].values():
+            entries["step"] = to(entries["step"].item())
+        twin = twin_of(trial, optimizer)
+        twin.load_state_dict(saved)
+        assert_goes_on_alike([optimizer, twin])
 
 
-@every
+@all_together
 def test_a_state_of_other_groups_is_refused_and_changes_nothing(trial):
     optimizer = trial.trained(3)
     before, groups = held(optimizer), copy.deepcopy(optimizer.state_dict()["param_groups"])
@@ -231,20 +228,20 @@ def test_a_state_saved_on_a_cpu_loads_under_parameters_on_a_gpu(trial):
 
 
 @every
-@pytest.mark.parametrize("steps", [0, 3])
-def test_copies_go_on_to_the_bit_and_are_on_their_own(trial, steps):
-    optimizer = trial.trained(steps)
-    before = held(optimizer)
-    twins = [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))]
-    for twin in twins:
-        assert not {id(p) for p in params_of(twin)} & {id(p) for p in params_of(optimizer)}
-    assert_goes_on_alike(twins)
-    assert_same(held(optimizer), before)
-    take(optimizer, 3, seed=5)
-    assert_same(held(optimizer), held(twins[0]))
+def test_copies_go_on_to_the_bit_and_are_on_their_own(trial):
+    for steps in (0, 3):
+        optimizer = trial.trained(steps)
+        before = held(optimizer)
+        twins = [copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))]
+        for twin in twins:
+            assert not {id(p) for p in params_of(twin)} & {id(p) for p in params_of(optimizer)}
+        assert_goes_on_alike(twins)
+        assert_same(held(optimizer), before)
+        take(optimizer, 3, seed=5)
+        assert_same(held(optimizer), held(twins[0]))
 
 
-@every
+@all_together
 def test_a_deepcopy_has_every_public_attribute(trial):
     optimizer = trial.trained(2)
 
@@ -258,7 +255,7 @@ def test_a_deepcopy_has_every_public_attribute(trial):
 # -- hooks
 
 
-@every
+@all_together
 def test_hooks_of_a_step_are_called_around_it_until_removed(trial):
     optimizer = trial.make(new_params())
     calls: list[str] = []
@@ -287,14 +284,14 @@ def test_hooks_of_a_step_are_called_around_it_until_removed(trial):
     assert len(calls) == 4
 
 
-@every
+@all_together
 def test_a_hook_before_a_step_may_give_it_other_arguments(trial):
     optimizer = trial.trained(1)
     optimizer.register_step_pre_hook(lambda opt, args, kwargs: ((opt, lambda: 5.0), {}))
     assert optimizer.step(lambda: 3.0) == 5.0
 
 
-@every
+@all_together
 def test_hooks_of_state_dict_are_called_before_and_after(trial):
     optimizer = trial.trained(1)
     rate = optimizer.param_groups[0]["lr"]
@@ -319,7 +316,7 @@ def test_hooks_of_state_dict_are_called_before_and_after(trial):
     assert_equal_states(optimizer.state_dict()["param_groups"][0]["lr"], rate)
 
 
-@every
+@all_together
 def test_hooks_of_a_load_see_the_state_in_their_order(trial):
     optimizer = trial.trained(3)
     twin = twin_of(trial, optimizer)
@@ -349,7 +346,7 @@ def test_hooks_of_a_load_see_the_state_in_their_order(trial):
     assert_goes_on_alike([optimizer, twin])
 
 
-@every
+@all_together
 def test_hooks_stay_with_the_optimizer_that_has_them(trial):
     optimizer = trial.trained(1)
     calls: list[Any] = []

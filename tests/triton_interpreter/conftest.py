@@ -1,4 +1,4 @@
-"""Collected only where kernels are interpreted; see tests/test_triton.py."""
+"""Collected only where kernels are interpreted; see tests/ops/test_triton.py."""
 
 import os
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from host_build import HostOps
+from pairwise import pairwise
 from test_ops import PARAM
 from test_stack_ops import (  # noqa: F401 - collected here too, with the fixture below
     test_magnitudes_miss_no_bad_element,
@@ -53,18 +54,20 @@ def peaks(at, numel, shift, dtype):
     return list(inside)
 
 
-@pytest.mark.parametrize("shift", [0, 1, 4, 7])
-@pytest.mark.parametrize("dtype", PARAM, ids=str)
-@pytest.mark.parametrize("numel", [1, 3, 63, 65, 127, 257])
+@pytest.mark.parametrize(
+    ("numel", "dtype", "shift"), pairwise([1, 3, 63, 65, 127, 257], PARAM, [0, 1, 4, 7]), ids=str
+)
 def test_every_element_counts_wherever_the_memory_starts(impl, numel, dtype, shift):
     tensors = peaks(range(numel), numel, shift, dtype)
     expected = [abs(tensor[place].item()) for place, tensor in enumerate(tensors)]
     assert magnitudes(impl, tensors).tolist() == expected
 
 
-@pytest.mark.parametrize("shift", [0, 3])
-@pytest.mark.parametrize("dtype", PARAM, ids=str)
-@pytest.mark.parametrize("numel", [CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 9])
+@pytest.mark.parametrize(
+    ("numel", "dtype", "shift"),
+    pairwise([CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 9], PARAM, [0, 3]),
+    ids=str,
+)
 def test_every_element_counts_where_thread_blocks_meet(either, numel, dtype, shift):
     borders = [0, CHUNK, 2 * CHUNK, numel]
     at = sorted({b + i for b in borders for i in range(-9, 9) if 0 <= b + i < numel})
@@ -167,9 +170,11 @@ def test_numbers_of_every_kind(impl, dtype):
     assert torch.equal(found.view(torch.int64), expected.view(torch.int64))  # no zero has a sign
 
 
-@pytest.mark.parametrize("numel", [1, 257, 2 * CHUNK + 5])
-@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("dtype", PARAM, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "bad", "numel"),
+    pairwise(PARAM, [math.nan, -math.nan, math.inf, -math.inf], [1, 257, 2 * CHUNK + 5]),
+    ids=str,
+)
 def test_what_is_not_finite_is_seen_wherever_it_lies(either, dtype, bad, numel):
     at = sorted({0, numel // 2, numel - 1})
     tensors = peaks(at, numel, 1, dtype)

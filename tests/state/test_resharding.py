@@ -1,4 +1,4 @@
-"""Checkpoints across worlds and layouts, to the bit: fault rows 12 and 13 of distributed.md."""
+"""Checkpoints across worlds and layouts, to the bit: fault rows 12 and 13 of docs/faults.md."""
 
 import re
 from pathlib import Path

@@ -5,22 +5,16 @@ import math
 
 import pytest
 import torch
+from compiled import load_compiled
 from op_arguments import good_arguments
 from pairwise import pairwise
 from torch import Tensor
 
 from shampoo import ops
 from shampoo.kernels.reference import ops as reference
-from shampoo.ops import jit
 
 FLAT = [torch.float32, torch.float64]
 PARAM = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-
-
-def load_compiled() -> None:
-    if not jit.compiler_version():
-        pytest.skip("no C++ compiler: the compiled kernels are not tested")
-    ops.load_kernels(required=True)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A folder of checkpoints: complete or not there. Fault rows 14 and 15 of distributed.md."""
+"""A folder of checkpoints: complete or not there. Fault rows 14 and 15 of docs/faults.md."""
 
 import os
 from pathlib import Path

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pairwise import pairwise
 from torch.nn import Parameter
 from trajectory import apply, state_tensors
 
@@ -38,12 +39,16 @@ GRIDS = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "limit", "squares"), GRIDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("grafting", ["none", "sgd", "adam", "adagrad_normalized"])
-@pytest.mark.parametrize("beta1", [0.0, 0.9])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_g5_state_bytes_are_the_formula(shape, limit, squares, dtype, grafting, beta1, momentum):
+GRAFTS = ["none", "sgd", "adam", "adagrad_normalized"]
+
+
+@pytest.mark.parametrize(
+    ("grid", "grafting", "dtype", "beta1", "momentum"),
+    pairwise(GRIDS, GRAFTS, [torch.float32, torch.float64], [0.0, 0.9], [0.0, 0.9]),
+    ids=str,
+)
+def test_g5_state_bytes_are_the_formula(grid, grafting, dtype, beta1, momentum):
+    shape, limit, squares = grid
     param = Parameter(torch.randn(shape, dtype=dtype))
     opt = Shampoo(
         [param],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pairwise import pairwise
 from root_cases import (
     EPS,
     METHODS,
@@ -29,7 +31,7 @@ from shampoo import inverse_root
 from shampoo.kernels.reference.newton import coupled_newton, iteration_bound
 from shampoo.roots.minimax_table import minimax_schedule, tabulated_powers
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @functools.cache
@@ -38,12 +40,14 @@ def float32_eigh_error(name: str, p: int, relative_eps: float) -> float:
     return direction_error(XL, XR, name, p, relative_eps)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", PAIRS)
-@pytest.mark.parametrize("relative_eps", EPS)
-@pytest.mark.parametrize("p", range(1, 9))
-def test_real_factors(p: int, relative_eps: float, name: str, method: str) -> None:
+# Each power and ridge has coefficients and limits of its own, so together they are one axis.
+SCHEDULES = [*itertools.product(range(1, 9), EPS)]
+
+
+@pytest.mark.parametrize(("schedule", "method", "name"), pairwise(SCHEDULES, METHODS, PAIRS))
+def test_real_factors(schedule: tuple[int, float], method: str, name: str) -> None:
     """The precise level for every method, and never worse than the textbook in float32."""
+    p, relative_eps = schedule
     roots = []
     direction, limit = limits(p, relative_eps)
     for side, A in enumerate(fixture(name)[:2]):
@@ -320,10 +324,10 @@ def test_neighbours_input_and_generator_are_untouched(method: str) -> None:
         assert torch.equal(dirty[keep], clean[keep])
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("p", [1, 2, 4])
-@pytest.mark.parametrize("n", [1, 2, 5])
-@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize(
+    ("method", "p", "n", "bad"),
+    pairwise(METHODS, [1, 2, 4], [1, 2, 5], [torch.inf, -torch.inf, torch.nan]),
+)
 def test_a_matrix_that_is_not_finite_has_no_root(method: str, p: int, n: int, bad: float) -> None:
     """Diagonal, full or all of it, of any size, between neighbours that keep their bits."""
     places = [(0, 0), (n - 1, n - 1), (0, n - 1)]

@@ -15,7 +15,7 @@ from torch import nn
 
 from shampoo import Shampoo
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 
 
 def build(schedule: str) -> tuple[nn.Module, Shampoo]:

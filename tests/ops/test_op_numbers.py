@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from compiled import load_compiled
 from op_arguments import good_arguments
-from test_ops import FLAT, load_compiled, table
+from test_ops import FLAT, table
 from torch import Tensor
 
 from shampoo import ops

@@ -5,9 +5,9 @@ import json
 
 import pytest
 import torch
+from compiled import load_compiled
 from op_arguments import good_arguments
 from root_cases import stack
-from test_ops import load_compiled
 
 from shampoo import ops
 from shampoo.kernels.reference import minimax

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+from compiled import load_compiled
 from host_build import HostOps
 from tape import Tape, record_tape
-from test_ops import load_compiled, table
+from test_ops import table
 from torch.nn import Parameter
 from trajectory import assert_same_bits, snapshot
 

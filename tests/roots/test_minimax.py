@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compiled import load_compiled
 from op_arguments import good_arguments
 from root_cases import Exact, spd, stack
 from torch import Tensor
 
 from shampoo import ops
 from shampoo.kernels.reference import minimax
-from shampoo.ops import jit
 from shampoo.roots.minimax_table import minimax_schedule
 
 NEWTON = [1.25, -0.25, 0.0]  # a step of degree one, for p = 4
@@ -19,9 +19,7 @@ SIZES = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 65, 257]
 
 @pytest.fixture
 def compiled():
-    if not jit.compiler_version():
-        pytest.skip("no C++ compiler: the compiled kernels are not tested")
-    ops.load_kernels(required=True)
+    load_compiled()
     return ops.minimax_root_
 
 

@@ -39,10 +39,14 @@ def moments_truth(exp_avg, exp_avg_sq, grad, beta1, c1, beta2, weight2, c2, eps,
     return exp_avg, exp_avg_sq, filtered
 
 
-@pytest.mark.parametrize("normalized", [False, True])
-@pytest.mark.parametrize("beta1", [0.9, 0.3, 0.0])
-@pytest.mark.parametrize("present", [*itertools.product([False, True], repeat=3)], ids=str)
-@pytest.mark.parametrize("flat", FLAT, ids=str)
+PRESENT = [*itertools.product([False, True], repeat=3)]  # the moments, and a place to write to
+
+
+@pytest.mark.parametrize(
+    ("present", "beta1", "normalized", "flat"),
+    pairwise(PRESENT, [0.9, 0.3, 0.0], [False, True], FLAT),
+    ids=str,
+)
 def test_graft_moments(impl, flat, present, beta1, normalized):
     grad = torch.randn(NUMEL, dtype=flat)
     grad[2500:5000] = 0.0  # a block without gradient
