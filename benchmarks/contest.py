@@ -180,11 +180,11 @@ def run(
         by_time = (time.perf_counter() - start) / max(plan.seconds, 1e-9)
         return min(by_time, (count - before) / plan.refresh / plan.periods)
 
-    def search_directions(count: int) -> None:
+    def advance(count: int) -> None:
         after_round("measuring", min(1.0, finished(count)))
 
     while finished(done) < 1.0:
-        times = period(search_directions, plan.refresh)
+        times = period(advance, plan.refresh)
         for name, seconds in times.items():
             measured[name] += seconds
     return first, measured, contestants

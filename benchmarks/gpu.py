@@ -8,7 +8,7 @@ has. Rows are measured in another process (:mod:`benchmarks.worker`): a kernel t
 breaks the CUDA context costs its row. What does not fit into the budget is written as skipped.
 
 ``--write-table`` adopts what was measured: of every op and size the fastest kernel that passed its
-check goes into ``shampoo/backends.json``, which ``SHAMPOO_BACKEND=auto`` follows. The rows of whole
+check goes into ``shampoo/ops/backends.json``, which ``SHAMPOO_BACKEND=auto`` follows. Rows of whole
 steps and training iterations are taken with these choices, adopted or not.
 """
 
@@ -254,7 +254,7 @@ def main(arguments: Sequence[str]) -> int:
                     run.add(section, row)
                     if "error" in row:
                         console.print(f"{name}: {_outcome(row)}")
-                    progress.search_directions(task)
+                    progress.advance(task)
     finally:
         run.worker.stop()
         run.scratch.cleanup()

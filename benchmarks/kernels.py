@@ -13,22 +13,10 @@ from torch import Tensor
 from benchmarks.timing import Clock, Quantiles, interleaved, quantiles
 from shampoo import ops
 from shampoo.kernels.reference import minimax
-from shampoo.kernels.reference import ops as reference
-from shampoo.kernels.reference import root_check as health
-from shampoo.kernels.triton.minimax_program import root_chain
-from shampoo.ops import backends
+from shampoo.kernels.triton.minimax_program import minimax_program
+from shampoo.ops import OPS, backends
 from shampoo.roots.minimax_table import minimax_schedule
 
-REFERENCES: dict[str, Callable[..., None]] = {
-    "gather_blocks_": reference.gather_blocks_,
-    "magnitudes_": reference.magnitudes_,
-    "graft_moments_": reference.graft_moments_,
-    "update_blocks_": reference.update_blocks_,
-    "gram_ema_": reference.gram_ema_,
-    "precondition_": reference.precondition_,
-    "minimax_root_": minimax.minimax_root_,
-    "judge_roots_": health.judge_roots_,
-}
 P, RELATIVE_EPS = 4, 1e-6
 NEAR = 2.0**-18  # of the whole: what split precision and fused sums may differ by
 ROOT_LIMIT = 2e-2  # whitened error of a root, the "standard" level at relative eps 1e-6
@@ -97,7 +85,9 @@ def _precondition(batch: int, n: int, device: torch.device) -> Trial:
 def _root(batch: int, n: int, device: torch.device) -> Trial:
     factor = random_factors(batch, n, device)
     schedule = minimax_schedule(P, RELATIVE_EPS)
-    products = [step for step in root_chain(P, schedule, RELATIVE_EPS).products if step.products]
+    products = [
+        step for step in minimax_program(P, schedule, RELATIVE_EPS).products if step.products
+    ]
     count = 1 + sum(1 + step.doubled for step in products)  # with the square before step 0
     passes = 3 + sum(step.products * (1 + step.doubled) for step in products)
     product = torch.empty_like(factor)
@@ -119,7 +109,7 @@ def _root(batch: int, n: int, device: torch.device) -> Trial:
     )
 
 
-def _judge(batch: int, n: int, device: torch.device) -> Trial:
+def _root_check(batch: int, n: int, device: torch.device) -> Trial:
     arguments = _root(batch, n, device).arguments
     minimax.minimax_root_(*arguments)
     root, ridge, factor = arguments[:3]
@@ -190,7 +180,7 @@ TRIALS: dict[str, Callable[[int, int, torch.device], Trial]] = {
     "gram_ema_": _gram,
     "precondition_": _precondition,
     "minimax_root_": _root,
-    "judge_roots_": _judge,
+    "check_roots_": _root_check,
     "gather_blocks_": _gather,
     "magnitudes_": _magnitudes,
     "graft_moments_": _moments,
@@ -200,15 +190,16 @@ TRIALS: dict[str, Callable[[int, int, torch.device], Trial]] = {
 
 def implementations(op: str, device: torch.device) -> tuple[dict[str, Any], dict[str, str]]:
     """What can run an op: (kernel, its test of arguments) by kind, and why others cannot."""
-    found: dict[str, Any] = {"reference": (REFERENCES[op], None)}
-    failures = {}
+    record = OPS[op]
+    found: dict[str, Any] = {"reference": record.load("reference")}
+    failures: dict[str, str] = {}
     if device.type == "cpu":
         if ops.has_kernel(op, "CPU"):
-            found["cpp"] = getattr(ops, op), None
+            found["cpp"] = record.load("cpp")
         return found, failures
-    for kind in backends.KERNELS[op]:
+    for kind in record.kinds("cuda"):
         try:
-            found[kind] = ops.kernel(op, kind)
+            found[kind] = record.load(kind)
             if kind == "cuda" and not ops.has_kernel("cuda_gather_blocks_", "CUDA"):
                 raise RuntimeError("csrc/ was not built for CUDA: see the phase 'build'")
         except Exception as error:
@@ -237,7 +228,7 @@ def copied(arguments: Sequence[Any], dtype: torch.dtype | None = None) -> list[A
 
 def error_of(op: str, outputs: Sequence[Any], truth: Sequence[Any], inputs: Sequence[Any]) -> float:
     """How far results are from those in float64, relative to the whole, the worst of them."""
-    if op == "judge_roots_":
+    if op == "check_roots_":
         return float((outputs[0] != truth[0]).double().mean())
     if op == "minimax_root_":
         return whitened_error(outputs[0], inputs[2], P, RELATIVE_EPS)
@@ -267,12 +258,12 @@ def check(op: str, kind: str, kernel: Callable[..., None], trial: Trial) -> tupl
         function(*arguments)
         return [arguments[place] for place in trial.outputs], arguments
 
-    truth, inputs = run(REFERENCES[op], torch.float64)
-    plain = error_of(op, run(REFERENCES[op], None)[0], truth, inputs)
+    truth, inputs = run(OPS[op].reference, torch.float64)
+    plain = error_of(op, run(OPS[op].reference, None)[0], truth, inputs)
     error = plain if kind == "reference" else error_of(op, run(kernel, None)[0], truth, inputs)
     if op == "minimax_root_":
         return error, ROOT_LIMIT
-    return error, 0.0 if op == "judge_roots_" else 2 * plain + NEAR
+    return error, 0.0 if op == "check_roots_" else 2 * plain + NEAR
 
 
 def timed(
@@ -293,7 +284,7 @@ def measure(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Checks, then times every kernel of one op at one size."""
     op, size, batch = case["op"], case["size"], case["batch"]
     found, failures = implementations(op, device)
-    is_flat = op in backends.ELEMENTWISE
+    is_flat = OPS[op].is_elementwise
     few_of = (batch, min(size, _CHECKED_ELEMENTS)) if is_flat else (min(batch, _CHECKED), size)
     few = TRIALS[op](*few_of, device)
     errors, limits, passed = {}, {}, {}
@@ -346,7 +337,7 @@ def measured_table(rows: Iterable[Mapping[str, Any]], facts: Mapping[str, Any]) 
     for row in rows:
         if "seconds" not in row:
             continue
-        kinds = (*backends.KERNELS[row["op"]], backends.REFERENCE)
+        kinds = (*OPS[row["op"]].kinds("cuda"), backends.REFERENCE)
         medians = {kind: row["seconds"][kind]["p50"] for kind in kinds if kind in row["seconds"]}
         if backends.REFERENCE not in medians:
             continue

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import peers, steps, training
+from benchmarks import kernels, peers, steps, training
+from shampoo.ops import OPS
 
 Case = dict[str, Any]
 TESTS = Path(__file__).parents[1] / "tests"
@@ -38,8 +39,8 @@ USUAL = 45.0
 
 _STACKS = ((1024, 64), (128, 512), (512, 128), (256, 256), (64, 512), (2048, 16))  # (n, batch)
 _ELEMENTS = (1 << 24, 1 << 20, 1 << 27)
-_PRODUCTS = ("gram_ema_", "precondition_", "minimax_root_", "judge_roots_")
-_FLAT = ("gather_blocks_", "magnitudes_", "graft_moments_", "update_blocks_")
+_PRODUCTS = [op for op in kernels.TRIALS if not OPS[op].is_elementwise]
+_FLAT = [op for op in kernels.TRIALS if OPS[op].is_elementwise]
 _SMALL = {"stacks": ((48, 2), (32, 2)), "elements": (1 << 14,), "factor": 16}
 
 

@@ -20,7 +20,7 @@ import torch
 from benchmarks import kernels, roofline, roots, steps, training
 from benchmarks.kernels import text_of
 from shampoo import ops
-from shampoo.ops import backends, jit
+from shampoo.ops import OPS, jit
 
 Case = dict[str, Any]
 
@@ -29,16 +29,12 @@ def build(case: Case, device: torch.device) -> dict[str, Any]:
     """Builds and loads the compiled kernels: seconds, and which there are."""
     start = time.perf_counter()
     jit.load(retry=True)
+    named = [name for name, op in OPS.items() if op.has_cuda_name]
     return {
         "seconds": time.perf_counter() - start,
         "cpu": ops.kernels("CPU"),
-        "cuda": {name: ops.has_kernel(f"cuda_{name}", "CUDA") for name in _named_kernels()},
+        "cuda": {name: ops.has_kernel(f"cuda_{name}", "CUDA") for name in named},
     }
-
-
-def _named_kernels() -> list[str]:
-    has_own = (name for name in backends.KERNELS if "cuda" in backends.KERNELS[name])
-    return [name for name in has_own if name != "minimax_root_"]
 
 
 SECTIONS: dict[str, Callable[[Case, torch.device], dict[str, Any]]] = {

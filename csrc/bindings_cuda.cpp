@@ -184,5 +184,5 @@ TORCH_LIBRARY_IMPL(shampoo, CUDA, m) {
   m.impl("cuda_graft_moments_.Tensor", &shampoo::graft_moments_<at::Tensor>);
   m.impl("cuda_update_blocks_", &shampoo::update_blocks_<double>);
   m.impl("cuda_update_blocks_.Tensor", &shampoo::update_blocks_<at::Tensor>);
-  m.impl("cuda_small_root_", &shampoo::small_root_);
+  m.impl("cuda_minimax_small_root_", &shampoo::small_root_);
 }

@@ -82,7 +82,7 @@ def good_arguments() -> SimpleNamespace:
         "relative_eps": 1e-2,
         "schedule": [2.1, -3.8, 2.7, 1.25, -0.25, 0.0],
     }
-    judge = {
+    check = {
         "ok": torch.empty(2, dtype=torch.bool),
         "root": factor.clone(),
         "factor": factor,
@@ -102,6 +102,6 @@ def good_arguments() -> SimpleNamespace:
         eigh_=eigh,
         magnitudes_=magnitudes,
         minimax_root_=root,
-        small_root_=root,
-        judge_roots_=judge,
+        minimax_small_root_=root,
+        check_roots_=check,
     )

@@ -148,7 +148,7 @@ class Recorder(torch.optim.SGD):
 
 
 def test_contestants_get_equal_new_gradients_and_whole_periods():
-    plan = contest.BlockPlan(torch.device("cpu"), 4, True, seconds=0.0, periods=2)
+    plan = contest.Plan(torch.device("cpu"), 4, True, seconds=0.0, periods=2)
     model = shapes.Model("tiny", (shapes.Parameter((6, 4)), shapes.Parameter((3, 4), 2, True)))
     factories = {"one": Recorder, "two": Recorder}
     first, measured, contestants = contest.run(model, factories, plan)
@@ -164,7 +164,7 @@ def test_contestants_get_equal_new_gradients_and_whole_periods():
 
 
 def test_row_tells_root_steps_from_ordinary_ones():
-    plan = contest.BlockPlan(torch.device("cpu"), 4, False, seconds=0.0, periods=3)
+    plan = contest.Plan(torch.device("cpu"), 4, False, seconds=0.0, periods=3)
     model = shapes.Model("tiny", (shapes.Parameter((6, 4)),))
     rates = floor.Rates(1e9, 1e9, 1e9)
     row = contest.row(model, 4, Recorder, plan, rates)

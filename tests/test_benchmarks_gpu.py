@@ -16,7 +16,7 @@ sys.path.append(str(ROOT))  # after the installed package, which the checkout mu
 
 from benchmarks import contest, gpu, kernels, models, peers, roofline, shapes, steps, suite  # noqa: E402
 from benchmarks.worker import Worker  # noqa: E402
-from shampoo.ops import backends  # noqa: E402
+from shampoo.ops import OPS, backends  # noqa: E402
 
 CPU = torch.device("cpu")
 ALL_CASES = suite.cases
@@ -161,17 +161,17 @@ def test_a_lost_worker_costs_one_row():
 
 @pytest.mark.parametrize("op", kernels.TRIALS)
 def test_a_wrong_kernel_does_not_pass(op):
-    trial = kernels.TRIALS[op](2, 1024 if op in backends.ELEMENTWISE else 24, CPU)
+    trial = kernels.TRIALS[op](2, 1024 if OPS[op].is_elementwise else 24, CPU)
 
     def wrong(*arguments):
-        kernels.REFERENCES[op](*arguments)
+        OPS[op].reference(*arguments)
         for place in trial.outputs[:1]:
             for out in [arguments[place]] if op != "update_blocks_" else arguments[place]:
                 out.copy_(~out if out.dtype == torch.bool else out * 1.1)
 
     error, limit = kernels.check(op, "triton", wrong, trial)
     assert error > limit
-    error, limit = kernels.check(op, "triton", kernels.REFERENCES[op], trial)
+    error, limit = kernels.check(op, "triton", OPS[op].reference, trial)
     assert error <= limit
 
 
@@ -186,7 +186,7 @@ def test_the_table_holds_the_fastest_that_passed_and_is_followed(tmp_path):
         row("minimax_root_", 128, reference=9e-3, triton=2e-3, cuda=1e-3),
         row("minimax_root_", 1024, reference=9e-3, triton=2e-3),  # what failed has no time
         {"op": "precondition_", "size": 64, "error": "the process was lost"},
-        {"op": "judge_roots_", "size": 64, "skipped": "skipped: budget"},
+        {"op": "check_roots_", "size": 64, "skipped": "skipped: budget"},
     ]
     facts = {"card": "synthetic", "torch": "2", "triton": None, "commit": "0"}
     target = tmp_path / "table.json"
@@ -201,7 +201,7 @@ def test_the_table_holds_the_fastest_that_passed_and_is_followed(tmp_path):
 
     assert [chosen("gram_ema_", n) for n in (64, 65)] == ["reference", "triton"]
     assert [chosen("minimax_root_", n) for n in (128, 129)] == ["cuda", "triton"]
-    assert chosen("precondition_", 64) == chosen("judge_roots_", 64) == "reference"
+    assert chosen("precondition_", 64) == chosen("check_roots_", 64) == "reference"
     assert chosen("gram_ema_", 64, card="8.0") == "triton"
     assert backends.describe("auto", "9.0", table)["gram_ema_"].startswith(
         "64: reference (triton 0.5x)"
@@ -239,7 +239,7 @@ def test_muon_moves_every_parameter_through_views():
             shapes.Parameter((9, 4), 1, True),
         ),
     )
-    plan = contest.BlockPlan(CPU, 1, True, 0.0, 1)
+    plan = contest.Plan(CPU, 1, True, 0.0, 1)
     contestant = contest.Contestant(model, peers.factory("muon", 4, 1), plan)
     contestant.receive([torch.randn_like(grad) for grad in contestant.grads])
     steps._require_motion("muon", contestant)
@@ -253,7 +253,7 @@ def test_an_optimizer_that_does_nothing_has_no_times():
     idle = contest.Contestant(
         model,
         lambda groups: torch.optim.SGD(groups, lr=0.0),
-        contest.BlockPlan(CPU, 1, False, 0.0, 1),
+        contest.Plan(CPU, 1, False, 0.0, 1),
     )
     idle.receive([torch.ones(6, 4)])
     with pytest.raises(RuntimeError, match=r"a step of idle leaves a parameter of shape \(6, 4\)"):
@@ -270,7 +270,7 @@ class Clearing(torch.optim.SGD):
 
 def test_gradients_that_an_optimizer_clears_come_back():
     model = shapes.Model("tiny", (shapes.Parameter((6, 4)),))
-    plan = contest.BlockPlan(CPU, 1, False, 0.0, 1)
+    plan = contest.Plan(CPU, 1, False, 0.0, 1)
     clearing = contest.Contestant(model, lambda groups: Clearing(groups, lr=0.1), plan)
     clearing.receive([torch.ones(6, 4)])
     clearing.optimizer.step()

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shampoo.kernels.reference.norms import frobenius, largest_entry, power_of_two
+from shampoo.kernels.reference.norms import absmax, frobenius, power_of_two
 
 Schedule = tuple[tuple[float, float, float], ...]
 
@@ -33,9 +33,9 @@ def minimax_root_(
     """``root = (A + ridge I)^(-1/p)`` with ``ridge = max(eps, relative_eps * ||A||_S4)``.
 
     Args:
-        root: [B, n, n], written; bitwise symmetric.
+        root: [B, n, n] in the dtype of ``factor``, written; bitwise symmetric.
         ridge: [B] float64, written.
-        factor: [B, n, n], symmetric, read only.
+        factor: [B, n, n] float32 or float64, symmetric, read only.
         p: The root, an integer.
         eps: Absolute ridge.
         relative_eps: Relative ridge; the schedule must reach down to it.
@@ -44,7 +44,7 @@ def minimax_root_(
     """
     steps = triples(schedule)
     pool = _Pool(factor)
-    scale = power_of_two(largest_entry(factor))  # neither A^2 nor its norm can overflow
+    scale = power_of_two(absmax(factor))  # neither A^2 nor its norm can overflow
     S = torch.div(factor, _column(scale, factor), out=pool.take())
     X = pool.product(S, S)
     norm = frobenius(X).sqrt()
@@ -75,6 +75,30 @@ def minimax_root_(
 
     torch.add(X, X.mT, out=root)
     root.mul_(_column(0.5 * (bound * scale) ** (-1 / p), root))
+
+
+def minimax_small_root_(
+    root: Tensor,
+    ridge: Tensor,
+    factor: Tensor,
+    p: int,
+    eps: float,
+    relative_eps: float,
+    schedule: Sequence[float],
+) -> None:
+    """:func:`minimax_root_` for up to 128 rows, of which one launch holds the whole iteration.
+
+    Args:
+        root: [B, n, n] float32, contiguous, written; bitwise symmetric.
+        ridge: [B] float64, contiguous, written.
+        factor: [B, n, n] float32, symmetric, contiguous, read; n <= 128.
+        p: The root, an integer, at least 2.
+        eps: Absolute ridge.
+        relative_eps: Relative ridge; the schedule must reach down to it.
+        schedule: c0, c1, c2 of every step, one after another; at most 16 steps.
+
+    """
+    minimax_root_(root, ridge, factor, p, eps, relative_eps, schedule)
 
 
 def triples(schedule: Sequence[float]) -> Schedule:

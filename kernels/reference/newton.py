@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from shampoo.kernels.reference.norms import frobenius, largest_entry, power_of_two
+from shampoo.kernels.reference.norms import absmax, frobenius, power_of_two
 
 LIMIT = 100  # iterations, when the conditioning of the matrix bounds nothing
 # max|M - I| up to which X is a root. A matrix that comes this close has every eigenvalue within a
@@ -38,7 +38,7 @@ def newton_root_(
     """
     on_cpu = factor.device.type == "cpu"
     dtype = torch.float64 if on_cpu else factor.dtype
-    scale = power_of_two(largest_entry(factor))
+    scale = power_of_two(absmax(factor))
     B = (factor / scale.to(factor.dtype)[:, None, None]).to(dtype)
     rho = torch.maximum(relative_eps * frobenius(torch.bmm(B, B)).sqrt(), eps / scale)
     ridge.copy_(rho * scale)
@@ -111,7 +111,7 @@ def _residual(M: Tensor) -> tuple[Tensor, Tensor]:
     """max|M - I| and ||M - I||_F, [B] each."""
     R = M.clone()
     R.diagonal(dim1=1, dim2=2).sub_(1)
-    return largest_entry(R), frobenius(R)
+    return absmax(R), frobenius(R)
 
 
 def _power(T: Tensor, p: int) -> Tensor:

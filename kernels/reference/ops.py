@@ -24,7 +24,7 @@ from torch import Tensor
 
 from shampoo.kernels.reference.philox import philox
 
-Number = float | Tensor
+Number = float | Tensor  # a tensor is float64 on the device, and never read on the host
 
 
 def _read(number: Number) -> Number:
@@ -65,6 +65,14 @@ def gather_blocks_(
     """Copies the tiles into the segment: ``out <- alpha * blocks (+ out)``, in its dtype.
 
     ``alpha = 0`` stands for blocks of zeros, whatever they hold: a NaN times zero is no zero.
+
+    Args:
+        out: [N] float32 or float64, contiguous: the segment, written where a tile lies.
+        sources: Tensors of any shape, strides and floating dtype, read.
+        tiles: [T, 2 + 4 K] int64 on the CPU, the table of :mod:`shampoo.kernels.reference.ops`.
+        alpha: The factor of the blocks.
+        accumulate: Whether ``out`` is added to.
+
     """
     alpha = _read(alpha)
     for source, offset, dims, start, grid, extent in _tile_rows(tiles):
@@ -86,7 +94,13 @@ def gather_blocks_(
 
 
 def magnitudes_(out: Tensor, tensors: Sequence[Tensor]) -> None:
-    """``out[i] <- max |x|`` of every tensor, float64: NaN or Inf if it holds one; none is empty."""
+    """``out[i] <- max |x|`` of every tensor: NaN or Inf if it holds one.
+
+    Args:
+        out: One float64 for each tensor, contiguous, written.
+        tensors: Of any shape, strides and floating dtype, read; none is empty.
+
+    """
     norms = torch._foreach_norm(list(tensors), ord=math.inf)
     out.copy_(torch.stack([norm.to(out.device) for norm in norms]))
 
@@ -118,6 +132,25 @@ def graft_moments_(
     eps)`` (filtered where there is no ``exp_avg_sq``); ``norm[b] <- |D_b|``, and
     ``direction <- D`` if given. A source may be ``grad`` or ``direction`` itself, if its blocks lie
     where they go to.
+
+    Args:
+        grad: [N] in the dtype of ``norm``, contiguous: read if ``accumulate``, written; or None.
+        exp_avg: The same, read and written: the moving average of G (Kingma & Ba, 2015); or None.
+        exp_avg_sq: The same, read and written: the second moment of G; or None.
+        direction: The same, written; or None.
+        norm: [B] float32 or float64, contiguous, written.
+        sources: As in :func:`gather_blocks_`.
+        tiles: As in :func:`gather_blocks_`.
+        alpha: The factor of the blocks.
+        accumulate: Whether the blocks are added to ``grad``.
+        beta1: Decay of ``exp_avg``.
+        correction1: What ``exp_avg`` is divided by, above 0; or [B] float64, one for each block.
+        beta2: Decay of ``exp_avg_sq``.
+        weight2: The weight of the new square.
+        correction2: What ``exp_avg_sq`` is divided by, above 0; or [B] float64.
+        eps: Added to the root of the second moment.
+        normalized: Whether the square is that of the block at norm 1.
+
     """
     runs = list(_runs(tiles))
     if not runs:
@@ -179,13 +212,18 @@ def _unfold(blocks: Tensor, mode: int) -> Tensor:
     return blocks.reshape(count, before, size, after).transpose(1, 2).reshape(count, size, -1)
 
 
-def gram_ema_(factor: Tensor, grad: Tensor, mode: int, beta: Number, weight: Number) -> None:
-    """``A_k <- beta A_k + weight mat_k(G) mat_k(G)^T``, or only the diagonal of it.
+def gram_ema_(factor: Tensor, grad: Tensor, k: int, beta: Number, weight: Number) -> None:
+    """``A_k <- beta A_k + weight mat_k(G) mat_k(G)^T`` (Gupta et al., 2018), or its diagonal.
 
-    ``factor`` ``[B, d_k, d_k]``, or ``[B, d_k]`` for a diagonal mode; ``grad``
-    ``[B, d_1 .. d_o]``.
+    Args:
+        factor: [B, d_k, d_k], symmetric, or [B, d_k] for a diagonal mode, read and written.
+        grad: [B, d_1 .. d_o] in the dtype of ``factor``, read.
+        k: The mode, from 0.
+        beta: Decay.
+        weight: The weight of the new Gram matrix.
+
     """
-    unfolded = _unfold(grad, mode)
+    unfolded = _unfold(grad, k)
     beta, weight = _read(beta), _read(weight)
     if isinstance(weight, Tensor):
         diagonal = factor.dim() == 2
@@ -198,10 +236,14 @@ def gram_ema_(factor: Tensor, grad: Tensor, mode: int, beta: Number, weight: Num
 
 
 def precondition_(out: Tensor, norm: Tensor, grad: Tensor, roots: Sequence[Tensor]) -> None:
-    """``out <- G x_1 X_1 ... x_o X_o`` and ``norm[b] <- |out_b|``.
+    """``out <- G x_1 X_1 ... x_o X_o`` (Gupta et al., 2018) and ``norm[b] <- |out_b|``.
 
-    ``out`` and ``grad`` ``[B, d_1 .. d_o]``; ``roots`` one a mode, ``[B, d_k, d_k]`` symmetric, or
-    ``[B, d_k]`` for a diagonal mode.
+    Args:
+        out: [B, d_1 .. d_o] in the dtype of ``grad``, contiguous, written.
+        norm: [B] in the dtype of ``grad``, written.
+        grad: [B, d_1 .. d_o], read.
+        roots: One a mode, read: [B, d_k, d_k] symmetric, or [B, d_k] for a diagonal mode.
+
     """
     count, order = grad.shape[0], grad.dim() - 1
     blocks = grad
@@ -222,9 +264,13 @@ def precondition_(out: Tensor, norm: Tensor, grad: Tensor, roots: Sequence[Tenso
 
 
 def eigh_(values: Tensor, vectors: Tensor, stack: Tensor) -> None:
-    """Eigenvalues ``[B, n]`` and eigenvectors ``[B, n, n]`` of symmetric matrices ``[B, n, n]``.
+    """Eigenvalues and eigenvectors of symmetric matrices; NaN where LAPACK gives up on one.
 
-    NaN for a matrix that LAPACK gives up on.
+    Args:
+        values: [B, n], written, ascending.
+        vectors: [B, n, n], written, one a column.
+        stack: [B, n, n] float32 or float64, symmetric, read.
+
     """
     try:
         torch.linalg.eigh(stack, out=(values, vectors))
@@ -260,6 +306,20 @@ def update_blocks_(
     decoupled. Computed in the wider dtype of W and P; W is rounded once: to nearest, or if there is
     a ``seed``, and W is bfloat16, up or down at random with W as the mean. The random numbers
     depend on ``seed``, ``step``, a whole number, and the place in the segment alone.
+
+    Args:
+        params: Tensors of any shape, strides and floating dtype, read and written under the tiles.
+        momentum: [N] in the dtype of ``direction``, contiguous, read and written; or None.
+        direction: [N] float32 or float64, contiguous, read.
+        scale: [B] in the dtype of ``direction``, read.
+        tiles: As in :func:`gather_blocks_`; a tile's source is one of ``params``.
+        lr: Learning rate.
+        weight_decay: Decoupled from the gradient.
+        mu: Decay of ``momentum``.
+        nesterov: Whether the step looks ahead by ``mu M``.
+        seed: Of stochastic rounding; None rounds to nearest.
+        step: The count that random numbers depend on; or [B] float64, one for each block.
+
     """
     lr, weight_decay, mu = _read(lr), _read(weight_decay), _read(mu)
     block = 0

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from shampoo.kernels.reference.norms import frobenius, largest_entry
+from shampoo.kernels.reference.norms import absmax, frobenius
 
 VECTORS = 8
 COMMUTATOR = 2e-2  # p >= 4; good roots stay below 5e-3
@@ -22,7 +22,7 @@ QUADRATIC = (0.8, 1.25)
 MAGNITUDE = 1.5
 
 
-def probe(root: Tensor, factor: Tensor, ridge: Tensor, p: float) -> tuple[Tensor, Tensor]:
+def check_values(root: Tensor, factor: Tensor, ridge: Tensor, p: float) -> tuple[Tensor, Tensor]:
     """Commutator and quadratic form of every root of a stack.
 
     Args:
@@ -41,9 +41,9 @@ def probe(root: Tensor, factor: Tensor, ridge: Tensor, p: float) -> tuple[Tensor
     v = white_vectors(factor.shape[-1], factor.dtype, factor.device).mT
     v = v.contiguous().expand(len(factor), -1, -1)
     # Everything in units of the largest entries: squares must not leave the range of float32.
-    size = largest_entry(factor) + ridge
+    size = absmax(factor) + ridge
     size = torch.where(size > 0, size, 1.0)
-    reach = largest_entry(root)
+    reach = absmax(root)
     reach = torch.where(reach > 0, reach, 1.0)
     down, shift, across = (
         x.to(factor.dtype)[:, None, None] for x in (1 / size, ridge / size, 1 / reach)
@@ -71,18 +71,26 @@ def probe(root: Tensor, factor: Tensor, ridge: Tensor, p: float) -> tuple[Tensor
     return commutator, form * unit / v.square().sum(dim=(1, 2), dtype=torch.float64)
 
 
-def judge_roots_(ok: Tensor, root: Tensor, factor: Tensor, ridge: Tensor, p: float) -> None:
-    """Writes which roots of a stack may be used to ``ok``, [B] bool; arguments as in ``probe``.
+def check_roots_(ok: Tensor, root: Tensor, factor: Tensor, ridge: Tensor, p: float) -> None:
+    """Which roots of a stack may be used.
 
     A root passes if it is finite, its diagonal is positive, no entry exceeds 1.5 ridge^(-1/p), its
     commutator is at most 2e-2 (8e-2 for p < 4) and its quadratic form is in [0.8, 1.25]. A
     pseudo-inverse (ridge 0) is held to the commutator and to a diagonal that is not negative. The
     products are torch's, so the last bits of both numbers may depend on where a root lies in the
     stack: the verdict may, where a number is that close to its limit.
+
+    Args:
+        ok: [B] bool, written.
+        root: X, [B, n, n], read.
+        factor: A, [B, n, n] in the dtype of ``root``, read.
+        ridge: What the root was taken with, [B] float64, read; may be zero.
+        p: The power of the root.
+
     """
-    commutator, form = probe(root, factor, ridge, p)
+    commutator, form = check_values(root, factor, ridge, p)
     smallest = root.diagonal(dim1=1, dim2=2).amin(dim=1)
-    largest = largest_entry(root)
+    largest = absmax(root)
     damped = ridge > 0
     ok.copy_(largest.isfinite() & torch.where(damped, smallest > 0, smallest >= 0))
     ok &= ~(damped & (largest > MAGNITUDE * ridge ** (-1 / p)))

@@ -3,7 +3,7 @@
 """What the Triton launchers must know of the machine, and the arithmetic their kernels share.
 
 A launcher never asks whether a tensor is on a GPU: under ``TRITON_INTERPRET=1`` the same call runs
-on tensors of the CPU, as the newest chip of the table.
+on tensors of the CPU, as the newest architecture of the table.
 """
 
 from __future__ import annotations

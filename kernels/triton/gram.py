@@ -22,14 +22,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shampoo.kernels.reference.ops import Number
 from shampoo.kernels.triton.arch import HOPPER, INTERPRETED, capability, mirrored, triangle
-
-Number = float | Tensor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Cut(NamedTuple):
+class LaunchConfig(NamedTuple):
     """``block`` x ``block`` tiles of the factor, ``block_k`` of the unfolded columns at a time."""
 
     block: int
@@ -38,18 +37,18 @@ class Cut(NamedTuple):
     stages: int
 
 
-def cut_of(size: int, dtype: torch.dtype, device: torch.device) -> Cut:
+def launch_config(size: int, dtype: torch.dtype, device: torch.device) -> LaunchConfig:
     """The tiles for a factor of this size and gradients of this dtype."""
     wide = dtype == torch.float32
     block_k = 32 if wide else 64
     if size <= 32:
-        return Cut(32, block_k, 4, 3)
+        return LaunchConfig(32, block_k, 4, 3)
     if size <= 256 or (wide and capability(device) < HOPPER):  # where large tiles would spill
-        return Cut(64, block_k, 4, 3)
-    return Cut(128, block_k, 8, 3)
+        return LaunchConfig(64, block_k, 4, 3)
+    return LaunchConfig(128, block_k, 8, 3)
 
 
-def supports(factor: Tensor, grad: Tensor, mode: int, beta: Number, weight: Number) -> bool:
+def supports(factor: Tensor, grad: Tensor, k: int, beta: Number, weight: Number) -> bool:
     """Whether :func:`gram_ema_` takes these: a full float32 factor, blocks below 2^31 elements.
 
     Both numbers of the host, or both one float64 on the device of the factor.
@@ -177,11 +176,11 @@ def unfolded(blocks: Tensor, mode: int) -> Tensor:
 def gram_ema_(
     factor: Tensor,
     grad: Tensor,
-    mode: int,
+    k: int,
     beta: Number,
     weight: Number,
     *,
-    cut: Cut | None = None,
+    config: LaunchConfig | None = None,
 ) -> None:
     """``A_k <- beta A_k + weight mat_k(G) mat_k(G)^T``, bitwise symmetric.
 
@@ -190,15 +189,15 @@ def gram_ema_(
     Args:
         factor: [B, d_k, d_k] float32, read and written.
         grad: [B, d_1 .. d_o] float32, bfloat16 or float16, any order; not copied.
-        mode: k, from 0.
+        k: The mode, from 0.
         beta: Decay; a float, or 0-d float64 on the device, which gives the same bits.
         weight: Of the new Gram matrix; as ``beta``.
-        cut: The tiles; by the table of :func:`cut_of` by default.
+        config: The tiles; by the table of :func:`launch_config` by default.
     """
-    view = unfolded(grad, mode)
+    view = unfolded(grad, k)
     batch, before, size, after = view.shape
-    cut = cut_of(size, grad.dtype, grad.device) if cut is None else cut
-    rows = triton.cdiv(size, cut.block)
+    config = launch_config(size, grad.dtype, grad.device) if config is None else config
+    rows = triton.cdiv(size, config.block)
     count = rows * (rows + 1) // 2
     gram_ema_kernel[(batch * count,)](
         factor,
@@ -214,8 +213,8 @@ def gram_ema_(
         LAYOUT=layout_of(before, after),
         ON_DEVICE=isinstance(beta, Tensor),
         UPCAST=INTERPRETED and grad.dtype == torch.bfloat16,
-        BLOCK=cut.block,
-        BLOCK_K=cut.block_k,
-        num_warps=cut.warps,
-        num_stages=cut.stages,
+        BLOCK=config.block,
+        BLOCK_K=config.block_k,
+        num_warps=config.warps,
+        num_stages=config.stages,
     )

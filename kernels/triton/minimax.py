@@ -16,17 +16,22 @@ from torch import Tensor
 
 from shampoo.kernels.reference.minimax import triples
 from shampoo.kernels.triton.minimax_program import ROOT as FINAL
-from shampoo.kernels.triton.minimax_program import SQUARED, Chain, plane_scale, root_chain
-from shampoo.kernels.triton.split_fp16 import measure_, normalize_, peak_, start_
+from shampoo.kernels.triton.minimax_program import (
+    SQUARED,
+    MinimaxProgram,
+    minimax_program,
+    split_scale,
+)
+from shampoo.kernels.triton.split_fp16 import absmax_, measure_, normalize_, start_
 from shampoo.kernels.triton.symmetric_gemm import (
-    PLANES,
     ROOT,
+    SPLIT,
     SQUARE,
-    Tiles,
+    LaunchConfig,
+    launch_config,
     padded,
     symmetric_gemm_,
     tile_count,
-    tiles,
 )
 
 
@@ -57,7 +62,7 @@ def minimax_root_(
     schedule: Sequence[float],
     *,
     sizes: Tensor | None = None,
-    cut: Tiles | None = None,
+    config: LaunchConfig | None = None,
 ) -> None:
     """``root = (A + ridge I)^(-1/p)`` with ``ridge = max(eps, relative_eps * ||A||_S4)``.
 
@@ -74,33 +79,33 @@ def minimax_root_(
         schedule: c0, c1, c2 of every step, one after another.
         sizes: [B] int32: the real size of each matrix of a class of sizes. What is beyond is not
             read, and not written to the root. All n by default.
-        cut: The tiles; by the table of :func:`tiles` by default.
+        config: The tiles; by the table of :func:`launch_config` by default.
     """
     batch, n, _ = factor.shape
     device = factor.device
-    cut = tiles(n, device) if cut is None else cut
-    chain = root_chain(p, triples(schedule), relative_eps)
-    constants, table = _tables(chain, eps, relative_eps, device)
+    config = launch_config(n, device) if config is None else config
+    program = minimax_program(p, triples(schedule), relative_eps)
+    constants, table = _tables(program, eps, relative_eps, device)
     mixed = sizes
     if sizes is None:
         sizes = torch.full((batch,), n, dtype=torch.int32, device=device)
-    size = padded(n, cut.block)
-    scale = plane_scale(SQUARED)
+    size = padded(n, config.block)
+    scale = split_scale(SQUARED)
 
-    peak = torch.zeros(batch, dtype=torch.int32, device=device)
+    absmax = torch.zeros(batch, dtype=torch.int32, device=device)
     square = factor.new_empty(batch, size, size)
-    squares = ridge.new_empty(batch, tile_count(size, cut.block))
+    squares = ridge.new_empty(batch, tile_count(size, config.block))
     norms = ridge.new_empty(batch, 4)
     buffers = [
         torch.empty(batch, 2, size, size, dtype=torch.float16, device=device)
-        for _ in range(max(3, chain.buffers))
+        for _ in range(max(3, program.buffers))
     ]
-    first, first_scale = chain.matrix
-    grown, root_scale = chain.root
+    first, first_scale = program.matrix
+    grown, root_scale = program.root
     S = next(buffers[k] for k in range(3) if k not in (first, grown))
 
-    peak_(peak, factor, mixed)
-    normalize_(S, factor, peak, sizes, scale)
+    absmax_(absmax, factor, mixed)
+    normalize_(S, factor, absmax, sizes, scale)
     symmetric_gemm_(
         square,
         S,
@@ -114,9 +119,9 @@ def minimax_root_(
         promote=64,
         add_left=False,
         add_right=False,
-        cut=cut,
+        config=config,
     )
-    measure_(norms, ridge, squares, peak, constants, p)
+    measure_(norms, ridge, squares, absmax, constants, p)
     start_(
         buffers[first],
         buffers[grown],
@@ -128,7 +133,7 @@ def minimax_root_(
         first_scale=first_scale,
         root_scale=root_scale,
     )
-    for k, step in enumerate(chain.products, 1):
+    for k, step in enumerate(program.products, 1):
         final = step.out == FINAL
         symmetric_gemm_(
             root if final else buffers[step.out],
@@ -137,23 +142,23 @@ def minimax_root_(
             table[k],
             sizes,
             norms,
-            kind=ROOT if final else PLANES,
+            kind=ROOT if final else SPLIT,
             products=step.products,
             doubled=step.doubled,
             promote=step.promote,
             add_left=step.coefficients[1] != 0.0,
             add_right=step.coefficients[2] != 0.0,
-            cut=cut,
+            config=config,
         )
 
 
 @functools.cache  # without a limit: a CUDA graph reads them again as long as it lives
 def _tables(
-    chain: Chain, eps: float, relative_eps: float, device: torch.device
+    program: MinimaxProgram, eps: float, relative_eps: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Constants of step 0, and the coefficients of S^2 and of every product, on the device."""
-    constants = torch.tensor([eps, relative_eps, *chain.first], dtype=torch.float64)
-    scale = plane_scale(SQUARED)
-    rows = [(1.0 / scale**2, 0.0, 0.0, 0.0), *(step.coefficients for step in chain.products)]
+    constants = torch.tensor([eps, relative_eps, *program.first], dtype=torch.float64)
+    scale = split_scale(SQUARED)
+    rows = [(1.0 / scale**2, 0.0, 0.0, 0.0), *(step.coefficients for step in program.products)]
     table = torch.tensor(rows, dtype=torch.float32)
     return constants.to(device), table.to(device)

@@ -26,19 +26,19 @@ SQUARED = 2.0  # bound of the entries of the matrix divided by the power of two 
 
 @dataclass(frozen=True)
 class Product:
-    """``out = a left right + b left + c right + d I`` of stored (scaled) planes."""
+    """``out = a left right + b left + c right + d I`` of stored (scaled and split) matrices."""
 
     left: int
     right: int
     out: int
     coefficients: tuple[float, float, float, float]
-    products: int  # 3: split precision; 1: leading planes only; 0: no product, a = 0
+    products: int  # 3: split precision; 1: leading bits only; 0: no product, a = 0
     doubled: bool  # left right + right left instead, for half the coefficient
     promote: int  # k after which the partial sum of split products is added to the rounded total
 
 
 @dataclass(frozen=True)
-class Chain:
+class MinimaxProgram:
     """All products of one refresh, and what the first elementwise pass has to write."""
 
     p: int
@@ -56,10 +56,10 @@ class _Value:
 
     @property
     def scale(self) -> float:
-        return plane_scale(self.bound)
+        return split_scale(self.bound)
 
 
-def plane_scale(bound: float) -> float:
+def split_scale(bound: float) -> float:
     """The power of two that brings values up to ``bound`` to 2^12 at most."""
     return 2.0 ** (_TOP - math.ceil(math.log2(bound)))
 
@@ -70,7 +70,7 @@ def residual_steps(p: int) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def root_chain(p: int, schedule: Schedule, relative_eps: float) -> Chain:
+def minimax_program(p: int, schedule: Schedule, relative_eps: float) -> MinimaxProgram:
     """The list for ``(A + ridge I)^(-1/p)``.
 
     Args:
@@ -91,7 +91,7 @@ class _Builder:
         self.products: list[Product] = []
         self.step = 0
 
-    def build(self) -> Chain:
+    def build(self) -> MinimaxProgram:
         count = len(self.schedule)
         growth = max(1, count - residual_steps(self.p))
         M = _Value(self._take(), 1.0)
@@ -109,7 +109,7 @@ class _Builder:
             self._multiply(X, X, ROOT, 1.0, b=1.0, products=0)
         first, second = ((value.buffer, value.scale) for value in start)
         products = tuple(self.products)
-        return Chain(self.p, self.schedule[0], first, second, self.buffers, products)
+        return MinimaxProgram(self.p, self.schedule[0], first, second, self.buffers, products)
 
     def _grow(
         self, M: _Value, X: _Value, c0: float, c1: float, c2: float, last: bool, turns: bool

@@ -4,7 +4,7 @@
 
 Replaces one float32 ``bmm`` per mode, the copies around a middle mode, and a norm. A root has
 entries over many orders of magnitude, so single TF32 products are wrong by per cents, while two
-fp16 planes of operands scaled by a power of two hold 22 bits. Loses to ``torch.bmm`` on a few
+fp16 numbers for an entry, scaled by a power of two, hold 22 bits. Loses to ``torch.bmm`` on a few
 blocks with d <= 128, where the launches for the scales weigh most.
 """
 
@@ -19,12 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from shampoo.kernels.triton.gram import layout_of, offsets, reach, unfolded
-from shampoo.kernels.triton.split_fp16 import peak_
+from shampoo.kernels.triton.split_fp16 import absmax_
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Cut(NamedTuple):
+class LaunchConfig(NamedTuple):
     """Tiles of ``rows`` x ``cols`` results, ``block_k`` of the mode at a time."""
 
     rows: int
@@ -34,13 +34,13 @@ class Cut(NamedTuple):
     stages: int
 
 
-def cut_of(size: int) -> Cut:
+def launch_config(size: int) -> LaunchConfig:
     """The tiles for a mode of this size."""
     if size <= 32:
-        return Cut(64, 32, 32, 4, 3)
+        return LaunchConfig(64, 32, 32, 4, 3)
     if size <= 128:
-        return Cut(64, 64, 32, 4, 3)
-    return Cut(128, 128, 32, 8, 3)
+        return LaunchConfig(64, 64, 32, 4, 3)
+    return LaunchConfig(128, 128, 32, 8, 3)
 
 
 def supports(out: Tensor, norm: Tensor, grad: Tensor, roots: Sequence[Tensor]) -> bool:
@@ -74,9 +74,9 @@ def apply_root_kernel(
     out,  # [B, before, d, after] float32
     blocks,  # [B, before, d, after]
     root,  # [B, d, d] float32, symmetric
-    block_peak,  # [B] int32: bits of the largest magnitude
-    root_peak,  # [B] int32
-    out_peak,  # [B] int32, raised, unless LAST
+    block_absmax,  # [B] int32: bits of the largest magnitude
+    root_absmax,  # [B] int32
+    out_absmax,  # [B] int32, raised, unless LAST
     squares,  # [B, tiles] float64, written if LAST
     size,  # d
     others,  # before * after
@@ -105,8 +105,8 @@ def apply_root_kernel(
     tile = tl.program_id(0) % count
     rows = (tile % row_tiles) * ROWS + tl.arange(0, ROWS)
     cols = (tile // row_tiles) * COLS + tl.arange(0, COLS)
-    block_scale, block_back = scale_of(tl.load(block_peak + matrix))
-    root_scale, root_back = scale_of(tl.load(root_peak + matrix))
+    block_scale, block_back = scale_of(tl.load(block_absmax + matrix))
+    root_scale, root_back = scale_of(tl.load(root_absmax + matrix))
     source = blocks + matrix * stride_b
     source += offsets(rows, after, stride_before, stride_after, LAYOUT)[:, None]
     factor = root + matrix * root_stride_b + cols[:, None] * root_stride_row
@@ -121,7 +121,7 @@ def apply_root_kernel(
         a_hi = a.to(tl.float16)
         x_hi = x.to(tl.float16)
         x_lo = (x - x_hi.to(tl.float32)).to(tl.float16)
-        if not HALF:  # what was half precision has no second plane
+        if not HALF:  # what was half precision has no rest
             a_lo = (a - a_hi.to(tl.float32)).to(tl.float16)
             total = tl.dot(a_lo, tl.trans(x_hi), total)
         total = tl.dot(a_hi, tl.trans(x_lo), total)
@@ -138,7 +138,7 @@ def apply_root_kernel(
         tl.store(squares + matrix * count + tile, tl.sum(tl.sum(wide * wide, axis=1)))
     else:
         bits = tl.abs(value).to(tl.int32, bitcast=True)
-        tl.atomic_max(out_peak + matrix, tl.max(tl.max(bits, axis=1)), sem="relaxed")
+        tl.atomic_max(out_absmax + matrix, tl.max(tl.max(bits, axis=1)), sem="relaxed")
 
 
 @triton.jit
@@ -154,7 +154,12 @@ def norm_kernel(norm, squares, stride, count, BLOCK: tl.constexpr):
 
 
 def precondition_(
-    out: Tensor, norm: Tensor, grad: Tensor, roots: Sequence[Tensor], *, cut: Cut | None = None
+    out: Tensor,
+    norm: Tensor,
+    grad: Tensor,
+    roots: Sequence[Tensor],
+    *,
+    config: LaunchConfig | None = None,
 ) -> None:
     """``out <- G x_1 X_1 ... x_o X_o`` and ``norm[b] <- |out_b|``.
 
@@ -163,33 +168,33 @@ def precondition_(
         norm: [B], written.
         grad: [B, d_1 .. d_o] float32, bfloat16 or float16.
         roots: One a mode: [B, d_k, d_k] float32 with unit column stride, positive semi-definite.
-        cut: The tiles of every mode; by the table of :func:`cut_of` by default.
+        config: The tiles of every mode; by the table of :func:`launch_config` by default.
     """
     batch, order = len(grad), len(roots)
     device = grad.device
-    peaks = torch.zeros(2 * order, batch, dtype=torch.int32, device=device)
+    absmax = torch.zeros(2 * order, batch, dtype=torch.int32, device=device)
     scratch = [torch.empty_like(out) for _ in range(min(order - 1, 2))]
     flat = grad.reshape(batch, 1, -1)
-    peak_(peaks[0], flat)
+    absmax_(absmax[0], flat)
     blocks = grad
     for mode, root in enumerate(roots):
         # No entry of a positive semi-definite matrix exceeds its largest diagonal entry.
-        peak_(peaks[order + mode], root.diagonal(dim1=1, dim2=2)[:, :, None])
+        absmax_(absmax[order + mode], root.diagonal(dim1=1, dim2=2)[:, :, None])
         last = mode == order - 1
         target = out if last else scratch[mode % 2]
         view, written = unfolded(blocks, mode), unfolded(target, mode)
         _, before, size, after = view.shape
-        tiles = cut_of(size) if cut is None else cut
-        row_tiles = triton.cdiv(before * after, tiles.rows)
-        count = row_tiles * triton.cdiv(size, tiles.cols)
+        chosen = launch_config(size) if config is None else config
+        row_tiles = triton.cdiv(before * after, chosen.rows)
+        count = row_tiles * triton.cdiv(size, chosen.cols)
         squares = torch.empty(batch * count if last else 1, dtype=torch.float64, device=device)
         apply_root_kernel[(batch * count,)](
             written,
             view,
             root,
-            peaks[mode],
-            peaks[order + mode],
-            peaks[min(mode + 1, order - 1)],
+            absmax[mode],
+            absmax[order + mode],
+            absmax[min(mode + 1, order - 1)],
             squares,
             size,
             before * after,
@@ -203,11 +208,11 @@ def precondition_(
             LAYOUT=layout_of(before, after),
             HALF=blocks.dtype != torch.float32,
             LAST=last,
-            ROWS=tiles.rows,
-            COLS=tiles.cols,
-            BLOCK_K=tiles.block_k,
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
+            ROWS=chosen.rows,
+            COLS=chosen.cols,
+            BLOCK_K=chosen.block_k,
+            num_warps=chosen.warps,
+            num_stages=chosen.stages,
         )
         blocks = target
     norm_kernel[(batch,)](norm, squares, norm.stride(0), count, BLOCK=64, num_warps=1)

@@ -24,7 +24,7 @@ from shampoo.kernels.reference.root_check import (
     VECTORS,
     white_vectors,
 )
-from shampoo.kernels.triton.split_fp16 import peak_
+from shampoo.kernels.triton.split_fp16 import absmax_
 
 _PANEL = 2 * VECTORS
 _ROWS = 64
@@ -32,7 +32,7 @@ _DEPTH = 64
 
 
 def supports(ok: Tensor, root: Tensor, factor: Tensor, ridge: Tensor, p: float) -> bool:
-    """Whether :func:`judge_roots_` takes these: float32, unit column strides, p an integer."""
+    """Whether :func:`check_roots_` takes these: float32, unit column strides, p an integer."""
     return (
         root.dtype == factor.dtype == torch.float32
         and root.numel() > 0
@@ -49,9 +49,9 @@ def magnitude(bits):
 
 
 @triton.jit
-def factor_size(factor_peak, ridge, matrix):
+def factor_size(factor_absmax, ridge, matrix):
     """The unit of A + ridge I: its entries are at most 1 in it."""
-    bits = tl.load(factor_peak + matrix)
+    bits = tl.load(factor_absmax + matrix)
     size = bits.to(tl.float32, bitcast=True).to(tl.float64) + tl.load(ridge + matrix)
     return tl.where(size > 0.0, size, tl.where(size == 0.0, 1.0, size))
 
@@ -61,8 +61,8 @@ def panel_kernel(
     out,  # [B, n, 16] float32; of it ``columns`` columns
     matrices,  # [B, n, n] float32
     panel,  # [B, n, 16] float32
-    factor_peak,
-    root_peak,
+    factor_absmax,
+    root_absmax,
     ridge,
     size,  # n
     stride_b,
@@ -93,10 +93,10 @@ def panel_kernel(
     mask = (rows < size)[:, None] & wanted
     at = rows[:, None] * PANEL + vectors[None, :]
     if IS_ROOT:
-        unit = magnitude(tl.load(root_peak + matrix))
+        unit = magnitude(tl.load(root_absmax + matrix))
         total *= (1.0 / unit).to(tl.float32)
     else:
-        unit = factor_size(factor_peak, ridge, matrix)
+        unit = factor_size(factor_absmax, ridge, matrix)
         total *= (1.0 / unit).to(tl.float32)
         shift = (tl.load(ridge + matrix) / unit).to(tl.float32)
         total += shift * tl.load(panel + at, mask=mask, other=0.0)
@@ -104,7 +104,7 @@ def panel_kernel(
 
 
 @triton.jit
-def judge_kernel(
+def check_kernel(
     ok,  # [B] bool
     values,  # [B, 2] float64: commutator and quadratic form
     commuted,  # [B, n, 16]: X A v in the last columns
@@ -113,8 +113,8 @@ def judge_kernel(
     right,  # [B, n, 16]: A X^ceil(p/2) v in the first
     start_panel,  # [B, n, 16]: v in the first
     root,  # [B, n, n]
-    factor_peak,
-    root_peak,
+    factor_absmax,
+    root_absmax,
     ridge,
     size,
     stride_b,
@@ -156,10 +156,10 @@ def judge_kernel(
         smallest = tl.minimum(smallest, tl.min(diagonal, axis=0))
     damping = tl.load(ridge + matrix)
     damped = damping > 0.0
-    bits = tl.load(root_peak + matrix)
+    bits = tl.load(root_absmax + matrix)
     largest = bits.to(tl.float32, bitcast=True).to(tl.float64)
     commutator = tl.sqrt(difference) / tl.sqrt(length)
-    unit = tl.log2(factor_size(factor_peak, ridge, matrix)) + p * tl.log2(magnitude(bits))
+    unit = tl.log2(factor_size(factor_absmax, ridge, matrix)) + p * tl.log2(magnitude(bits))
     form = form * tl.exp2(unit) / white
     tl.store(values + matrix * 2, commutator)
     tl.store(values + matrix * 2 + 1, form)
@@ -173,7 +173,7 @@ def judge_kernel(
     tl.store(ok + matrix, passed)
 
 
-def judge_roots_(
+def check_roots_(
     ok: Tensor,
     root: Tensor,
     factor: Tensor,
@@ -194,9 +194,9 @@ def judge_roots_(
     """
     batch, size, _ = root.shape
     p = int(p)
-    peaks = torch.zeros(2, batch, dtype=torch.int32, device=root.device)
-    peak_(peaks[0], factor)
-    peak_(peaks[1], root)
+    absmax = torch.zeros(2, batch, dtype=torch.int32, device=root.device)
+    absmax_(absmax[0], factor)
+    absmax_(absmax[1], root)
     row_tiles = triton.cdiv(size, _ROWS)
 
     def times(matrices: Tensor, panel: Tensor, out: Tensor, columns: int) -> Tensor:
@@ -204,8 +204,8 @@ def judge_roots_(
             out,
             matrices,
             panel,
-            peaks[0],
-            peaks[1],
+            absmax[0],
+            absmax[1],
             ridge,
             size,
             matrices.stride(0),
@@ -232,7 +232,7 @@ def judge_roots_(
     while len(powers) <= (p + 1) // 2:
         powers.append(times(root, powers[-1], fresh(), VECTORS))
     right = swapped if len(powers) == 2 else times(factor, powers[-1], fresh(), VECTORS)
-    judge_kernel[(batch,)](
+    check_kernel[(batch,)](
         ok,
         ridge.new_empty(batch, 2) if values is None else values,
         powers[1],
@@ -241,8 +241,8 @@ def judge_roots_(
         right,
         start,
         root,
-        peaks[0],
-        peaks[1],
+        absmax[0],
+        absmax[1],
         ridge,
         size,
         root.stride(0),

@@ -1,6 +1,6 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # mypy: disable-error-code="import-untyped, import-not-found"
-"""From float32 matrices to the fp16 planes that the root iteration works on.
+"""From float32 matrices to the pairs of fp16 ones that the root iteration works on.
 
 Replaces some ten elementwise calls and reductions of torch. Norms are partial results reduced in a
 fixed order: no float atomics, so that roots do not change from run to run or with the batch.
@@ -17,8 +17,8 @@ _TILE = 32
 
 
 @triton.jit
-def peak_kernel(
-    peak,
+def absmax_kernel(
+    absmax,
     values,
     sizes,
     count,
@@ -43,24 +43,24 @@ def peak_kernel(
         inside = inside & (at // columns < n) & (at % columns < n)
     value = tl.load(values + offset, mask=inside, other=0.0).to(tl.float32)
     bits = tl.abs(value).to(tl.int32, bitcast=True)
-    tl.atomic_max(peak + matrix, tl.max(bits, axis=0), sem="relaxed")
+    tl.atomic_max(absmax + matrix, tl.max(bits, axis=0), sem="relaxed")
 
 
-def peak_(peak: Tensor, values: Tensor, sizes: Tensor | None = None) -> None:
-    """``peak[b] <- max(peak[b], max |values[b]|)`` as the bits of a float32.
+def absmax_(absmax: Tensor, values: Tensor, sizes: Tensor | None = None) -> None:
+    """``absmax[b] <- max(absmax[b], max |values[b]|)`` as the bits of a float32.
 
     Args:
-        peak: [B] int32.
+        absmax: [B] int32.
         values: [B, rows, columns], any strides but unit ones for columns, or one column.
         sizes: [B] int32: rows and columns that count. All of them by default.
     """
     batch, rows, columns = values.shape
     for first in range(0, batch, 65535):  # the second axis of a grid ends there
         part = values[first : first + 65535]
-        peak_kernel[(triton.cdiv(rows * columns, _ELEMENTS), len(part))](
-            peak[first:],
+        absmax_kernel[(triton.cdiv(rows * columns, _ELEMENTS), len(part))](
+            absmax[first:],
             part,
-            peak if sizes is None else sizes[first:],
+            absmax if sizes is None else sizes[first:],
             rows * columns,
             part.stride(0),
             part.stride(1),
@@ -84,50 +84,50 @@ def unit_of(bits):
 
 
 @triton.jit
-def split(planes, at, rest, value, mask):
-    """Stores a scaled value in its two planes."""
+def store_split(split, at, rest, value, mask):
+    """Stores a scaled value as the sum of two fp16 numbers."""
     hi = value.to(tl.float16)
-    tl.store(planes + at, hi, mask=mask)
-    tl.store(planes + at + rest, (value - hi.to(tl.float32)).to(tl.float16), mask=mask)
+    tl.store(split + at, hi, mask=mask)
+    tl.store(split + at + rest, (value - hi.to(tl.float32)).to(tl.float16), mask=mask)
 
 
 @triton.jit
 def normalize_kernel(
-    planes, factor, peak, sizes, size, stride_b, stride_row, scale, BLOCK: tl.constexpr
+    split, factor, absmax, sizes, size, stride_b, stride_row, scale, BLOCK: tl.constexpr
 ):
-    """Planes of ``scale A / s``, zero outside of the real size; (A + A^T) / 2 is taken as A."""
+    """``scale A / s``, split, zero outside of the real size; (A + A^T) / 2 is taken as A."""
     matrix = tl.program_id(0)
     tile, across = tl.program_id(1), size // BLOCK
     rows = (tile // across) * BLOCK + tl.arange(0, BLOCK)
     cols = (tile % across) * BLOCK + tl.arange(0, BLOCK)
     n = tl.load(sizes + matrix)
     factor += matrix.to(tl.int64) * stride_b
-    planes += matrix.to(tl.int64) * 2 * size * size
+    split += matrix.to(tl.int64) * 2 * size * size
     inside = (rows[:, None] < n) & (cols[None, :] < n)
-    inverse = scale / unit_of(tl.load(peak + matrix))
+    inverse = scale / unit_of(tl.load(absmax + matrix))
     here = tl.load(factor + rows[:, None] * stride_row + cols[None, :], mask=inside, other=0.0)
     mirror = (cols[:, None] < n) & (rows[None, :] < n)
     there = tl.load(factor + cols[:, None] * stride_row + rows[None, :], mask=mirror, other=0.0)
     value = (here.to(tl.float64) + tl.trans(there).to(tl.float64)) * (0.5 * inverse)
     at = rows[:, None] * size + cols[None, :]
-    split(planes, at, size * size, value.to(tl.float32), None)
+    store_split(split, at, size * size, value.to(tl.float32), None)
 
 
-def normalize_(planes: Tensor, factor: Tensor, peak: Tensor, sizes: Tensor, scale: float) -> None:
-    """``planes = scale * factor / s`` with s the power of two below the peak, zero padded.
+def normalize_(split: Tensor, factor: Tensor, absmax: Tensor, sizes: Tensor, scale: float) -> None:
+    """``split = scale * factor / s``, zero padded; s is the power of two below the absmax.
 
     Args:
-        planes: [B, 2, N, N] float16, written; N a multiple of 32.
+        split: [B, 2, N, N] float16, written; N a multiple of 32.
         factor: [B, n, n] float32 with unit column stride, n <= N.
-        peak: [B] int32 from :func:`peak_`.
+        absmax: [B] int32 from :func:`absmax_`.
         sizes: [B] int32: rows and columns that count.
         scale: A power of two.
     """
-    batch, _, size, _ = planes.shape
+    batch, _, size, _ = split.shape
     normalize_kernel[(batch, (size // _TILE) ** 2)](
-        planes,
+        split,
         factor,
-        peak,
+        absmax,
         sizes,
         size,
         factor.stride(0),
@@ -139,7 +139,7 @@ def normalize_(planes: Tensor, factor: Tensor, peak: Tensor, sizes: Tensor, scal
 
 
 @triton.jit
-def measure_kernel(norms, ridge, squares, peak, constants, count, power, BLOCK: tl.constexpr):
+def measure_kernel(norms, ridge, squares, absmax, constants, count, power, BLOCK: tl.constexpr):
     """Norm, ridge and scales of one matrix from the squared norms of the tiles of S^2."""
     matrix = tl.program_id(0)
     squares += matrix.to(tl.int64) * count
@@ -147,7 +147,7 @@ def measure_kernel(norms, ridge, squares, peak, constants, count, power, BLOCK: 
     for start in range(0, count, BLOCK):  # pieces of one length: zero padding changes no bit
         at = start + tl.arange(0, BLOCK)
         total += tl.sum(tl.load(squares + at, mask=at < count, other=0.0), axis=0)
-    unit = unit_of(tl.load(peak + matrix))
+    unit = unit_of(tl.load(absmax + matrix))
     norm = tl.sqrt(tl.sqrt(total))  # ||S^2||_F^(1/2)
     absolute, relative = tl.load(constants) / unit, tl.load(constants + 1) * norm
     rho = tl.where(relative < absolute, absolute, relative)  # keeps a NaN of the norm
@@ -160,7 +160,7 @@ def measure_kernel(norms, ridge, squares, peak, constants, count, power, BLOCK: 
 
 
 def measure_(
-    norms: Tensor, ridge: Tensor, squares: Tensor, peak: Tensor, constants: Tensor, p: int
+    norms: Tensor, ridge: Tensor, squares: Tensor, absmax: Tensor, constants: Tensor, p: int
 ) -> None:
     """Ridge and scales of every matrix, left on the device.
 
@@ -170,20 +170,20 @@ def measure_(
         norms: [B, 4] float64, written: 1 / c, rho / c, s, (c s)^(-1/p).
         ridge: [B] float64, written: rho s.
         squares: [B, tiles] float64: squared norms of the tiles of S^2.
-        peak: [B] int32 from :func:`peak_`.
+        absmax: [B] int32 from :func:`absmax_`.
         constants: float64, beginning with eps and relative_eps.
         p: The root.
     """
     measure_kernel[(len(norms),)](
-        norms, ridge, squares, peak, constants, squares.shape[1], p, BLOCK=64, num_warps=1
+        norms, ridge, squares, absmax, constants, squares.shape[1], p, BLOCK=64, num_warps=1
     )
 
 
 @triton.jit
 def start_kernel(
-    first_planes,
-    root_planes,
-    planes,
+    first_split,
+    root_split,
+    split,
     square,
     norms,
     constants,
@@ -204,8 +204,8 @@ def start_kernel(
     c1 = tl.load(constants + 3)
     c2 = tl.load(constants + 4)
     inside = at < rest
-    hi = tl.load(planes + 2 * base + at, mask=inside, other=0.0).to(tl.float32)
-    lo = tl.load(planes + 2 * base + rest + at, mask=inside, other=0.0).to(tl.float32)
+    hi = tl.load(split + 2 * base + at, mask=inside, other=0.0).to(tl.float32)
+    lo = tl.load(split + 2 * base + rest + at, mask=inside, other=0.0).to(tl.float32)
     S = (hi + lo) * inverse_scale
     S2 = tl.load(square + base + at, mask=inside, other=0.0)
     diagonal = at // size == at % size
@@ -214,14 +214,14 @@ def start_kernel(
     constant = (c0 + c1 * low + c2 * low * low).to(tl.float32)
     X = S * linear + S2 * (c2 * inverse * inverse).to(tl.float32)
     X += tl.where(diagonal, constant, 0.0)
-    split(first_planes + 2 * base, at, rest, M * first_scale, inside)
-    split(root_planes + 2 * base, at, rest, X * root_scale, inside)
+    store_split(first_split + 2 * base, at, rest, M * first_scale, inside)
+    store_split(root_split + 2 * base, at, rest, X * root_scale, inside)
 
 
 def start_(
     first: Tensor,
     root: Tensor,
-    planes: Tensor,
+    split: Tensor,
     square: Tensor,
     norms: Tensor,
     constants: Tensor,
@@ -235,7 +235,7 @@ def start_(
     Args:
         first: [B, 2, N, N] float16, written: M times ``first_scale``.
         root: The same: X times ``root_scale``.
-        planes: The same, read: S times ``scale``.
+        split: The same, read: S times ``scale``.
         square: [B, N, N] float32: S^2.
         norms: [B, 4] float64 from :func:`measure_`.
         constants: float64: eps, relative_eps, c0, c1, c2.
@@ -243,11 +243,11 @@ def start_(
         first_scale: Of M.
         root_scale: Of X.
     """
-    batch, _, size, _ = planes.shape
+    batch, _, size, _ = split.shape
     start_kernel[(batch, triton.cdiv(size * size, _ELEMENTS))](
         first,
         root,
-        planes,
+        split,
         square,
         norms,
         constants,

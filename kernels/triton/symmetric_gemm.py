@@ -6,8 +6,8 @@ Replaces ``torch.bmm`` on float32 in the root iteration: three fp16 products for
 over little more than half of the tiles. A plain product of a few matrices with n <= 512 does not
 fill a GPU, and there one call of cuBLAS is at least as fast; the win at those sizes is the batch.
 
-A matrix x is kept as two fp16 planes of sigma x: the leading bits and the rest, 22 bits together.
-sigma is a power of two from a bound of the entries that is known on the host, so
+A matrix x is kept as the sum of two fp16 matrices: the leading bits of sigma x and the rest, 22
+bits together. sigma is a power of two from a bound of the entries that is known on the host, so
 hi hi + hi lo + lo hi share one float32 accumulator. Tensor cores truncate when they accumulate, so
 every few k a fresh accumulator starts and the old one is added, rounded, in registers.
 
@@ -26,11 +26,11 @@ from torch import Tensor
 
 from shampoo.kernels.triton.arch import BLACKWELL, HOPPER, capability, mirrored, triangle
 
-PLANES, ROOT, SQUARE = 0, 1, 2  # what a product writes
+SPLIT, ROOT, SQUARE = 0, 1, 2  # what a product writes
 
 
-class Tiles(NamedTuple):
-    """How one product is cut: ``block`` x ``block`` tiles, ``block_k`` of k at a time.
+class LaunchConfig(NamedTuple):
+    """How one product is launched: ``block`` x ``block`` tiles, ``block_k`` of k at a time.
 
     ``promote`` bounds the k that three products add up in one accumulator.
     """
@@ -42,26 +42,26 @@ class Tiles(NamedTuple):
     promote: int = 256
 
 
-def tiles(n: int, device: torch.device) -> Tiles:
-    """The cut for matrices of size n: a table, as kernels that accumulate cannot be tuned live.
+def launch_config(n: int, device: torch.device) -> LaunchConfig:
+    """The tiles for matrices of size n: a table, as kernels that accumulate cannot be tuned live.
 
     64 x 64 tiles where 128 x 128 ones would be mostly padding, and on the A100, whose fragments of
-    four planes leave no registers for larger ones. A stage of the large cut holds 64 KiB.
+    four fp16 matrices leave no registers for larger ones. A stage of the large tiles holds 64 KiB.
 
     On the B200, Triton 3.6 copies some of those tiles, which leaves no room for a third stage, and
     where not every step of k starts a fresh accumulator it keeps one more than tensor memory holds.
     """
     if capability(device) < HOPPER:
-        return Tiles(64, 32, 4, 3)
+        return LaunchConfig(64, 32, 4, 3)
     if n <= 320 and padded(n, 64) < padded(n, 128):
-        return Tiles(64, 64, 4, 3)
+        return LaunchConfig(64, 64, 4, 3)
     if capability(device) >= BLACKWELL:
-        return Tiles(128, 64, 8, 2, promote=64)
-    return Tiles(128, 64, 8, 3)
+        return LaunchConfig(128, 64, 8, 2, promote=64)
+    return LaunchConfig(128, 64, 8, 3)
 
 
 def padded(n: int, block: int) -> int:
-    """The size of the planes: whole tiles, so that the loop over k needs no masks."""
+    """The padded size: whole tiles, so that the loop over k needs no masks."""
     return -(-n // block) * block
 
 
@@ -89,7 +89,7 @@ def _accumulate(
     k = tl.arange(0, BLOCK_K)
     a = left + rows[:, None] * size + k[None, :]
     b = right + cols[:, None] * size + k[None, :]
-    rest = size * size  # from the leading plane to the other
+    rest = size * size  # from the leading bits to the rest
     partial = tl.zeros((BLOCK, BLOCK), tl.float32)
     for step in range(steps):
         a_hi = tl.load(a)
@@ -111,7 +111,7 @@ def _accumulate(
 
 
 @triton.jit
-def _planes_at(matrix, rows, cols, size):
+def _load_split(matrix, rows, cols, size):
     """The stored value of a tile, float32."""
     at = matrix + rows[:, None] * size + cols[None, :]
     return tl.load(at).to(tl.float32) + tl.load(at + size * size).to(tl.float32)
@@ -119,7 +119,7 @@ def _planes_at(matrix, rows, cols, size):
 
 @triton.jit
 def symmetric_gemm_kernel(
-    out,  # [B, 2, N, N] fp16 planes, or [B, n, n] float32 (ROOT), or [B, N, N] float32 (SQUARE)
+    out,  # [B, 2, N, N] fp16 (SPLIT), or [B, n, n] float32 (ROOT), or [B, N, N] float32 (SQUARE)
     left,  # [B, 2, N, N]
     right,  # [B, 2, N, N]
     coefficients,  # [4] float32
@@ -161,9 +161,9 @@ def symmetric_gemm_kernel(
             )
     value = tl.load(coefficients) * total
     if ADD_LEFT:
-        value += tl.load(coefficients + 1) * _planes_at(left, rows, cols, size)
+        value += tl.load(coefficients + 1) * _load_split(left, rows, cols, size)
     if ADD_RIGHT:
-        value += tl.load(coefficients + 2) * _planes_at(right, rows, cols, size)
+        value += tl.load(coefficients + 2) * _load_split(right, rows, cols, size)
     diagonal = rows[:, None] == cols[None, :]
     value += tl.where(diagonal, tl.load(coefficients + 3), 0.0)
     if row_tile == col_tile:
@@ -209,12 +209,12 @@ def symmetric_gemm_(
     promote: int,
     add_left: bool,
     add_right: bool,
-    cut: Tiles,
+    config: LaunchConfig,
 ) -> None:
     """``out = a left right + b left + c right + d I`` for every matrix, bitwise symmetric.
 
     Args:
-        out: By ``kind``: fp16 planes [B, 2, N, N] (``PLANES``); float32 [B, n, n] with unit column
+        out: By ``kind``: fp16 [B, 2, N, N] (``SPLIT``); float32 [B, n, n] with unit column
             stride, times ``norms[b, 3]`` (``ROOT``); float32 [B, N, N], with the squared Frobenius
             norm of every tile left in ``norms`` (``SQUARE``). Must not overlap an operand.
         left: [B, 2, N, N] float16, symmetric; N a multiple of the block.
@@ -223,15 +223,15 @@ def symmetric_gemm_(
         sizes: [B] int32: matrices end here, what is beyond counts as zero and is not written.
         norms: [B, 4] float64 (``ROOT``) or [B, tiles] float64 (``SQUARE``).
         kind: What ``out`` is.
-        products: 3, 1 (leading planes only) or 0 (no product).
+        products: 3, 1 (leading bits only) or 0 (no product).
         doubled: Adds ``right left`` to ``left right``: symmetric to the last bit before mirroring.
-        promote: k after which three products start a fresh accumulator; ``cut`` may say fewer.
+        promote: k after which three products start a fresh accumulator; ``config`` may say fewer.
         add_left: Whether b is not zero.
         add_right: Whether c is not zero.
-        cut: The tiles.
+        config: The tiles.
     """
     batch, _, size, _ = left.shape
-    count = tile_count(size, cut.block)
+    count = tile_count(size, config.block)
     symmetric_gemm_kernel[(batch * count,)](
         out,
         left,
@@ -245,12 +245,12 @@ def symmetric_gemm_(
         count,
         PRODUCTS=products,
         DOUBLED=doubled,
-        PROMOTE=min(promote, cut.promote),
+        PROMOTE=min(promote, config.promote),
         ADD_LEFT=add_left,
         ADD_RIGHT=add_right,
         KIND=kind,
-        BLOCK=cut.block,
-        BLOCK_K=cut.block_k,
-        num_warps=cut.warps,
-        num_stages=cut.stages,
+        BLOCK=config.block,
+        BLOCK_K=config.block_k,
+        num_warps=config.warps,
+        num_stages=config.stages,
     )

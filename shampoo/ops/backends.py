@@ -22,39 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shampoo.ops.registry import OPS, Op, kinds_of
+
 BACKENDS = ("auto", "cuda", "triton", "reference")
 REFERENCE = "reference"
-
-# The kernels of a CUDA device. What is not here has none: products of whole stacks are cuBLAS's.
-KERNELS: dict[str, tuple[str, ...]] = {
-    "gather_blocks_": ("cuda",),
-    "magnitudes_": ("cuda",),
-    "graft_moments_": ("cuda",),
-    "update_blocks_": ("cuda",),
-    "gram_ema_": ("triton",),
-    "precondition_": ("triton",),
-    "minimax_root_": ("cuda", "triton"),
-    "small_root_": ("cuda",),
-    "judge_roots_": ("triton",),
-}
-
-# The argument whose dtype and size decide, by its place: the first of several that is there; of a
-# list, the dtype of the first and the size of all.
-_SUBJECT = {
-    "gather_blocks_": (0,),
-    "magnitudes_": (1,),
-    "graft_moments_": (0, 1, 2, 3, 4),
-    "update_blocks_": (2,),
-    "gram_ema_": (0,),
-    "precondition_": (0,),
-    "minimax_root_": (0,),
-    "small_root_": (0,),
-    "judge_roots_": (1,),
-}
-ELEMENTWISE = ("gather_blocks_", "magnitudes_", "graft_moments_", "update_blocks_")
-
-SMALL = 128  # rows of a matrix whose whole root chain one thread block holds, csrc/launch.h
-SMALL_STEPS = 16  # of its schedule
 
 Table = Mapping[str, Any]
 
@@ -91,6 +62,8 @@ def read_table(path: str) -> Table:
                 resources.files("shampoo.ops").joinpath("backends.json").read_text(encoding="utf-8")
             )
         found = json.loads(text)
+        for op, kernel in found["cpu"].items():
+            _check_kernel(op, kernel, "cpu")
         for card in found["cuda"].values():
             for op, dtypes in card["ops"].items():
                 for row in (row for rows in dtypes.values() for row in rows):
@@ -105,11 +78,15 @@ def read_table(path: str) -> Table:
 
 
 def _check(op: str, row: Mapping[str, Any]) -> None:
-    known = (*KERNELS.get(op, ()), REFERENCE)
-    if row["kernel"] not in known:
-        raise ValueError(f"kernel={row['kernel']!r} for {op}. Must be one of {known}")
+    _check_kernel(op, row["kernel"], "cuda")
     if not row["size"] > 0:
         raise ValueError(f"size={row['size']} for {op}. Must be > 0")
+
+
+def _check_kernel(op: str, kernel: str, device: str) -> None:
+    known = (*kinds_of(op, device), REFERENCE)
+    if kernel not in known:
+        raise ValueError(f"kernel={kernel!r} for {op}. Must be one of {known}")
 
 
 def choose(
@@ -134,11 +111,11 @@ def choose(
     if device == "cpu":
         if backend == "auto":
             return str(table["cpu"].get(op, REFERENCE))
-        return "cpp" if backend == "cuda" and table["cpu"].get(op) else REFERENCE
+        return "cpp" if backend == "cuda" and "cpp" in kinds_of(op, "cpu") else REFERENCE
     if device != "cuda":
         return REFERENCE
     if backend != "auto":
-        return backend if backend in KERNELS.get(op, ()) else REFERENCE
+        return backend if backend in kinds_of(op, "cuda") else REFERENCE
     rows: Sequence[Mapping[str, Any]]
     rows = table["cuda"].get(card, {}).get("ops", {}).get(op, {}).get(dtype, ())
     # The measurement of the next size above; beyond the last one, the last.
@@ -166,53 +143,27 @@ def wanted(backend: str, card: str, table: Table) -> frozenset[str]:
     return frozenset(named[backend])
 
 
-def router(op: str, backend: str, table: Table) -> Callable[[Sequence[Any]], str]:
+def router(op: Op, backend: str, table: Table) -> Callable[[Sequence[Any]], str]:
     """:func:`choose` for the arguments of a call on a CUDA device, whether or not it takes them."""
-    places, counts = _SUBJECT[op], op in ELEMENTWISE
+    places = op.places_of(op.subject)
 
     @functools.lru_cache(maxsize=1024)
     def remembered(dtype: torch.dtype, size: int, card: str) -> str:
         name = str(dtype).removeprefix("torch.")
-        return choose(op, "cuda", name, size, backend=backend, card=card, table=table)
+        return choose(op.name, "cuda", name, size, backend=backend, card=card, table=table)
 
     def kernel_for(arguments: Sequence[Any]) -> str:
-        given: Tensor | Sequence[Tensor]
-        given = next(arguments[at] for at in places if arguments[at] is not None)
-        tensors = [given] if isinstance(given, Tensor) else given
+        subject: Tensor | Sequence[Tensor]
+        subject = next(arguments[at] for at in places if arguments[at] is not None)
+        tensors = [subject] if isinstance(subject, Tensor) else subject
         first = tensors[0]
-        if counts:
+        if op.is_elementwise:
             size = sum(tensor.numel() for tensor in tensors)
         else:
             size = max(first.shape[1:], default=0)
         return remembered(first.dtype, size, card_of(first.device))
 
     return kernel_for
-
-
-def supports_small_root(
-    root: Tensor,
-    ridge: Tensor,
-    factor: Tensor,
-    p: int,
-    eps: object,
-    relative_eps: object,
-    schedule: Sequence[float],
-) -> bool:
-    """Whether the fused chain in CUDA C++ takes these: float32, contiguous, n <= 128, p >= 2."""
-    return (
-        root.dtype == factor.dtype == torch.float32
-        and factor.shape[-1] <= SMALL
-        and p >= 2
-        and 3 <= len(schedule) <= 3 * SMALL_STEPS
-        and root.is_contiguous()
-        and factor.is_contiguous()
-        and ridge.is_contiguous()
-    )
-
-
-def supports_magnitudes(out: Tensor, tensors: Sequence[Tensor]) -> bool:
-    """Whether the kernel in CUDA C++ takes these: one launch has the memory of one device."""
-    return all(tensor.device == out.device for tensor in tensors)
 
 
 @functools.cache
@@ -232,14 +183,15 @@ def card() -> str:
 
 def describe(backend: str, card: str, table: Table) -> dict[str, str]:
     """For every op with kernels on a CUDA device, in words which one runs, and where it loses."""
+    names = [op.name for op in OPS.values() if op.kinds("cuda")]
     if backend != "auto":
         return {
             op: choose(op, "cuda", "float32", 1, backend=backend, card=card, table=table)
-            for op in KERNELS
+            for op in names
         }
     measured = table["cuda"].get(card, {}).get("ops", {})
     said = {}
-    for op in KERNELS:
+    for op in names:
         rows = sorted(measured.get(op, {}).get("float32", ()), key=_size)
         said[op] = "; ".join(map(_in_words, rows)) or "reference (not yet measured on this card)"
     return said

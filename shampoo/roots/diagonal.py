@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shampoo.kernels.reference.norms import elementwise_power, largest_entry, schatten4
+from shampoo.kernels.reference.norms import absmax, elementwise_power, schatten4
 from shampoo.roots.eigh import NEGLIGIBLE
 
 
@@ -31,7 +31,7 @@ def diagonal_root_(
     if n > 1:
         # Without its last entry, a matrix is n - 1 rows of one diagonal entry and n others.
         rest = factor.flatten(1)[:, :-1].view(count, n - 1, n + 1)[:, :, 1:]
-        largest = largest_entry(rest)
+        largest = absmax(rest)
     finite = largest.isfinite() & values.isfinite().all(dim=1)
     diagonal = finite & (largest == 0)
     if not (reads and finite.all()):

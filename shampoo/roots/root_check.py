@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from shampoo import ops
-from shampoo.kernels.reference.root_check import probe
+from shampoo.kernels.reference.root_check import check_values
 
-__all__ = ["passes_root_check", "probe"]
+__all__ = ["check_values", "passes_root_check"]
 
 
 def passes_root_check(root: Tensor, factor: Tensor, ridge: Tensor, p: float) -> Tensor:
@@ -22,5 +22,5 @@ def passes_root_check(root: Tensor, factor: Tensor, ridge: Tensor, p: float) -> 
         p: The power of the root.
     """
     ok = torch.empty(len(root), dtype=torch.bool, device=root.device)
-    ops.judge_roots_(ok, root, factor, ridge, p)
+    ops.check_roots_(ok, root, factor, ridge, p)
     return ok

@@ -11,9 +11,10 @@ from root_cases import stack
 
 from shampoo import ops
 from shampoo.kernels.reference import minimax
-from shampoo.ops import backends, jit
+from shampoo.ops import OPS, backends, jit, routes, supports
 from shampoo.roots.minimax_table import minimax_schedule
 
+ON_CUDA = {name: op.kinds("cuda") for name, op in OPS.items() if op.kinds("cuda")}
 NOTHING: backends.Table = {"cpu": {}, "cuda": {}}
 
 
@@ -56,17 +57,17 @@ def test_auto_takes_the_fastest_of_the_next_measured_size(op, size, kernel):
 
 
 def test_auto_keeps_the_reference_where_nothing_was_measured():
-    for op, size in itertools.product(backends.KERNELS, (1, 128, 4096)):
+    for op, size in itertools.product(ON_CUDA, (1, 128, 4096)):
         assert choose(op, size, card="8.0") == "reference"
         assert choose(op, size, card="") == "reference"
         assert choose(op, size, dtype="float64") == "reference"
         assert choose(op, size, rows=NOTHING) == "reference"
 
 
-@pytest.mark.parametrize("op", backends.KERNELS)
+@pytest.mark.parametrize("op", ON_CUDA)
 def test_a_named_backend_is_taken_whatever_the_table_says(op):
     for kind, size in itertools.product(("cuda", "triton"), (1, 128, 4096)):
-        expected = kind if kind in backends.KERNELS[op] else "reference"
+        expected = kind if kind in ON_CUDA[op] else "reference"
         for rows in (MEASURED, NOTHING):
             assert choose(op, size, backend=kind, rows=rows) == expected
     assert choose(op, 256, backend="reference") == "reference"
@@ -75,7 +76,7 @@ def test_a_named_backend_is_taken_whatever_the_table_says(op):
 def test_kernels_for_the_cpu_are_those_in_cpp():
     for backend, kernel in (("auto", "cpp"), ("cuda", "cpp")):
         assert choose("gram_ema_", 64, device="cpu", backend=backend) == kernel
-        assert choose("judge_roots_", 64, device="cpu", backend=backend) == "reference"
+        assert choose("check_roots_", 64, device="cpu", backend=backend) == "reference"
     for backend in ("triton", "reference"):
         assert choose("gram_ema_", 64, device="cpu", backend=backend) == "reference"
     assert choose("gram_ema_", 256, device="mps") == "reference"
@@ -102,19 +103,19 @@ def test_size_and_dtype_are_those_of_what_the_op_works_on():
         "gram_ema_": 4,
         "precondition_": 4,
         "minimax_root_": 4,
-        "small_root_": 4,
-        "judge_roots_": 4,
+        "minimax_small_root_": 4,
+        "check_roots_": 4,
     }
-    assert set(sizes) == set(backends.KERNELS)
+    assert set(sizes) == set(ON_CUDA)
     for op, size in sizes.items():
-        kind = backends.KERNELS[op][0]
+        kind, record = ON_CUDA[op][0], OPS[op]
         # Tensors of a CPU belong to a card without a name.
-        at = backends.router(op, "auto", table("", **{op: [(size, kind), (99, "reference")]}))
+        at = backends.router(record, "auto", table("", **{op: [(size, kind), (99, "reference")]}))
         below = table("", **{op: [(size - 1, kind), (99, "reference")]})
         assert at(arguments[op]) == kind
-        assert backends.router(op, "auto", below)(arguments[op]) == "reference"
+        assert backends.router(record, "auto", below)(arguments[op]) == "reference"
         other = table("", "float64", **{op: [(99, kind)]})
-        assert backends.router(op, "auto", other)(arguments[op]) == "reference"
+        assert backends.router(record, "auto", other)(arguments[op]) == "reference"
 
 
 def root_call(n, p=4, dtype=torch.float32, count=2):
@@ -126,66 +127,66 @@ def root_call(n, p=4, dtype=torch.float32, count=2):
 
 def test_magnitudes_of_several_devices_are_left_to_the_reference():
     out, here = torch.empty(2, dtype=torch.float64), torch.ones(3)
-    assert backends.supports_magnitudes(out, [here, here])
-    assert not backends.supports_magnitudes(out, [here, here.to("meta")])
-    assert not backends.supports_magnitudes(out.to("meta"), [here, here])
+    assert supports.magnitudes(out, [here, here])
+    assert not supports.magnitudes(out, [here, here.to("meta")])
+    assert not supports.magnitudes(out.to("meta"), [here, here])
 
 
 @pytest.fixture
-def small_chain(monkeypatch):
-    """Stands in for the fused chain, which needs a GPU: it writes the number of rows it saw."""
-    monkeypatch.setattr(ops, "_routes", {})
-    monkeypatch.setattr(ops, "_register", lambda name, meaning: None)
+def small_root():
+    """Stands in for the kernel of small roots, which needs a GPU: it writes the rows it saw."""
 
-    def chain(root, ridge, factor, *_):
+    def run(root, ridge, factor, *_):
         root.fill_(factor.shape[-1])
 
     with torch.library._scoped_library("shampoo", "IMPL") as library:
-        library.impl("cuda_small_root_", chain, "CPU")
+        library.impl("cuda_minimax_small_root_", run, "CPU")
         yield
 
 
-@pytest.mark.parametrize("backend", ["cuda", "auto"])
-def test_small_float32_roots_go_to_the_fused_chain(small_chain, backend):
-    rows = table("", minimax_root_=[(128, "cuda"), (1024, "reference")])
-    ops._route("minimax_root_", backend, rows, {"cpp", "cuda"})
-    run = ops._routes["minimax_root_"]
+def root_route(backend, rows):
+    return routes.routes_of(OPS["minimax_root_"], backend, rows, {"cpp", "cuda"})["minimax_root_"]
 
-    def is_fused(*arguments):
+
+@pytest.mark.parametrize("backend", ["cuda", "auto"])
+def test_small_float32_roots_go_to_the_kernel_for_them(small_root, backend):
+    rows = table("", minimax_root_=[(128, "cuda"), (1024, "reference")])
+    run = root_route(backend, rows)
+
+    def is_small(*arguments):
         run(*arguments)
         assert arguments[0].isfinite().all()
         return bool((arguments[0] == arguments[2].shape[-1]).all())
 
     for n in (1, 32, 128):
         for p in (2, 4):
-            assert is_fused(*root_call(n, p))
-    assert not is_fused(*root_call(129))
-    assert not is_fused(*root_call(64, p=1))
-    assert not is_fused(*root_call(64, dtype=torch.float64))
+            assert is_small(*root_call(n, p))
+    assert not is_small(*root_call(129))
+    assert not is_small(*root_call(64, p=1))
+    assert not is_small(*root_call(64, dtype=torch.float64))
     _, *rest = root_call(64)
     strided = torch.full((2, 64, 128), torch.nan)[:, :, ::2]
-    assert not is_fused(strided, *rest)
+    assert not is_small(strided, *rest)
 
 
-def test_the_limits_of_the_fused_chain_are_those_of_its_source():
+def test_the_limits_of_small_roots_are_those_of_the_source():
     source = (jit.source_dir() / "launch.h").read_text()
-    assert f"kMaxRootSize = {backends.SMALL};" in source
-    assert f"kMaxSteps = {backends.SMALL_STEPS};" in source
+    assert f"kMaxRootSize = {supports.SMALL_ROWS};" in source
+    assert f"kMaxSteps = {supports.SMALL_STEPS};" in source
 
 
-def test_auto_leaves_small_roots_where_the_table_does(small_chain):
-    ops._route("minimax_root_", "auto", table("", minimax_root_=[(128, "reference")]), {"cuda"})
+def test_auto_leaves_small_roots_where_the_table_does(small_root):
     root, *rest = root_call(64)
-    ops._routes["minimax_root_"](root, *rest)
+    root_route("auto", table("", minimax_root_=[(128, "reference")]))(root, *rest)
     expected = torch.empty_like(root)
     minimax.minimax_root_(expected, *rest)
     assert torch.equal(root, expected)
 
 
-def test_kernels_that_are_not_loaded_are_not_routed_to(small_chain):
-    ops._route("minimax_root_", "auto", MEASURED, {"cpp"})
-    ops._route("gram_ema_", "cuda", MEASURED, {"cpp", "cuda"})  # there is none in CUDA C++
-    assert ops._routes == {}
+def test_kernels_that_are_not_loaded_are_not_routed_to():
+    assert routes.routes_of(OPS["minimax_root_"], "auto", MEASURED, {"cpp"}) == {}
+    there_is_none = routes.routes_of(OPS["gram_ema_"], "cuda", MEASURED, {"cpp", "cuda"})
+    assert there_is_none == {}
 
 
 def test_the_shipped_table_names_the_kernels_that_the_cpu_has(monkeypatch):
@@ -196,7 +197,7 @@ def test_the_shipped_table_names_the_kernels_that_the_cpu_has(monkeypatch):
     assert {name for name, kind in shipped["cpu"].items() if kind == "cpp"} == compiled
     for card in shipped["cuda"].values():
         assert set(card) >= {"card", "commit", "torch", "ops"}
-        assert set(card["ops"]) <= set(backends.KERNELS)
+        assert set(card["ops"]) <= set(ON_CUDA)
 
 
 def test_a_table_may_lie_anywhere_and_is_checked(tmp_path, monkeypatch):
@@ -209,6 +210,7 @@ def test_a_table_may_lie_anywhere_and_is_checked(tmp_path, monkeypatch):
         ("text", "no JSON", "JSONDecodeError"),
         ("list", "[]", "TypeError"),
         ("kernel", json.dumps(table(gram_ema_=[(64, "cuda")])), "kernel='cuda' for gram_ema_"),
+        ("cpu", json.dumps({**MEASURED, "cpu": {"check_roots_": "cpp"}}), "'cpp' for check_roots_"),
         ("size", json.dumps(table(gram_ema_=[(0, "triton")])), "size=0 for gram_ema_"),
     ):
         path = tmp_path / name

@@ -84,7 +84,7 @@ def small_root(A, p, relative_eps):
     A = A.cuda()
     X, ridge = torch.full_like(A, torch.nan), torch.empty(len(A), dtype=torch.float64).cuda()
     schedule = [c for step in minimax_schedule(p, relative_eps) for c in step]
-    ops.small_root_(X, ridge, A, p, 0.0, relative_eps, schedule)
+    ops.minimax_small_root_(X, ridge, A, p, 0.0, relative_eps, schedule)
     return X.cpu(), ridge.cpu()
 
 
@@ -169,7 +169,7 @@ def test_kernels_replay_from_a_graph():
         scalars = (0.5, True, 0.9, 1.0, 0.5, 0.5, 1.0, 1e-8, True)
         ops.graft_moments_(flat, None, square, None, norm, [grad], tiles, *scalars)
         ops.update_blocks_([weight], None, flat, norm, tiles, 0.1, 0.0, 0.0, False)
-        ops.small_root_(root, ridge, factor, 4, 0.0, 1e-6, schedule)
+        ops.minimax_small_root_(root, ridge, factor, 4, 0.0, 1e-6, schedule)
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):

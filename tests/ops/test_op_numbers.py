@@ -9,12 +9,7 @@ from torch import Tensor
 
 from shampoo import ops
 
-NUMBERS = {
-    "gather_blocks_": ("alpha",),
-    "graft_moments_": ("alpha", "beta1", "correction1", "beta2", "weight2", "correction2"),
-    "gram_ema_": ("beta", "weight"),
-    "update_blocks_": ("lr", "weight_decay", "mu", "step"),
-}
+NUMBERS = {name: op.moving for name, op in ops.OPS.items() if op.moving}
 
 
 @pytest.fixture(params=NUMBERS)

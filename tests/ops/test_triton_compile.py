@@ -1,4 +1,4 @@
-"""Every Triton kernel ahead of time, as its launcher launches it, for three kinds of chips."""
+"""Every Triton kernel ahead of time, as its launcher launches it, for three architectures."""
 
 import importlib
 import os
@@ -23,8 +23,8 @@ pytestmark = [
 ]
 
 # sm: the tensor core instruction, and the shared memory that a block may have
-CHIPS = {80: ("mma.sync", 163), 90: ("wgmma.mma_async", 227), 100: ("tcgen05.mma", 227)}
-MODULES = ("gram", "planes", "precondition", "probe", "symmetric_gemm")
+ARCHES = {80: ("mma.sync", 163), 90: ("wgmma.mma_async", 227), 100: ("tcgen05.mma", 227)}
+MODULES = ("gram", "precondition", "root_check", "split_fp16", "symmetric_gemm")
 TENSOR_CORES = {
     "symmetric_gemm_kernel",
     "gram_ema_kernel",
@@ -76,15 +76,15 @@ class Recorder:
 
 def launch_everything():
     """The launchers at the sizes and dtypes between which their tables choose."""
-    kernels = {name: importlib.import_module(f"shampoo.kernels.{name}") for name in MODULES}
-    chain = importlib.import_module("shampoo.kernels.triton.minimax")
+    kernels = {name: importlib.import_module(f"shampoo.kernels.triton.{name}") for name in MODULES}
+    minimax = importlib.import_module("shampoo.kernels.triton.minimax")
     schedule = [c for step in minimax_schedule(4, 1e-6) for c in step]
     for n in (64, 1024):
         matrix, ridge = torch.empty(2, n, n), torch.empty(2).double()
-        chain.minimax_root_(matrix.clone(), ridge, matrix, 4, 1e-12, 1e-6, schedule)
+        minimax.minimax_root_(matrix.clone(), ridge, matrix, 4, 1e-12, 1e-6, schedule)
     ok = torch.empty(2, dtype=torch.bool)
     live = torch.tensor([0.99, 0.01], dtype=torch.float64).unbind()
-    kernels["probe"].judge_roots_(ok, matrix, matrix.clone(), ridge, 4.0)
+    kernels["root_check"].check_roots_(ok, matrix, matrix.clone(), ridge, 4.0)
     for dtype in (torch.float32, torch.bfloat16):
         for shape in ((2, 32, 32), (2, 64, 64), (2, 1024, 1024), (2, 8, 512, 16)):
             grad = torch.empty(shape, dtype=dtype)
@@ -107,14 +107,14 @@ def test_numbers_on_the_device_may_lie_anywhere(monkeypatch):
     assert len(launches) == 1
 
 
-@pytest.mark.parametrize("chip", CHIPS)
-def test_kernels_use_tensor_cores_and_fit(chip, monkeypatch, tmp_path):
-    instruction, limit = CHIPS[chip]
+@pytest.mark.parametrize("arch", ARCHES)
+def test_kernels_use_tensor_cores_and_fit(arch, monkeypatch, tmp_path):
+    instruction, limit = ARCHES[arch]
     launches = {}
     for name in MODULES:
-        module = importlib.import_module(f"shampoo.kernels.{name}")
+        module = importlib.import_module(f"shampoo.kernels.triton.{name}")
         if hasattr(module, "capability"):
-            monkeypatch.setattr(module, "capability", lambda device: chip)
+            monkeypatch.setattr(module, "capability", lambda device: arch)
         for key, value in list(vars(module).items()):
             if key.endswith("_kernel") and isinstance(value, triton.JITFunction):
                 monkeypatch.setattr(module, key, Recorder(value, launches))
@@ -128,7 +128,7 @@ def test_kernels_use_tensor_cores_and_fit(chip, monkeypatch, tmp_path):
             constexprs={(kernel.arg_names.index(key),): value for key, value in constants},
             attrs={place: [list(pair) for pair in pairs] for place, pairs in attributes},
         )
-        compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=dict(options))
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(options))
         path = tmp_path / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
         tool = triton.knobs.nvidia.cuobjdump.path
@@ -139,7 +139,7 @@ def test_kernels_use_tensor_cores_and_fit(chip, monkeypatch, tmp_path):
             int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK", "LOCAL")
         )
         shared = compiled.metadata.shared
-        row = (chip, name, dict(constants), dict(options), registers, shared, stack)
+        row = (arch, name, dict(constants), dict(options), registers, shared, stack)
         print(*row)
         seen.add(name)
         if stack or local or shared > limit * 1024:
@@ -157,7 +157,7 @@ def test_kernels_use_tensor_cores_and_fit(chip, monkeypatch, tmp_path):
     assert seen == {
         key
         for name in MODULES
-        for key in vars(importlib.import_module(f"shampoo.kernels.{name}"))
+        for key in vars(importlib.import_module(f"shampoo.kernels.triton.{name}"))
         if key.endswith("_kernel")
     }
     assert not problems

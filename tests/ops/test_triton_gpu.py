@@ -131,7 +131,7 @@ def test_a_graph_accumulates_by_numbers_that_moved(shape, dtype):
             assert torch.equal(factor, expected)
 
 
-def test_the_probe_flags_failures():
+def test_the_root_check_flags_failures():
     A = stack(4, 257).cuda()
     root, ridge = solve(A, 4, 1e-6)
     assert passes_root_check(root, A, ridge, 4).tolist() == [True] * 4

@@ -7,26 +7,31 @@ import torch
 from root_cases import EPS, Exact, spd
 
 from shampoo.kernels.reference.minimax import minimax_root_, triples
-from shampoo.kernels.triton.minimax_program import ROOT, plane_scale, residual_steps, root_chain
+from shampoo.kernels.triton.minimax_program import (
+    ROOT,
+    minimax_program,
+    residual_steps,
+    split_scale,
+)
 from shampoo.roots.minimax_table import minimax_schedule, tabulated_powers
 
 
-def run(chain, A, relative_eps):
+def run(program, A, relative_eps):
     """The root of A, and the largest magnitude that was ever stored."""
     eye = torch.eye(len(A), dtype=torch.float64)
     norm = Exact(A).norm
     rho = relative_eps * norm
     M = (A + rho * eye) / (norm + rho)
-    c0, c1, c2 = chain.first
-    buffers = [torch.full_like(eye, torch.nan) for _ in range(chain.buffers)]
+    c0, c1, c2 = program.first
+    buffers = [torch.full_like(eye, torch.nan) for _ in range(program.buffers)]
     for (buffer, scale), value in (
-        (chain.matrix, M),
-        (chain.root, c0 * eye + c1 * M + c2 * M @ M),
+        (program.matrix, M),
+        (program.root, c0 * eye + c1 * M + c2 * M @ M),
     ):
         buffers[buffer] = scale * value
     largest = max(b.nan_to_num().abs().max().item() for b in buffers)
     root = None
-    for step in chain.products:
+    for step in program.products:
         a, b, c, d = step.coefficients
         left, right = buffers[step.left], buffers[step.right]
         assert step.out not in (step.left, step.right)
@@ -36,8 +41,8 @@ def run(chain, A, relative_eps):
         value += b * left + c * right + d * eye
         assert not value.isnan().any()
         if step.out == ROOT:
-            assert step is chain.products[-1]
-            root = value * (norm + rho) ** (-1 / chain.p)
+            assert step is program.products[-1]
+            root = value * (norm + rho) ** (-1 / program.p)
         else:
             buffers[step.out] = value
             largest = max(largest, value.abs().max().item())
@@ -48,7 +53,7 @@ def run(chain, A, relative_eps):
 @pytest.mark.parametrize("p", tabulated_powers())
 def test_the_list_computes_the_root_within_its_bounds(p, relative_eps):
     schedule = minimax_schedule(p, relative_eps)
-    chain = root_chain(p, schedule, relative_eps)
+    program = minimax_program(p, schedule, relative_eps)
     for spectrum in (
         torch.logspace(0, -12, 24),
         torch.ones(24),
@@ -56,7 +61,7 @@ def test_the_list_computes_the_root_within_its_bounds(p, relative_eps):
         torch.tensor([1.0, 0.5] * 12),
     ):
         A = spd(spectrum, dtype=torch.float64)
-        root, largest = run(chain, A, relative_eps)
+        root, largest = run(program, A, relative_eps)
         expected, ridge = torch.empty(1, 24, 24).double(), torch.empty(1).double()
         flat = [c for step in schedule for c in step]
         minimax_root_(expected, ridge, A[None], p, 0.0, relative_eps, flat)
@@ -69,13 +74,13 @@ def test_numbers_of_products():
     """roots.md, section 4, without the square that the first norm needs."""
     wanted = {(4, 1e-4): 20, (4, 1e-6): 26, (4, 1e-7): 30, (2, 1e-4): 17, (2, 1e-6): 25}
     for (p, relative_eps), count in wanted.items():
-        chain = root_chain(p, minimax_schedule(p, relative_eps), relative_eps)
-        used = [step for step in chain.products if step.products]
+        program = minimax_program(p, minimax_schedule(p, relative_eps), relative_eps)
+        used = [step for step in program.products if step.products]
         assert len(used) == count - 1
         single = [step for step in used if step.products == 1]
         assert bool(single) == (residual_steps(p) > 0)
         assert [step.doubled for step in used].count(True) == 1
-        assert chain.buffers <= 5
+        assert program.buffers <= 5
 
 
 def test_schedules_of_one_step_and_of_degree_one():
@@ -83,7 +88,7 @@ def test_schedules_of_one_step_and_of_degree_one():
     A = spd(torch.logspace(0, -0.1, 8), dtype=torch.float64)
     newton = ((1.25, -0.25, 0.0),) * 7
     for schedule in (newton, newton[:1], newton[:2], newton[:3]):
-        root, _ = run(root_chain(4, schedule, 1e-2), A, 1e-2)
+        root, _ = run(minimax_program(4, schedule, 1e-2), A, 1e-2)
         expected, ridge = torch.empty(1, 8, 8).double(), torch.empty(1).double()
         minimax_root_(expected, ridge, A[None], 4, 0.0, 1e-2, sum(schedule, ()))
         assert torch.allclose(root, expected[0], rtol=1e-12)
@@ -91,7 +96,7 @@ def test_schedules_of_one_step_and_of_degree_one():
 
 def test_scales_are_powers_of_two_that_leave_room():
     for bound in (1e-3, 1.0, 2.0, 2.11, 5e6):
-        scale = plane_scale(bound)
+        scale = split_scale(bound)
         assert math.log2(scale) == int(math.log2(scale))
         assert 2**11 < scale * bound <= 2**12
 

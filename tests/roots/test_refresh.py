@@ -13,7 +13,7 @@ from torch import Tensor
 from shampoo import Shampoo, inverse_root, ops
 from shampoo.kernels.reference import ops as reference
 from shampoo.roots.refresh import PendingFlags, refresh_roots_
-from shampoo.roots.root_check import passes_root_check, probe
+from shampoo.roots.root_check import check_values, passes_root_check
 
 OPTIONS: dict[str, Any] = {
     "p": 4, "correction": 1.0, "eps": 1e-12, "relative_eps": 1e-6, "method": "minimax",
@@ -32,7 +32,7 @@ def test_probe_passes_good_roots(name: str, p: int) -> None:
     for side, A in enumerate(fixture(name)[:2]):
         ridge = torch.tensor([1e-6 * exact(name, side).norm], dtype=torch.float64)
         X = inverse_root(A[None], p, method="minimax")
-        commutator, form = probe(X, A[None], ridge, p)
+        commutator, form = check_values(X, A[None], ridge, p)
         assert commutator.item() <= (5e-3 if p >= 4 else 3e-2)
         assert 0.98 <= form.item() <= 1.02
         assert passes_root_check(X, A[None], ridge, p).all()
@@ -70,7 +70,7 @@ def test_probe_flags_a_rotated_root(p: int) -> None:
     vectors[:, -1] = angle.cos() * first + angle.sin() * second
     vectors[:, -12] = angle.cos() * second - angle.sin() * first
     X = (vectors * (reference.values + ridge) ** (-1 / p) @ vectors.mT).float()[None]
-    commutator, form = probe(X, A, ridge, p)
+    commutator, form = check_values(X, A, ridge, p)
     assert 0.9 <= form.item() <= 1.1
     assert commutator.item() > (2e-2 if p >= 4 else 8e-2)
     assert not passes_root_check(X, A, ridge, p).any()

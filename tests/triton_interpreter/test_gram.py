@@ -5,9 +5,9 @@ import torch
 from comparison import SIZES, assert_as_good, strided, symmetric
 
 from shampoo.kernels.reference import ops as reference
-from shampoo.kernels.triton.gram import Cut, gram_ema_, supports
+from shampoo.kernels.triton.gram import LaunchConfig, gram_ema_, supports
 
-CUT = Cut(32, 32, 4, 2)
+CONFIG = LaunchConfig(32, 32, 4, 2)
 SHAPES = [(2, n) for n in SIZES] + [
     *((1, n, 65) for n in SIZES),
     *((2, 3, 63), (2, 63, 3), (1, 33, 257)),
@@ -15,14 +15,14 @@ SHAPES = [(2, n) for n in SIZES] + [
 ]
 
 
-def check(factor, grad, mode, cut=CUT, layout="contiguous"):
+def check(factor, grad, mode, config=CONFIG, layout="contiguous"):
     expected, truth = factor.clone(), factor.double()
     reference.gram_ema_(expected, grad.float(), mode, 0.9, 0.3)
     reference.gram_ema_(truth, grad.double(), mode, 0.9, 0.3)
     arguments = factor, strided(grad, layout), mode, 0.9, 0.3
     assert supports(*arguments)
     before = grad.clone()
-    gram_ema_(*arguments, cut=cut)
+    gram_ema_(*arguments, config=config)
     assert torch.equal(factor, factor.mT)
     assert torch.equal(grad, before)
     assert_as_good(factor, expected, truth)
@@ -52,9 +52,9 @@ def test_numbers_in_memory_give_the_same_bits(shape, dtype):
     for mode, size in enumerate(shape[1:]):
         factor = symmetric(shape[0], size)
         expected = factor.clone()
-        gram_ema_(expected, grad, mode, 0.9, 0.3, cut=CUT)
+        gram_ema_(expected, grad, mode, 0.9, 0.3, config=CONFIG)
         assert supports(factor, grad, mode, *numbers)
-        gram_ema_(factor, grad, mode, *numbers, cut=CUT)
+        gram_ema_(factor, grad, mode, *numbers, config=CONFIG)
         assert torch.equal(factor, expected)
     assert [number.item() for number in numbers] == [0.9, 0.3]
 
@@ -67,7 +67,7 @@ def test_strides(layout):
 
 @pytest.mark.parametrize("size", [20, 100, 300])
 def test_the_tiles_of_the_table(size):
-    check(symmetric(1, size), torch.randn(1, size, 70), 0, cut=None)
+    check(symmetric(1, size), torch.randn(1, size, 70), 0, config=None)
 
 
 def test_what_is_stored_between_factors_stays():
@@ -85,8 +85,8 @@ def test_only_the_upper_triangle_is_read():
     expected.copy_(factor.triu().nan_to_num())
     expected += expected.triu(1).mT
     grad = torch.randn(1, 65, 33)
-    gram_ema_(factor, grad, 0, 0.9, 0.3, cut=CUT)
-    gram_ema_(expected, grad, 0, 0.9, 0.3, cut=CUT)
+    gram_ema_(factor, grad, 0, 0.9, 0.3, config=CONFIG)
+    gram_ema_(expected, grad, 0, 0.9, 0.3, config=CONFIG)
     assert torch.equal(factor, expected)
 
 
@@ -94,8 +94,8 @@ def test_blocks_do_not_depend_on_each_other():
     factor, grad = symmetric(3, 65), torch.randn(3, 65, 40)
     alone = factor[1:2].clone()
     grad[0] = torch.nan
-    gram_ema_(factor, grad, 0, 0.9, 0.3, cut=CUT)
-    gram_ema_(alone, grad[1:2], 0, 0.9, 0.3, cut=CUT)
+    gram_ema_(factor, grad, 0, 0.9, 0.3, config=CONFIG)
+    gram_ema_(alone, grad[1:2], 0, 0.9, 0.3, config=CONFIG)
     assert torch.equal(factor[1:2], alone)
     assert factor[0].isnan().all()
 

@@ -5,15 +5,15 @@ import torch
 from comparison import SIZES, assert_as_good, error, strided, symmetric
 
 from shampoo.kernels.reference import ops as reference
-from shampoo.kernels.triton.precondition import Cut, precondition_, supports
+from shampoo.kernels.triton.precondition import LaunchConfig, precondition_, supports
 
-CUT = Cut(32, 32, 32, 4, 2)
+CONFIG = LaunchConfig(32, 32, 32, 4, 2)
 SHAPES = [(2, n) for n in SIZES] + [
     *((1, n, 65) for n in SIZES),
     *((2, 63, 3), (1, 33, 257)),
     *((2, 5, 65, 7), (1, 33, 3, 34), (2, 1, 63, 1), (1, 3, 4, 35, 6)),
 ]
-SPLIT = 2**-20  # two planes hold 22 bits of each operand
+SPLIT = 2**-20  # two fp16 numbers hold 22 bits of each operand
 
 
 def spread(batch, n, decades=4):
@@ -23,7 +23,7 @@ def spread(batch, n, decades=4):
     return ((root + root.mT) / 2).float()
 
 
-def check(grad, roots, cut=CUT, layout="contiguous"):
+def check(grad, roots, config=CONFIG, layout="contiguous"):
     truth, length = torch.empty(grad.shape, dtype=torch.float64), torch.empty(len(grad)).double()
     reference.precondition_(truth, length, grad.double(), [root.double() for root in roots])
     expected = torch.empty(grad.shape)
@@ -31,7 +31,7 @@ def check(grad, roots, cut=CUT, layout="contiguous"):
     out, norm = torch.full(grad.shape, torch.nan), torch.full((len(grad),), torch.nan)
     arguments = out, norm, strided(grad, layout), roots
     assert supports(*arguments)
-    precondition_(*arguments, cut=cut)
+    precondition_(*arguments, config=config)
     for block, wanted, torchs in zip(out, truth, expected, strict=True):
         assert_as_good(block, torchs, wanted, SPLIT)
     assert error(norm, length) <= SPLIT * length.max().item()
@@ -55,7 +55,7 @@ def test_strides(layout):
 
 @pytest.mark.parametrize("shape", [(1, 20, 100), (1, 140, 30)], ids=str)
 def test_the_tiles_of_the_table(shape):
-    check(torch.randn(shape), [spread(1, size) for size in shape[1:]], cut=None)
+    check(torch.randn(shape), [spread(1, size) for size in shape[1:]], config=None)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e17])
@@ -71,11 +71,11 @@ def test_zero_and_not_finite():
     grad = torch.randn(4, 33, 20)
     roots = [symmetric(4, 33), symmetric(4, 20)]
     out, norm = torch.empty(4, 33, 20), torch.empty(4)
-    precondition_(out, norm, grad, roots, cut=CUT)
+    precondition_(out, norm, grad, roots, config=CONFIG)
     alone, length = out[3].clone(), norm[3].clone()
     grad[0], grad[1, 5, 3] = 0, torch.nan
     roots[0][2] = 0
-    precondition_(out, norm, grad, roots, cut=CUT)
+    precondition_(out, norm, grad, roots, config=CONFIG)
     assert (out[0] == 0).all()
     assert norm[0] == 0
     assert not norm[1].isfinite()

@@ -1,12 +1,12 @@
-"""judge_roots_ against the reference: the two numbers, and the verdict on injected failures."""
+"""check_roots_ against the reference: the two numbers, and the verdict on injected failures."""
 
 import pytest
 import torch
 from comparison import SIZES
 from root_cases import Exact, stack
 
-from shampoo.kernels.reference import root_check as health
-from shampoo.kernels.triton.root_check import judge_roots_, supports
+from shampoo.kernels.reference import root_check
+from shampoo.kernels.triton.root_check import check_roots_, supports
 
 EPS = 1e-6
 
@@ -17,12 +17,12 @@ def roots_of(A, p):
     return (X + X.mT) / 2, torch.tensor([EPS * e.norm for e in exact], dtype=torch.float64)
 
 
-def judge(X, A, ridge, p):
+def check(X, A, ridge, p):
     ok, values = torch.zeros(len(A), dtype=torch.bool), torch.full((len(A), 2), torch.nan).double()
     assert supports(ok, X, A, ridge, p)
-    judge_roots_(ok, X, A, ridge, p, values=values)
+    check_roots_(ok, X, A, ridge, p, values=values)
     wanted = torch.zeros_like(ok)
-    health.judge_roots_(wanted, X, A, ridge, p)
+    root_check.check_roots_(wanted, X, A, ridge, p)
     return ok, wanted, values
 
 
@@ -33,8 +33,8 @@ def test_the_two_numbers(n, p):
     X, ridge = roots_of(A, p)
     noise = torch.randn(n, n) * 1e-3 * X.abs().amax()  # so that the commutator is not rounding
     X += noise + noise.mT
-    ok, wanted, values = judge(X, A, ridge, p)
-    exact_commutator, exact_form = health.probe(X.double(), A.double(), ridge, p)
+    ok, wanted, values = check(X, A, ridge, p)
+    exact_commutator, exact_form = root_check.check_values(X.double(), A.double(), ridge, p)
     scale = exact_commutator.clamp(min=1e-4)
     assert ((values[:, 0] - exact_commutator).abs() <= 1e-3 * scale + 1e-6).all()
     assert ((values[:, 1] - exact_form).abs() <= 1e-3 * exact_form.abs()).all()
@@ -45,7 +45,7 @@ def test_the_two_numbers(n, p):
 def test_the_verdict(p):
     A = stack(8, 65) * 10.0 ** torch.arange(-4, 4)[:, None, None]
     X, ridge = roots_of(A, p)
-    ok, wanted, _ = judge(X, A, ridge, p)
+    ok, wanted, _ = check(X, A, ridge, p)
     assert ok.all()
     assert wanted.all()
     X[0, 64, 64] = torch.nan
@@ -55,7 +55,7 @@ def test_the_verdict(p):
     X[4] += 1e-1 * X[4].abs().amax() * torch.eye(65)[torch.randperm(65)]
     A[5] = torch.nan
     X[6, 64, 64] += 2 * ridge[6].item() ** (-1 / p)
-    ok, wanted, _ = judge(X, A, ridge, p)
+    ok, wanted, _ = check(X, A, ridge, p)
     assert torch.equal(ok, wanted)
     assert ok.tolist() == [False] * 7 + [True]
 
@@ -66,7 +66,7 @@ def test_pseudo_inverses_have_no_ridge():
     X, _ = roots_of(A, 4)
     X[1] = 0
     X[2, 5, 5] = -1
-    ok, wanted, _ = judge(X, A, torch.zeros(3, dtype=torch.float64), 4)
+    ok, wanted, _ = check(X, A, torch.zeros(3, dtype=torch.float64), 4)
     assert torch.equal(ok, wanted)
     assert ok.tolist() == [True, True, False]
 
@@ -76,7 +76,7 @@ def test_a_negative_diagonal_that_commutes(place):
     A = torch.eye(33).repeat(2, 1, 1)
     X = A.clone()
     X[1, place, place] = -1
-    ok, wanted, _ = judge(X, A, torch.zeros(2, dtype=torch.float64), 4)
+    ok, wanted, _ = check(X, A, torch.zeros(2, dtype=torch.float64), 4)
     assert torch.equal(ok, wanted)
     assert ok.tolist() == [True, False]
 

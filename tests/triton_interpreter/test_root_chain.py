@@ -1,4 +1,4 @@
-"""The whole root chain: the "standard" level of accuracy, symmetry and independence."""
+"""The whole root iteration: the "standard" level of accuracy, symmetry and independence."""
 
 import pytest
 import torch
@@ -6,10 +6,10 @@ from comparison import error
 from root_cases import EPS, Exact, direction_error, exact, fixture, spd, stack
 
 from shampoo.kernels.triton.minimax import minimax_root_, supports
-from shampoo.kernels.triton.symmetric_gemm import Tiles
+from shampoo.kernels.triton.symmetric_gemm import LaunchConfig
 from shampoo.roots.minimax_table import minimax_schedule, tabulated_powers
 
-CUT = Tiles(32, 32, 4, 2)
+CONFIG = LaunchConfig(32, 32, 4, 2)
 
 # p from: (direction, root) limits at each of EPS, on a GPU
 LIMITS = {
@@ -24,11 +24,11 @@ def limits(p, relative_eps):
     return direction[EPS.index(relative_eps)], root[EPS.index(relative_eps)]
 
 
-def solve(A, p, relative_eps, eps=0.0, cut=None, **options):
+def solve(A, p, relative_eps, eps=0.0, config=None, **options):
     root, ridge = torch.full_like(A, torch.nan), torch.full((len(A),), torch.nan).double()
     schedule = [c for step in minimax_schedule(p, relative_eps) for c in step]
     assert supports(root, ridge, A, p, eps, relative_eps, schedule)
-    minimax_root_(root, ridge, A, p, eps, relative_eps, schedule, cut=cut, **options)
+    minimax_root_(root, ridge, A, p, eps, relative_eps, schedule, config=config, **options)
     return root, ridge
 
 
@@ -61,7 +61,7 @@ def test_the_standard_level_with_large_tiles(p):
 def test_every_power_and_ragged_sizes(p):
     for n in (1, 3, 33) if p != 4 else (1, 3, 63, 65):
         A = stack(1 if n > 3 else 2, n)
-        root, ridge = solve(A, p, 1e-4, cut=CUT)
+        root, ridge = solve(A, p, 1e-4, config=CONFIG)
         for matrix, X, used in zip(A, root, ridge, strict=True):
             assert torch.equal(X, X.mT)
             assert Exact(matrix).error(X, p, used.item()) <= limits(p, 1e-4)[1]
@@ -69,7 +69,7 @@ def test_every_power_and_ragged_sizes(p):
 
 def test_the_ridge_that_is_absolute():
     A = stack(2, 33)
-    root, ridge = solve(A, 4, 1e-6, eps=1e-3, cut=CUT)
+    root, ridge = solve(A, 4, 1e-6, eps=1e-3, config=CONFIG)
     assert torch.equal(ridge, torch.full_like(ridge, 1e-3))
     assert Exact(A[0]).error(root[0], 4, 1e-3) <= 2e-3
 
@@ -77,7 +77,7 @@ def test_the_ridge_that_is_absolute():
 @pytest.mark.parametrize("scale", [1e-30, 1e25])
 def test_scale(scale):
     A = stack(1, 65) * scale
-    root, ridge = solve(A, 4, 1e-4, cut=CUT)
+    root, ridge = solve(A, 4, 1e-4, config=CONFIG)
     truth = Exact(A[0] / scale)
     assert truth.error(root[0].double() * scale**0.25, 4, ridge.item() / scale) <= 2e-3
 
@@ -87,7 +87,7 @@ def test_zero_rank_one_and_zero_rows():
     holes = stack(1, 65)[0]
     holes[3], holes[:, 3] = 0, 0
     A = torch.stack([torch.zeros(65, 65), column @ column.mT, holes])
-    root, ridge = solve(A, 4, 1e-4, eps=1e-8, cut=CUT)
+    root, ridge = solve(A, 4, 1e-4, eps=1e-8, config=CONFIG)
     assert error(root[0], 1e2 * torch.eye(65).double()) <= 1e-3
     for matrix, X, used in zip(A[1:], root[1:], ridge[1:], strict=True):
         assert Exact(matrix).error(X, 4, used.item()) <= 4 * 2e-3
@@ -98,16 +98,16 @@ def test_matrices_depend_on_nothing_but_themselves():
     A[1] = torch.nan
     A[2, 5, 5] = torch.inf
     before = A.clone()
-    root, ridge = solve(A, 4, 1e-6, cut=CUT)
+    root, ridge = solve(A, 4, 1e-6, config=CONFIG)
     assert torch.equal(A.nan_to_num(), before.nan_to_num())
     assert not root[1:3].isfinite().any()
     for row in (0,):
-        alone, own = solve(A[row : row + 1], 4, 1e-6, cut=CUT)
+        alone, own = solve(A[row : row + 1], 4, 1e-6, config=CONFIG)
         assert torch.equal(alone[0], root[row])
         assert torch.equal(own[0], ridge[row])
         wide = torch.zeros(1, 70, 70)
         wide[0, :33, :33] = A[row]
-        padded, own = solve(wide, 4, 1e-6, cut=CUT)
+        padded, own = solve(wide, 4, 1e-6, config=CONFIG)
         assert torch.equal(padded[0, :33, :33], root[row])
         assert torch.equal(own[0], ridge[row])
 
@@ -118,9 +118,9 @@ def test_mixed_sizes_in_one_class():
     for b, n in enumerate(sizes):
         A[b, :n, :n] = spd(torch.logspace(0, -5, n), seed=b)
     real = torch.tensor(sizes, dtype=torch.int32)
-    root, ridge = solve(A, 4, 1e-4, cut=CUT, sizes=real)
+    root, ridge = solve(A, 4, 1e-4, config=CONFIG, sizes=real)
     for b, n in enumerate(sizes):
-        alone, own = solve(A[b : b + 1, :n, :n], 4, 1e-4, cut=CUT)
+        alone, own = solve(A[b : b + 1, :n, :n], 4, 1e-4, config=CONFIG)
         assert torch.equal(alone[0], root[b, :n, :n])
         assert torch.equal(own[0], ridge[b])
         assert root[b, n:].isnan().all()
@@ -132,8 +132,8 @@ def test_a_slice_of_a_larger_tensor():
     ridge = torch.empty(2).double()
     schedule = [c for step in minimax_schedule(4, 1e-4) for c in step]
     view, root = wide[:, :33, :33], into[:, :33, :33]
-    minimax_root_(root, ridge, view, 4, 0.0, 1e-4, schedule, cut=CUT)
-    expected, _ = solve(view.contiguous(), 4, 1e-4, cut=CUT)
+    minimax_root_(root, ridge, view, 4, 0.0, 1e-4, schedule, config=CONFIG)
+    expected, _ = solve(view.contiguous(), 4, 1e-4, config=CONFIG)
     assert torch.equal(root, expected)
     assert (into[:, 33:] == 7).all()
     assert (into[:, :, 33:] == 7).all()
