@@ -29,9 +29,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
-from shampoo.blocks.layout import AUTO, Geometry, Layout
+from shampoo.blocks.layout import AUTO, Geometry
 from shampoo.blocks.state_keys import is_own, may_begin
 from shampoo.optimizer import Shampoo
+from shampoo.preconditioner.choice import layout_of
 from shampoo.state.loading import check_blocks
 
 _MARKER = "complete"
@@ -214,7 +215,7 @@ def _adopt(optimizer: Shampoo, methods: Sequence[str]) -> bool:
         before = Geometry.of(group)
         group["large_dim_method"] = method
         is_cut_otherwise |= any(
-            Layout.of(param.shape, before) != Layout.of(param.shape, Geometry.of(group))
+            layout_of(param.shape, before) != layout_of(param.shape, Geometry.of(group))
             for param in group["params"]
             if param.numel() > 0
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from shampoo import ops
-from shampoo.blocks.layout import AUTO, FACTORED, Layout
+from shampoo.blocks.layout import AUTO
 from shampoo.blocks.ownership import Team
 from shampoo.blocks.segments import ActiveBlocks
 from shampoo.distributed.consensus import FAILED, OK, SKIPPED, DeferredError, Vote
@@ -20,7 +20,7 @@ from shampoo.distributed.replica_checksums import check_checksums, checksums_of
 from shampoo.distributed.shard_regions import local_tensor
 from shampoo.errors import ShampooDistributedError
 from shampoo.hyperparameters import FORMER_DEFAULTS, Hyperparameters, dtype_name, warn_about
-from shampoo.roots.methods import check_method
+from shampoo.preconditioner.choice import kind_of, layout_of
 from shampoo.scalars import Scalars
 from shampoo.state.persistent import Persistent
 from shampoo.step import capture, tracing
@@ -83,6 +83,11 @@ class Shampoo(Persistent):
             not, they follow the grafted method alone (or, with ``grafting="none"``, AdaGrad's
             formula with ``betas[1]`` and ``eps``).
         precondition: False lets a whole group follow the grafted method, e.g. for embeddings.
+        preconditioner: ``"shampoo"``, or ``"kl_shampoo"`` (arXiv 2509.03378): before a mode's
+            factor takes a gradient in, the roots of all other modes whiten it, and p is 2. It can
+            do without a graft (``grafting="none"``), costs one more product a step for every mode
+            and other mode, and has no use for ``exponent_override`` and ``exponent_multiplier``.
+            Cannot change once training has begun.
         exponent_override: the root p of every factor instead of twice the order of the block; an
             int, or a list indexed by order (0 or missing: the default).
         exponent_multiplier: every factor is raised to ``-exponent_multiplier / p``.
@@ -204,6 +209,7 @@ class Shampoo(Persistent):
         merge_dims: str = "matrix",
         precondition_1d: bool = False,
         precondition: bool = True,
+        preconditioner: str = "shampoo",
         exponent_override: int | Sequence[int] = 0,
         exponent_multiplier: float = 1.0,
         bias_correction: bool = True,
@@ -271,9 +277,8 @@ class Shampoo(Persistent):
         for position, param in enumerate(group["params"]):
             check_parameter(param, parameter_name(group, index, position))
             if param.numel() > 0:
-                layout = Layout.of(param.shape, values.geometry)
-                if layout.rule == FACTORED:
-                    check_method(values.root_method, values.root_power(layout.order))
+                layout = layout_of(param.shape, values.geometry)
+                kind_of(layout).check(values, layout.order)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -450,7 +455,7 @@ class Shampoo(Persistent):
             return self._on_device.scalars(hyper, active, accepted)
         arena = active.arena
         counts, ranks = arena.counts(), active.ranks
-        return Scalars.of_counts(hyper, arena.rule, counts, ranks, arena.device)
+        return Scalars.of_counts(hyper, arena.kind, counts, ranks, arena.device)
 
     def coming_refresh(self) -> tuple[Hashable, ...]:
         """Names the roots that the next step refreshes: what a graph of it can be used for again.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from shampoo.blocks.layout import ADAGRAD, FACTORED
+from shampoo.blocks.declared import Kind
 from shampoo.grafting import SecondMoment
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.ops import Number
@@ -30,7 +30,7 @@ class Counted:
     def of(
         cls,
         hyper: Hyperparameters,
-        rule: str,
+        kind: Kind,
         counts: Sequence[int],
         distinct: Iterable[int],
         moment: SecondMoment,
@@ -54,17 +54,17 @@ class Counted:
         columns = {count: column for column, count in enumerate(known)}
         # One that has no gradient is not looked at: any column does.
         chosen = torch.tensor([columns.get(count, 0) for count in counts], device="cpu")
-        flags = [has_started(hyper, rule, count) for count in known]
+        flags = [has_started(hyper, kind, count) for count in known]
         started: bool | Tensor = all(flags)
         if not started and any(flags):
             started = torch.tensor(flags, device="cpu")[chosen].to(device, non_blocking=True)
         return cls(numbers.index_select(1, chosen).to(device, non_blocking=True), started)
 
 
-def has_started(hyper: Hyperparameters, rule: str, step: Number) -> bool | Tensor:
-    """Whether roots are used at a step, if there are any."""
+def has_started(hyper: Hyperparameters, kind: Kind, step: Number) -> bool | Tensor:
+    """Whether directions of a kind are used at a step, of blocks that are ready."""
     start = hyper.start_preconditioning_step
-    return rule == FACTORED and start < math.inf and step >= start
+    return kind.preconditions and start < math.inf and step >= start
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,13 @@ class Scalars:
     correction2: Number
     moment: SecondMoment
     step: Number
-    started: bool | Tensor  # whether roots are used: from ``start_preconditioning_step`` on
+    started: bool | Tensor  # whether ready blocks go their own way: from the start of that on
     accepted: Tensor | None = None  # 0-d bool; None where the host has already decided
     counted: Counted | None = None  # of every parameter, where they differ
 
     @classmethod
-    def of(cls, hyper: Hyperparameters, rule: str, step: Number) -> "Scalars":
+    def of(cls, hyper: Hyperparameters, kind: Kind, step: Number) -> "Scalars":
         """The numbers of ``step``, counted from 1; tensors where it or a hyper-parameter is one."""
-        is_adagrad = rule == ADAGRAD
         return cls(
             sign=-1.0 if hyper.maximize else 1.0,
             coupled_decay=hyper.coupled_decay,
@@ -102,16 +101,16 @@ class Scalars:
             beta2=hyper.beta2,
             factor_weight=hyper.factor_weight,
             correction2=hyper.correction2(step),
-            moment=hyper.diagonal_moment(step) if is_adagrad else hyper.grafting_moment(step),
+            moment=hyper.grafting_moment(step) if kind.borrows else hyper.diagonal_moment(step),
             step=step if isinstance(step, Tensor) else float(step),
-            started=has_started(hyper, rule, step),
+            started=has_started(hyper, kind, step),
         )
 
     @classmethod
     def of_counts(
         cls,
         hyper: Hyperparameters,
-        rule: str,
+        kind: Kind,
         counts: Sequence[int],
         ranks: Sequence[int],
         device: torch.device,
@@ -122,11 +121,11 @@ class Scalars:
             counts: [members].
             ranks: which of them have a gradient, at least one.
         """
-        plain = cls.of(hyper, rule, counts[ranks[0]])
+        plain = cls.of(hyper, kind, counts[ranks[0]])
         distinct = {counts[rank] for rank in ranks}
         if len(distinct) == 1:
             return plain
-        counted = Counted.of(hyper, rule, counts, distinct, plain.moment, device)
+        counted = Counted.of(hyper, kind, counts, distinct, plain.moment, device)
         return replace(plain, counted=counted)
 
     def at(self, owners: Tensor) -> "Scalars":

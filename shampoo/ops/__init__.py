@@ -119,7 +119,7 @@ gram_ema_ = _define_twice(
     reference.gram_ema_,
 )
 precondition_ = _define(
-    "precondition_(Tensor(a!) out, Tensor(b!) norm, Tensor grad, Tensor[] roots) -> ()",
+    "precondition_(Tensor(a!) out, Tensor(b!) norm, Tensor grad, Tensor?[] roots) -> ()",
     reference.precondition_,
 )
 eigh_ = _define(

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from shampoo.blocks.cost import CostModel
-from shampoo.blocks.layout import Layout
 from shampoo.distributed.process_groups import ProcessGroups, trainers_per_group
 from shampoo.hyperparameters import Hyperparameters, dtype_name
 from shampoo.optimizer import Shampoo
 from shampoo.planner.forecast import Groups, Setting, Tensor, forecast
 from shampoo.planner.report import PlanReport
+from shampoo.preconditioner.choice import layout_of
 from shampoo.step.thin import describe, thin_among
 
 LAYOUTS = ("ddp", "fsdp2", "hsdp")
@@ -242,7 +242,7 @@ def _check_dtype(dtype: torch.dtype) -> None:
 def _trainers(groups: Groups, world_size: int, node: int) -> Callable[[int], int]:
     """What ``num_trainers_per_group`` comes to, as the optimizer decides it."""
     blocks = sum(
-        Layout.of(tensor.shape, values.geometry).blocks
+        layout_of(tensor.shape, values.geometry).blocks
         for values, tensors in groups
         for tensor in tensors
     )
