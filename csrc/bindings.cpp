@@ -168,7 +168,7 @@ void magnitudes_(const at::Tensor& out, at::TensorList tensors) {
 }
 
 void precondition_(const at::Tensor& out, const at::Tensor& norm, const at::Tensor& grad,
-                   at::TensorList roots) {
+                   const c10::List<std::optional<at::Tensor>>& roots) {
   const int64_t order = grad.dim() - 1;
   TORCH_CHECK(order == static_cast<int64_t>(roots.size()), "roots has ", roots.size(),
               " tensors. Must have one for each of the ", order, " modes of grad of shape ",
@@ -186,7 +186,9 @@ void precondition_(const at::Tensor& out, const at::Tensor& norm, const at::Tens
   check_dtype("out", out);
   check_dtype("norm", norm);
   for (int64_t mode = 0; mode < order; ++mode) {
-    const at::Tensor& root = roots[mode];
+    const std::optional<at::Tensor> given = roots[mode];
+    if (!given) continue;
+    const at::Tensor& root = *given;
     const int64_t size = grad.size(mode + 1);
     check_dtype("roots", root);
     TORCH_CHECK((root.dim() == 2 || (root.dim() == 3 && root.size(2) == size)) &&
@@ -196,13 +198,19 @@ void precondition_(const at::Tensor& out, const at::Tensor& norm, const at::Tens
   }
   if (grad.numel() == 0) return;
   const at::Tensor packed = grad.contiguous();
-  std::vector<at::Tensor> packed_roots;  // owns what the kernel reads
-  for (const at::Tensor& root : roots) packed_roots.push_back(root.contiguous());
+  std::vector<at::Tensor> packed_roots;  // owns what the kernel reads; undefined where there is none
+  for (int64_t mode = 0; mode < order; ++mode) {
+    const std::optional<at::Tensor> root = roots[mode];
+    packed_roots.push_back(root ? root->contiguous() : at::Tensor());
+  }
   with_flat(grad, [&](auto flat) {
     using Flat = decltype(flat);
     std::vector<Root<Flat>> modes;
-    for (const at::Tensor& root : packed_roots)
-      modes.push_back({const_pointer<Flat>(root), root.size(1), root.dim() == 2});
+    for (int64_t mode = 0; mode < order; ++mode) {
+      const at::Tensor& root = packed_roots[mode];
+      const Flat* entries = root.defined() ? const_pointer<Flat>(root) : nullptr;
+      modes.push_back({entries, grad.size(mode + 1), root.defined() && root.dim() == 2});
+    }
     precondition(pointer<Flat>(out), pointer<Flat>(norm), const_pointer<Flat>(packed),
                  grad.size(0), modes);
   });

@@ -23,6 +23,17 @@ void scale_columns(Flat* out, const Flat* block, const Flat* diagonal, int64_t s
   });
 }
 
+// out[r, i] = block[i, r]
+template <class Flat, class ForPanels>
+void move_columns(Flat* out, const Flat* block, int64_t size, int64_t rest,
+                  const ForPanels& for_panels) {
+  for_panels((rest + kStrip - 1) / kStrip, [&](int64_t strip) {
+    const int64_t first = strip * kStrip, last = std::min(rest, first + kStrip);
+    for (int64_t i = 0; i < size; ++i)
+      for (int64_t r = first; r < last; ++r) out[r * size + i] = block[i * rest + r];
+  });
+}
+
 }  // namespace
 
 // A mode's product takes the first mode of a block away and appends the result as the last one: after
@@ -34,7 +45,7 @@ void precondition(Flat* out, Flat* norm, const Flat* grad, int64_t count,
   int64_t numel = 1, packed_root = 0;
   for (const Root<Flat>& root : roots) {
     numel *= root.size;
-    if (!root.is_diagonal)
+    if (root.entries != nullptr && !root.is_diagonal)
       packed_root = std::max(packed_root, packed_numel<Flat>(root.size, root.size));
   }
   const int64_t between = roots.size() > 1 ? numel : 0;
@@ -46,7 +57,9 @@ void precondition(Flat* out, Flat* norm, const Flat* grad, int64_t count,
       const auto& [entries, size, is_diagonal] = roots[mode];
       Flat* to = (roots.size() - mode) % 2 ? result : other;  // the last one is the result
       const int64_t rest = numel / size;
-      if (is_diagonal) {
+      if (entries == nullptr) {
+        move_columns(to, from, size, rest, for_panels);
+      } else if (is_diagonal) {
         scale_columns(to, from, entries + b * size, size, rest, for_panels);
       } else {
         pack_panels(scratch, entries + b * size * size, {size, size, 1}, for_panels);

@@ -6,7 +6,8 @@
 
 namespace shampoo {
 
-// One mode of every block: matrices [count, size, size], or diagonals [count, size].
+// One mode of every block: matrices [count, size, size], or diagonals [count, size]; no entries for one
+// that stays as it is.
 template <class Flat>
 struct Root {
   const Flat* entries;

@@ -13,6 +13,7 @@ import torch
 
 from shampoo import ops
 from shampoo.blocks.cost import CostModel
+from shampoo.blocks.declared import choices
 from shampoo.blocks.layout import AUTO, DTYPES, LARGE_DIM_METHODS
 from shampoo.distributed.process_groups import COMMUNICATION_DTYPES
 from shampoo.grafting import GRAFTING
@@ -88,6 +89,7 @@ def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--replicas", type=int, default=1, help="copies of the shards, under hsdp")
     add("--block", type=int, default=1024, help="max_preconditioner_dim")
     add("--frequency", type=int, default=10, help="precondition_frequency")
+    add("--preconditioner", choices=choices(), default="shampoo", help="the kind of it")
     add("--grafting", choices=tuple(GRAFTING), default="adam")
     add("--momentum", type=float, default=0.0)
     add("--large-dim-method", choices=LARGE_DIM_METHODS, default=AUTO, help="of long dimensions")
@@ -117,6 +119,7 @@ def print_plan(options: argparse.Namespace) -> None:
         cost_model=CostModel.load(options.cost_model) if options.cost_model else None,
         max_preconditioner_dim=options.block,
         precondition_frequency=options.frequency,
+        preconditioner=options.preconditioner,
         grafting=options.grafting,
         momentum=options.momentum,
         large_dim_method=options.large_dim_method,

@@ -29,9 +29,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
-from shampoo.blocks.layout import AUTO, Geometry, Layout
+from shampoo.blocks.layout import AUTO, Geometry
 from shampoo.blocks.state_keys import is_own, may_begin
+from shampoo.hyperparameters import FORMER_DEFAULTS
 from shampoo.optimizer import Shampoo
+from shampoo.preconditioner.choice import layout_of
 from shampoo.state.loading import check_blocks
 
 _MARKER = "complete"
@@ -156,12 +158,21 @@ def load(
 
     saved = _on_first_rank(read)  # a rank that alone failed here would leave the others waiting
     states = _states(model, optimizer)
+    groups: list[dict[str, Any]] = []
+    former: dict[str, Any] = {}
     if isinstance(optimizer, Shampoo):
-        methods = _check_blocks(optimizer, states["optimizer"]["param_groups"], place)
+        former = _former_values(place)
+        methods = _check_blocks(optimizer, states["optimizer"]["param_groups"], place, former)
         if _adopt(optimizer, methods):
             states = _states(model, optimizer)
         _ask_for_what_is_saved(optimizer, states["optimizer"], place)
+        groups = states["optimizer"]["param_groups"]
+        for group in groups:
+            for name in former:
+                del group[name]
     _transfer(state_dict_loader.load, states, place)
+    for group in groups:
+        group.update(former)
     set_state_dict(
         model,
         optimizer,
@@ -173,18 +184,38 @@ def load(
     return _step_of(place)
 
 
-def _check_blocks(optimizer: Shampoo, named: Sequence[Mapping[str, Any]], place: Path) -> list[str]:
+def _former_values(place: Path) -> dict[str, Any]:
+    """With what a checkpoint was trained of which it says nothing, since there was one way only."""
+    paths = (FileSystemReader(place).read_metadata().planner_data or {}).values()
+    named = {path[-1] for path in paths if path[:2] == ("optimizer", "param_groups")}
+    return {name: value for name, value in FORMER_DEFAULTS.items() if name not in named}
+
+
+def _check_blocks(
+    optimizer: Shampoo,
+    named: Sequence[Mapping[str, Any]],
+    place: Path,
+    former: Mapping[str, Any],
+) -> list[str]:
     """Compares what decides the shapes of blocks; DCP could only say that some size differs.
 
     Args:
         named: the optimizer's groups, whose ``params`` are names.
+        former: values for what the checkpoint does not say.
 
     Returns:
         For every group the ``large_dim_method`` with which to load.
     """
     # DCP replaces what it finds in these by what was saved.
-    saved = [{"params": [], **asdict(Geometry.of(group))} for group in optimizer.param_groups]
+    saved: list[dict[str, Any]] = [
+        {
+            "params": [],
+            **{k: v for k, v in asdict(Geometry.of(group)).items() if k not in former},
+        }
+        for group in optimizer.param_groups
+    ]
     _transfer(state_dict_loader.load, {"optimizer": {"param_groups": saved}}, place)
+    saved = [{**group, **former} for group in saved]
     group_of = {name: group for group in saved for name in group["params"]}
     methods = []
     for group, names in zip(
@@ -214,7 +245,7 @@ def _adopt(optimizer: Shampoo, methods: Sequence[str]) -> bool:
         before = Geometry.of(group)
         group["large_dim_method"] = method
         is_cut_otherwise |= any(
-            Layout.of(param.shape, before) != Layout.of(param.shape, Geometry.of(group))
+            layout_of(param.shape, before) != layout_of(param.shape, Geometry.of(group))
             for param in group["params"]
             if param.numel() > 0
         )

@@ -52,6 +52,20 @@ GRAFTING = {
 }
 
 
+# AdaGrad's formula, of what borrows none of them: by ``betas[1]``, its correction, and ``eps``.
+_OWN = Grafting(second_moment=True)
+
+
+def grafting_of(name: str, borrows: bool) -> Grafting:
+    """The parts of the formula that move tensors of a group.
+
+    Args:
+        name: the group's ``grafting``.
+        borrows: whether what moves them borrows its step length, as their kind declares.
+    """
+    return GRAFTING[name] if borrows else _OWN
+
+
 class SecondMoment(NamedTuple):
     """How ``exp_avg_sq`` moves and enters the direction at one step.
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from shampoo.blocks.blocking import MERGE_MODES
+from shampoo.blocks.declared import choices as preconditioners
 from shampoo.blocks.layout import DTYPES, LARGE_DIM_METHODS, Geometry
 from shampoo.errors import shown, warn_outside
 from shampoo.grafting import GRAFTING, SecondMoment, weight_of
@@ -29,8 +30,8 @@ NONFINITE = ("skip", "raise")
 REFRESH_SCHEDULES = ("together", "staggered")
 MOST_STEPS = 1 << 53  # up to which a float, as which steps are counted, holds every integer
 
-# What a group without the value was trained with, where that is not the default of today.
-FORMER_DEFAULTS = {"large_dim_method": "blocking"}
+# What a group without the value was trained with: the defaults of today need not be that.
+FORMER_DEFAULTS = {"large_dim_method": "blocking", "preconditioner": "shampoo"}
 
 
 def dtype_name(dtype: Any) -> Any:
@@ -466,6 +467,7 @@ def _root_method(group: dict[str, Any]) -> str:
 
 def _check_choices(group: dict[str, Any]) -> None:
     for name, choices in (
+        ("preconditioner", preconditioners()),
         ("grafting", tuple(GRAFTING)),
         ("merge_dims", MERGE_MODES),
         ("large_dim_method", LARGE_DIM_METHODS),

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from shampoo import ops
-from shampoo.blocks.layout import AUTO, FACTORED, Layout
+from shampoo.blocks.layout import AUTO
 from shampoo.blocks.ownership import Team
 from shampoo.distributed.consensus import FAILED, OK, SKIPPED, DeferredError, Vote
 from shampoo.distributed.distributor import StepInputs
@@ -19,7 +19,7 @@ from shampoo.distributed.replica_checksums import check_checksums, checksums_of
 from shampoo.distributed.shard_regions import local_tensor
 from shampoo.errors import ShampooDistributedError
 from shampoo.hyperparameters import FORMER_DEFAULTS, Hyperparameters, dtype_name, warn_about
-from shampoo.roots.methods import check_method
+from shampoo.preconditioner.choice import kind_of, layout_of
 from shampoo.state.persistent import Persistent
 from shampoo.step import capture, tracing
 from shampoo.step.agreed_step import AgreedStep
@@ -88,6 +88,11 @@ class Shampoo(Persistent):
             not, they follow the grafted method alone (or, with ``grafting="none"``, AdaGrad's
             formula with ``betas[1]`` and ``eps``).
         precondition: False lets a whole group follow the grafted method, e.g. for embeddings.
+        preconditioner: ``"shampoo"``, or ``"kl_shampoo"`` (arXiv 2509.03378): before a mode's
+            factor takes a gradient in, the roots of all other modes whiten it, and p is 2. It can
+            do without a graft (``grafting="none"``), costs one more product a step for every mode
+            and other mode, and has no use for ``exponent_override`` and ``exponent_multiplier``.
+            Cannot change once training has begun.
         exponent_override: the root p of every factor instead of twice the order of the block; an
             int, or a list indexed by order (0 or missing: the default).
         exponent_multiplier: every factor is raised to ``-exponent_multiplier / p``.
@@ -209,6 +214,7 @@ class Shampoo(Persistent):
         merge_dims: str = "matrix",
         precondition_1d: bool = False,
         precondition: bool = True,
+        preconditioner: str = "shampoo",
         exponent_override: int | Sequence[int] = 0,
         exponent_multiplier: float = 1.0,
         bias_correction: bool = True,
@@ -276,9 +282,8 @@ class Shampoo(Persistent):
         for position, param in enumerate(group["params"]):
             check_parameter(param, parameter_name(group, index, position))
             if param.numel() > 0:
-                layout = Layout.of(param.shape, values.geometry)
-                if layout.rule == FACTORED:
-                    check_method(values.root_method, values.root_power(layout.order))
+                layout = layout_of(param.shape, values.geometry)
+                kind_of(layout).check(values, layout.order)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -316,22 +321,22 @@ class Shampoo(Persistent):
                 return loss
             with step:
                 step.open(self.param_groups, self.state, self._reader.revision)
-                for arena, segments, hyper, scalars, due, distributor in step.arenas():
+                for arena, kind, segments, hyper, scalars, due, distributor in step.arenas():
                     with step.deferred:  # others may wait for this rank in the next collective
-                        is_ahead = refresh_ahead(segments, due, hyper, scalars, distributor)
+                        is_ahead = refresh_ahead(kind, segments, due, hyper, scalars, distributor)
                         for segment in segments:
                             s = scalars.at(segment.owners)
                             # 1, 2: G <- sign G (+ weight_decay W), from the owners of its pieces
                             G = gradients(segment, hyper, s, distributor)
                             # 3: M <- beta1 M + (1 - beta1) G, the graft's second moment, |D|
-                            graft(segment, G, s)
+                            graft(kind, segment, G, s)
                             if not is_ahead:
                                 # 4: A_k <- beta2 A_k + (1 - beta2) mat_k(G) mat_k(G)^T
-                                accumulate(segment, s)
+                                accumulate(kind, segment, hyper, s)
                                 # 5: X_k <- (A_k / c2 + ridge I)^(-1/p), where it is due
-                                refresh(due, hyper, scalars)
+                                refresh(kind, due, hyper, scalars)
                             # 6, 7: P <- M x_1 X_1 ... x_o X_o with the length of D
-                            precondition(segment, hyper, s)
+                            precondition(kind, segment, hyper, s)
                             # 8 to 10: decay, momentum, W <- W - lr P, or P on its way to others
                             if not arena.is_layerwise:
                                 distributor.apply_direction(arena, segment, hyper, s)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shampoo.blocks.layout import ADAGRAD, FACTORED
+from shampoo.blocks.declared import Kind
 from shampoo.grafting import SecondMoment, correction_of
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.ops import Number
@@ -31,7 +31,7 @@ class Counted:
     def of(
         cls,
         hyper: Hyperparameters,
-        rule: str,
+        kind: Kind,
         counts: Sequence[int],
         distinct: Collection[int],
         moment: SecondMoment,
@@ -56,17 +56,17 @@ class Counted:
         columns = {count: column for column, count in enumerate(known)}
         # One that has no gradient is not looked at: any column does.
         chosen = torch.tensor([columns.get(count, 0) for count in counts], device="cpu")
-        flags = [has_started(hyper, rule, count) for count in known]
+        flags = [has_started(hyper, kind, count) for count in known]
         started: bool | Tensor = all(flags)
         if not started and any(flags):
             started = torch.tensor(flags, device="cpu")[chosen].to(device, non_blocking=True)
         return cls(numbers.index_select(1, chosen).to(device, non_blocking=True), started)
 
 
-def has_started(hyper: Hyperparameters, rule: str, step: Number) -> bool | Tensor:
-    """Whether roots are used at a step, if there are any."""
+def has_started(hyper: Hyperparameters, kind: Kind, step: Number) -> bool | Tensor:
+    """Whether directions of a kind are used at a step, of blocks that are ready."""
     start = hyper.start_preconditioning_step
-    return rule == FACTORED and start < math.inf and step >= start
+    return kind.preconditions and start < math.inf and step >= start
 
 
 class Scalars(NamedTuple):
@@ -84,14 +84,14 @@ class Scalars(NamedTuple):
     correction2: Number
     moment: SecondMoment
     step: Number
-    started: bool | Tensor  # whether roots are used: from ``start_preconditioning_step`` on
+    started: bool | Tensor  # whether ready blocks go their own way: from the start of that on
     accepted: Tensor | None = None  # 0-d bool; None where the host has already decided
     counted: Counted | None = None  # of every parameter, where they differ
 
     @classmethod
-    def of(cls, hyper: Hyperparameters, rule: str, step: Number) -> "Scalars":
+    def of(cls, hyper: Hyperparameters, kind: Kind, step: Number) -> "Scalars":
         """The numbers of ``step``, counted from 1; tensors where it or a hyper-parameter is one."""
-        moment = hyper.diagonal_moment if rule == ADAGRAD else hyper.grafting_moment
+        moment = hyper.grafting_moment if kind.borrows else hyper.diagonal_moment
         if moment.corrected:
             moment = moment._replace(correction=correction_of(moment.beta, step))
         is_corrected = hyper.bias_correction
@@ -108,14 +108,14 @@ class Scalars(NamedTuple):
             correction2=correction_of(hyper.beta2, step) if is_corrected else 1.0,
             moment=moment,
             step=step if isinstance(step, Tensor) else float(step),
-            started=has_started(hyper, rule, step),
+            started=has_started(hyper, kind, step),
         )
 
     @classmethod
     def of_counts(
         cls,
         hyper: Hyperparameters,
-        rule: str,
+        kind: Kind,
         counts: Sequence[int],
         distinct: Collection[int],
         device: torch.device,
@@ -126,10 +126,10 @@ class Scalars(NamedTuple):
             counts: [members].
             distinct: the counts of those that have a gradient, at least one.
         """
-        plain = cls.of(hyper, rule, next(iter(distinct)))
+        plain = cls.of(hyper, kind, next(iter(distinct)))
         if len(distinct) == 1:
             return plain
-        counted = Counted.of(hyper, rule, counts, distinct, plain.moment, device)
+        counted = Counted.of(hyper, kind, counts, distinct, plain.moment, device)
         return plain._replace(counted=counted)
 
     def at(self, owners: Tensor) -> "Scalars":

@@ -211,7 +211,7 @@ def test_k1_the_signature_is_the_documented_one():
         **{"precondition": True, "exponent_override": 0, "exponent_multiplier": 1.0},
         **{"bias_correction": True, "grafting": "adam", "grafting_beta2": None},
         **{"grafting_eps": 1e-8, "large_dim_method": "auto", "root_method": "auto"},
-        **{"maximize": False, "foreach": None, "fused": None},
+        **{"maximize": False, "foreach": None, "fused": None, "preconditioner": "shampoo"},
     }
     for name, value in expected.items():
         assert defaults[name] == value, name

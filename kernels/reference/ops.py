@@ -235,21 +235,25 @@ def gram_ema_(factor: Tensor, grad: Tensor, k: int, beta: Number, weight: Number
         factor.baddbmm_(unfolded, unfolded.mT, beta=float(beta), alpha=weight)
 
 
-def precondition_(out: Tensor, norm: Tensor, grad: Tensor, roots: Sequence[Tensor]) -> None:
+def precondition_(out: Tensor, norm: Tensor, grad: Tensor, roots: Sequence[Tensor | None]) -> None:
     """``out <- G x_1 X_1 ... x_o X_o`` (Gupta et al., 2018) and ``norm[b] <- |out_b|``.
 
     Args:
         out: [B, d_1 .. d_o] in the dtype of ``grad``, contiguous, written.
         norm: [B] in the dtype of ``grad``, written.
         grad: [B, d_1 .. d_o], read.
-        roots: One a mode, read: [B, d_k, d_k] symmetric, or [B, d_k] for a diagonal mode.
+        roots: One a mode, read: [B, d_k, d_k] symmetric, [B, d_k] for a diagonal mode, or None for
+            one that stays as it is.
 
     """
     count, order = grad.shape[0], grad.dim() - 1
     blocks = grad
     for mode, root in enumerate(roots):
         last = mode == order - 1
-        if root.dim() == 2:
+        if root is None:
+            if last:
+                out.copy_(blocks)
+        elif root.dim() == 2:
             shape = [count] + [root.shape[1] if k == mode else 1 for k in range(order)]
             blocks = torch.mul(blocks, root.view(shape), out=out if last else None)
         elif last:

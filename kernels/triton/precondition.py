@@ -43,8 +43,11 @@ def launch_config(size: int) -> LaunchConfig:
     return LaunchConfig(128, 128, 32, 8, 3)
 
 
-def supports(out: Tensor, norm: Tensor, grad: Tensor, roots: Sequence[Tensor]) -> bool:
-    """Whether :func:`precondition_` takes these: full float32 roots, contiguous float32 results."""
+def supports(out: Tensor, norm: Tensor, grad: Tensor, roots: Sequence[Tensor | None]) -> bool:
+    """Whether :func:`precondition_` takes these: full float32 roots, contiguous float32 results.
+
+    It has no form for a mode that stays as it is.
+    """
     return (
         out.dtype == torch.float32
         and out.is_contiguous()
@@ -54,7 +57,10 @@ def supports(out: Tensor, norm: Tensor, grad: Tensor, roots: Sequence[Tensor]) -
         and reach(grad) < 2**31
         and len(roots) > 0
         and all(
-            root.dim() == 3 and root.dtype == torch.float32 and root.stride(2) == 1
+            root is not None
+            and root.dim() == 3
+            and root.dtype == torch.float32
+            and root.stride(2) == 1
             for root in roots
         )
     )

@@ -1,6 +1,7 @@
-"""What a block costs its owner: the seconds of a step, from geometry and a machine's constants.
+"""What a block costs its owner: the seconds of a step, from its work and a machine's constants.
 
-A block of N elements with sides d_k costs, by algorithm.md 7.1,
+Work is what a kind of preconditioner says (:class:`Cost`). For Shampoo, a block of N elements with
+sides d_k costs, by algorithm.md 7.1,
 
 - *accumulate*: ``N d_k`` FLOPs for each mode, half of a general product: factors are symmetric;
 - *apply*: ``2 N d_k`` FLOPs for each mode;
@@ -15,12 +16,12 @@ costs, to the bit, on every rank: ownership is decided from them.
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from shampoo.blocks.layout import FACTORED, Layout
+from shampoo.blocks.layout import Layout
 
 # Seconds a unit of work by the side of the factor: (side, seconds), sides ascending. Linear in
 # between, constant outside.
@@ -32,9 +33,41 @@ _FLOP = 1 / 150e12  # seconds of a FLOP in the nominal model
 # gradient average and second moment read and written. The moments are counted whether or not the
 # group keeps them: betas may change while training, and owners must not change with them.
 _ELEMENT_NUMBERS = 7
-_FACTOR_NUMBERS = 3  # for each entry: factor read and written, root read
-_DIAGONAL_NUMBERS = 3  # for each element, along a diagonal mode: squares summed, then scaled
 _NUMBER_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Products:
+    """Products of a block of N elements with matrices of one of its sides, in an ordinary step.
+
+    Attributes:
+        side: d, of the mode.
+        symmetric: how many are symmetric, of ``N d`` FLOPs: what statistics take.
+        general: how many are not, of ``2 N d`` FLOPs: what applying a matrix takes.
+    """
+
+    side: int
+    symmetric: int = 1
+    general: int = 1
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The work that a block gives its owner.
+
+    Attributes:
+        numel: N, elements of the block.
+        products: of an ordinary step, a mode.
+        numbers: that an ordinary step reads or writes beside the gradient, the direction and both
+            moments, which move for any block.
+        refreshed: the sides that a refresh renews, each with how many inverse roots of that side,
+            their bytes among them, it takes as long as.
+    """
+
+    numel: int
+    products: tuple[Products, ...] = ()
+    numbers: int = 0
+    refreshed: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,50 +106,44 @@ class CostModel:
                 _check_seconds(f"{name} at side {side}", seconds)
         _check_seconds("byte", self.byte)
 
-    def ordinary_seconds(self, extent: Sequence[int], diagonal: Sequence[bool], rule: str) -> float:
-        """Seconds of a step that refreshes no root, for the owner of a block.
-
-        Args:
-            extent: [o], the sides of the block.
-            diagonal: [o], which modes keep only the factor's diagonal.
-            rule: of the block's :class:`~shampoo.blocks.layout.Layout`.
-        """
-        numel = math.prod(extent)
-        seconds, numbers = 0.0, _ELEMENT_NUMBERS * numel
-        if rule == FACTORED:
-            for side, is_diagonal in zip(extent, diagonal, strict=True):
-                if is_diagonal:
-                    numbers += _DIAGONAL_NUMBERS * numel
-                    continue
-                unit = _at(self.accumulate, side) + 2 * _at(self.apply, side)
-                seconds += numel * side * unit
-                numbers += _FACTOR_NUMBERS * side * side
+    def ordinary_seconds(self, cost: Cost) -> float:
+        """Seconds of a step that refreshes nothing, for the owner of a block."""
+        seconds = 0.0
+        for products in cost.products:
+            unit = products.symmetric * _at(self.accumulate, products.side)
+            unit += 2 * products.general * _at(self.apply, products.side)
+            seconds += cost.numel * products.side * unit
+        numbers = _ELEMENT_NUMBERS * cost.numel + cost.numbers
         return seconds + numbers * _NUMBER_BYTES * self.byte
 
-    def root_seconds(self, extent: Sequence[int], diagonal: Sequence[bool], rule: str) -> float:
-        """Seconds to refresh all roots of a block once; arguments as in ``ordinary_seconds``."""
-        if rule != FACTORED:
-            return 0.0
+    def refresh_seconds(self, cost: Cost) -> float:
+        """Seconds to refresh all modes of a block once."""
         seconds = 0.0
-        for side, is_diagonal in zip(extent, diagonal, strict=True):
-            if not is_diagonal:
-                seconds += side**3 * _at(self.root, side)
+        for side, roots in cost.refreshed:
+            seconds += self.root_seconds(side, roots)
         return seconds
 
-    def block_seconds(
-        self, extent: Sequence[int], diagonal: Sequence[bool], rule: str, frequency: int
-    ) -> float:
-        """Seconds a step, the roots spread over the ``frequency`` steps of their period."""
-        root = self.root_seconds(extent, diagonal, rule)
-        return self.ordinary_seconds(extent, diagonal, rule) + root / frequency
+    def root_seconds(self, side: int, roots: int = 1) -> float:
+        """Seconds of some inverse roots of one side."""
+        return side**3 * roots * _at(self.root, side)
 
-    def layout_seconds(self, layout: Layout, frequency: int) -> list[float]:
-        """``block_seconds`` of every block of a tensor, in row-major order of its grid."""
+    def block_seconds(self, cost: Cost, frequency: int) -> float:
+        """Seconds a step, refreshes spread over the ``frequency`` steps of their period."""
+        return self.ordinary_seconds(cost) + self.refresh_seconds(cost) / frequency
+
+    def layout_seconds(
+        self, layout: Layout, frequency: int, cost_of: Callable[[tuple[int, ...]], Cost]
+    ) -> list[float]:
+        """``block_seconds`` of every block of a tensor, in row-major order of its grid.
+
+        Args:
+            cost_of: the work of a block, by its sides.
+        """
         costs = [0.0] * sum(tile.blocks for tile in layout.tiles)
         for tile in layout.tiles:
-            cost = self.block_seconds(tile.extent, layout.diagonal, layout.rule, frequency)
+            seconds = self.block_seconds(cost_of(tile.extent), frequency)
             for index in tile.block_indices():
-                costs[index] = cost
+                costs[index] = seconds
         return costs
 
     @classmethod

@@ -13,17 +13,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from shampoo.blocks.state_keys import COUNTS, parse
+from shampoo.blocks.state_keys import is_count
 from shampoo.errors import BlockGridMismatchError
 
-_WHOLE = ("failures", "slot")  # kinds of a block that are counts
 _INTEGERS = (torch.int64, torch.int32)  # in which counts are published
-
-
-def is_count(key: str) -> bool:
-    """Whether a key of this optimizer's holds one whole number."""
-    named = parse(key)
-    return key in COUNTS if named is None else named.kind in _WHOLE
 
 
 def is_absent(value: Any) -> bool:

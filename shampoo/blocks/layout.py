@@ -1,45 +1,27 @@
-"""How one tensor is treated: its merged shape, its blocks, and the rule that moves them."""
+"""How one tensor is treated: its merged shape, its blocks, and the kind that moves them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
-from shampoo.blocks.blocking import Tile, cut, merge_dims
+from shampoo.blocks.blocking import Tile, cut
 
 AUTO = "auto"  # of large_dim_method: nobody has named one
 LARGE_DIM_METHODS = (AUTO, "blocking", "adagrad", "diagonal")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
-FACTORED = "factored"  # Kronecker factors and their roots
-GRAFTED = "grafted"  # the grafted method alone
-ADAGRAD = "adagrad"  # the diagonal method of large_dim_method="adagrad"
-RULES = (FACTORED, GRAFTED, ADAGRAD)
-
-# Numbers of factors and roots an element that "auto" may keep. With the two moments, of gradients
-# and of their squares, they are 5 times the two numbers of AdamW. A matrix with both sides above
-# max_preconditioner_dim always has fewer, cut at that.
+# Numbers an element that "auto" may keep for modes: factors and roots, say. With the two moments,
+# of gradients and of their squares, they are 5 times the two numbers of AdamW. Of factors and roots
+# a matrix with both sides above max_preconditioner_dim always has fewer, cut at that.
 AFFORDABLE = 8
 
 # How many times shorter blocks "auto" makes of a long side before it keeps the diagonal alone. Both
 # sides' factors are worth much: with them, 3x3 convolutions learn as they do in whole blocks. But a
 # matrix of 8 rows would have hundreds of blocks.
 SHORTER = 8
-
-
-def factor_numbers(extent: Sequence[int], diagonal: Sequence[bool]) -> int:
-    """Numbers that the factors of a block and their roots hold.
-
-    Args:
-        extent: [o], the sides of the block.
-        diagonal: [o], which modes keep only the factor's diagonal, which has no root.
-    """
-    return sum(
-        side if is_diagonal else 2 * side * side
-        for side, is_diagonal in zip(extent, diagonal, strict=True)
-    )
 
 
 @dataclass(frozen=True)
@@ -58,6 +40,7 @@ class Geometry:
     grafting: str
     refresh_schedule: str
     capturable: bool
+    preconditioner: str
 
     @classmethod
     def of(cls, group: dict[str, Any]) -> "Geometry":
@@ -74,10 +57,11 @@ class Geometry:
 class Layout:
     """The blocks of one tensor.
 
-    ``diagonal`` says, mode by mode, whether a factored tensor keeps only the factor's diagonal.
+    ``kind`` names what moves them (:mod:`shampoo.preconditioner`). ``diagonal`` says, mode by mode,
+    whether a matrix of the mode would take too much memory.
     """
 
-    rule: str
+    kind: str
     tiles: tuple[Tile, ...]
     diagonal: tuple[bool, ...]
 
@@ -101,42 +85,28 @@ class Layout:
         """Number of merged dimensions: o of algorithm.md."""
         return len(self.diagonal)
 
-    @classmethod
-    def of(cls, shape: Sequence[int], geometry: Geometry) -> "Layout":
-        """The layout of a tensor with at least one element (algorithm.md 3.1 to 3.4)."""
-        limit = geometry.max_preconditioner_dim
-        merged = merge_dims(shape, limit, geometry.merge_dims)
-        is_vector = sum(size > 1 for size in shape) <= 1
-        is_large = max(merged) > limit
-        rule, sizes, diagonal = FACTORED, [limit] * len(merged), [False] * len(merged)
-        if not geometry.precondition or (is_vector and not geometry.precondition_1d):
-            rule = ADAGRAD if geometry.grafting == "none" else GRAFTED
-        elif is_large and geometry.large_dim_method == "adagrad":
-            rule = ADAGRAD
-        elif geometry.large_dim_method == "diagonal":
-            sizes = [max(limit, size) for size in merged]
-            diagonal = [size > limit for size in merged]
-        elif geometry.large_dim_method == AUTO:
-            sizes, diagonal = _affordable(merged, limit)
-        return cls(rule, tuple(cut(merged, sizes)), tuple(diagonal))
 
-
-def _affordable(merged: Sequence[int], limit: int) -> tuple[list[int], list[bool]]:
+def affordable(
+    merged: Sequence[int], limit: int, numbers: Callable[[Sequence[int], Sequence[bool]], int]
+) -> tuple[list[int], list[bool]]:
     """How "auto" cuts: the length of blocks along every mode, and which modes are diagonal.
 
     As short as is affordable along the longest mode. Where no block is, or only such as would be
     far too many, that mode stays whole and diagonal, and the next one is looked at. In the end
-    there is an answer: with every mode diagonal there is at most one number an element.
+    there is an answer if a mode that is diagonal keeps at most one number an element.
+
+    Args:
+        merged: the merged shape.
+        limit: ``max_preconditioner_dim``.
+        numbers: that the modes of a block hold, by its sides and which of them are diagonal.
     """
     sizes, diagonal = [limit] * len(merged), [False] * len(merged)
     for mode in sorted(range(len(merged)), key=lambda mode: -merged[mode]):
         side = min(limit, merged[mode])
         for times in range(1, SHORTER + 1):
             sizes[mode] = -(-side // times)
-            numbers = sum(
-                tile.blocks * factor_numbers(tile.extent, diagonal) for tile in cut(merged, sizes)
-            )
-            if numbers <= AFFORDABLE * math.prod(merged):
+            held = sum(tile.blocks * numbers(tile.extent, diagonal) for tile in cut(merged, sizes))
+            if held <= AFFORDABLE * math.prod(merged):
                 return sizes, diagonal
         sizes[mode], diagonal[mode] = merged[mode], True
     return sizes, diagonal

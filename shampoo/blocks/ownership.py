@@ -3,12 +3,12 @@
 import functools
 import heapq
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from shampoo.blocks.cost import CostModel
+from shampoo.blocks.cost import Cost, CostModel
 from shampoo.blocks.layout import Layout
 
 # Nominal, not this machine's: ranks must decide alike, and a checkpoint must find its owners again
@@ -57,6 +57,7 @@ class Share:
     layout: Layout
     team: Team
     frequency: int  # precondition_frequency
+    cost_of: Callable[[tuple[int, ...]], Cost]  # the work of a block, by its sides
 
 
 def divide(shares: Sequence[Share], kept: Mapping[Tensor, Owners] | None = None) -> list[list[int]]:
@@ -73,7 +74,9 @@ def divide(shares: Sequence[Share], kept: Mapping[Tensor, Owners] | None = None)
         For every share, [blocks], in row-major order of its grid of blocks.
     """
     loads: dict[Team, list[float]] = {}
-    costs = [_COSTS.layout_seconds(share.layout, share.frequency) for share in shares]
+    costs = [
+        _COSTS.layout_seconds(share.layout, share.frequency, share.cost_of) for share in shares
+    ]
     owners: list[list[int]] = [[0] * len(cost) for cost in costs]
     pending: dict[tuple[int, Team], list[int]] = {}
     for index, share in enumerate(shares):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from shampoo.blocks.entries import check_value
-from shampoo.blocks.state_keys import foreign, is_own, parse
+from shampoo.blocks.state_keys import PHASE, foreign, is_own, parse
 
 State = MutableMapping[Tensor, dict[str, Any]]
 Views = dict[str, Tensor]
@@ -115,7 +115,7 @@ class Publication:
             entries = _entries_of(state, param)
             own = {key: value for key, value in entries.items() if is_own(key)}
             if not own:
-                anew += [view for key, view in views.items() if not _is_slot(key)]
+                anew += [view for key, view in views.items() if not _is_phase(key)]
             elif own.keys() != views.keys():
                 return None
             else:
@@ -189,6 +189,6 @@ def _copy(state: Mapping[Any, Any]) -> dict[Any, Any]:
     }
 
 
-def _is_slot(key: str) -> bool:
+def _is_phase(key: str) -> bool:
     named = parse(key)
-    return named is not None and named.kind == "slot"
+    return named is not None and named.kind == PHASE

@@ -8,13 +8,14 @@ then segments are *narrowed* to the blocks that are active, by a few operations 
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from shampoo.blocks.rows import Rows, put, take
+from shampoo.blocks.rows import Copies, Rows, put, take
 from shampoo.blocks.stacks import Arena, BlockStack, FactorStack, Placement
+from shampoo.blocks.statistics import Mode, Readiness, Statistics
 
 # Elements of a segment. On a CPU the gradient, its direction and the moments of a segment should
 # stay in the last level cache between the passes over them; on a GPU launches should be few.
@@ -34,33 +35,33 @@ class Part:
     direction: Tensor  # [B, d_1 .. d_o]
     exp_avg: Tensor | None  # [B, d_1 .. d_o]
     elements: slice  # of the segment, where the B blocks lie
-    blocks: slice  # of the active blocks of the segment, the R that are here
-    factors: list[Tensor]  # a mode: [B, d_k, d_k] or, diagonal, [B, d_k]
-    roots: list[Tensor | None]  # a mode: [B, d_k, d_k], None where the factor is diagonal
-    ready: list[Tensor]  # a mode with a root: [B] bool
+    statistics: Statistics  # of the B blocks
+    readiness: Readiness  # of the blocks of the whole part
     rows: Rows = None  # [R], which of the B blocks are active; None for all
-    whole: "Part | None" = None  # what this one is a part of
-    _all_ready: bool = field(default=False, init=False)
+    is_whole: bool = True  # whether it has all blocks that the arena has in its place
+    # A mode that is refreshed: [B] bool, whether it has been.
+    flags: tuple[Tensor, ...] = field(init=False)
+    blocks: slice = field(init=False)  # of the active blocks of the segment, the R that are here
 
-    @property
-    def all_ready(self) -> bool:
-        """Whether all blocks are known to have their roots."""
-        return self._all_ready if self.whole is None else self.whole.all_ready
+    def __post_init__(self) -> None:
+        modes = self.statistics.modes
+        self.flags = tuple(mode.ready for mode in modes if mode.ready is not None)
+        self.blocks = self.statistics.blocks
 
     def is_ready(self) -> bool:
-        """Whether every factor of every active block has a valid root.
+        """Whether every mode of every active block is ready.
 
-        The step never loses a root, so the answer yes is final: a GPU is asked at the first root
-        step, and at ordinary steps only while some block is still without a root; it is never asked
-        for a part whose blocks change from step to step.
+        A step never takes that back, so the answer yes is final: a GPU is asked at the first
+        refresh, and at ordinary steps only while some block is still to be refreshed; it is never
+        asked for a part whose blocks change from step to step.
         """
-        if self.all_ready:
+        if self.readiness.is_known:
             return True
-        if self.whole is None:
-            self._all_ready = all(bool(ready.all()) for ready in self.ready)
-            return self._all_ready
+        if self.is_whole:
+            self.readiness.is_known = all(bool(flags.all()) for flags in self.flags)
+            return self.readiness.is_known
         is_here = self.grad.device.type == "cpu"
-        return is_here and all(bool(take(ready, self.rows).all()) for ready in self.ready)
+        return is_here and all(bool(take(flags, self.rows).all()) for flags in self.flags)
 
     def of(self, flat: Tensor) -> Tensor:
         """The blocks in a tensor that has the elements of the segment, [B, d_1 * .. * d_o]."""
@@ -88,18 +89,15 @@ class Part:
         if count == len(active):
             return [self._narrow(slice(0, count), first)]
         if self.grad[0].numel() < _LARGE_BLOCK:
-            rows = rows.to(self.grad.device, non_blocking=True)
             part = Part(
                 self.grad,
                 self.direction,
                 self.exp_avg,
                 self.elements,
-                slice(first, first + count),
-                self.factors,
-                self.roots,
-                self.ready,
-                rows,
-                self,
+                replace(self.statistics, blocks=slice(first, first + count)),
+                self.readiness,
+                rows.to(self.grad.device, non_blocking=True),
+                is_whole=False,
             )
             return [part]
         return [self._narrow(slice(*run), first + done) for done, run in _runs(rows)]
@@ -112,12 +110,9 @@ class Part:
             self.direction[run],
             None if self.exp_avg is None else self.exp_avg[run],
             slice(start + run.start * size, start + run.stop * size),
-            slice(first, first + run.stop - run.start),
-            [factor[run] for factor in self.factors],
-            [None if root is None else root[run] for root in self.roots],
-            [ready[run] for ready in self.ready],
-            None,
-            self,
+            self.statistics.narrowed(run, first),
+            self.readiness,
+            is_whole=False,
         )
 
 
@@ -156,8 +151,19 @@ class Segment:
     moments: dict[str, Tensor]
     parts: list[Part]
     blocks: "BlockIndex"
+    readiness: Readiness = field(default_factory=Readiness)
     active: Rows = None  # [R] on the host, which of the blocks are active; None for all
     whole: "Segment | None" = None  # what this one is a part of
+
+    def is_known_ready(self) -> bool:
+        """Whether all blocks are known, without asking a device, to be ready."""
+        if self.readiness.is_known:
+            return True
+        for part in self.parts:
+            if not part.readiness.is_known:
+                return False
+        self.readiness.is_known = True
+        return True
 
     @property
     def key(self) -> "Segment":
@@ -229,8 +235,8 @@ class Segment:
             self.moments,
             parts,
             self.blocks,
-            active.nonzero()[:, 0],
-            self,
+            active=active.nonzero()[:, 0],
+            whole=self,
         )
 
 
@@ -242,7 +248,7 @@ def count_blocks(tiles: Tensor) -> int:
 
 @dataclass(frozen=True)
 class FactorRows:
-    """Factors of one stack whose roots are refreshed together."""
+    """Factors of one stack that are refreshed together."""
 
     stack: FactorStack
     where: slice | Tensor  # ascending; a tensor, [R] int64, is on the host
@@ -251,25 +257,53 @@ class FactorRows:
     def owners(self) -> Tensor:
         """[R], the parameters of the factors, by their places in the arena."""
         owners = self.stack.row_owners[self.where]
-        return owners.to(self.stack.factor.device, non_blocking=True)
+        return owners.to(self.stack.ready.device, non_blocking=True)
 
     @functools.cached_property
     def rows(self) -> Tensor:
         """``where`` as rows to be copied together, on the device of the stack."""
         assert isinstance(self.where, Tensor)
-        return self.where.to(self.stack.factor.device, non_blocking=True)
+        return self.where.to(self.stack.ready.device, non_blocking=True)
 
     def take(self, state: Tensor) -> Tensor:
         """These rows of the stack's state: a view, or a copy."""
         return state[self.where] if isinstance(self.where, slice) else take(state, self.rows)
 
-    def put(self, state: Tensor, taken: Tensor) -> None:
-        """Puts back what has become of them."""
-        if not isinstance(self.where, slice):
-            put(state, self.rows, taken)
+    def taken(self) -> "TakenRows":
+        """What a kind refreshes, to be put back by :meth:`put_back`."""
+        stack = self.stack
+        if isinstance(self.where, slice):
+            state = {name: tensor[self.where] for name, tensor in stack.state.items()}
+            return TakenRows(stack, self.where, state, stack.ready[self.where])
+        copies = Copies(stack.state, self.rows)
+        return TakenRows(stack, self.where, copies, take(stack.ready, self.rows))
+
+    def put_back(self, taken: "TakenRows") -> None:
+        """Puts back what has become of rows that were copied."""
+        if isinstance(taken.state, Copies):
+            moved = [each.name for each in self.stack.declared if not each.moves_every_step]
+            taken.state.put_back(moved)
+            put(self.stack.ready, self.rows, taken.ready)
 
 
-Slots = tuple[int | None, ...]
+@dataclass(frozen=True)
+class TakenRows:
+    """K factors of one size, as a kind refreshes them.
+
+    Attributes:
+        stack: they are rows of; for what all of its rows have in common.
+        where: which rows of it.
+        state: by name, [K, *shape(d)], to be written in place.
+        ready: [K] bool, likewise.
+    """
+
+    stack: FactorStack
+    where: slice | Tensor
+    state: dict[str, Tensor]
+    ready: Tensor
+
+
+Phases = tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -279,9 +313,9 @@ class ActiveBlocks:
     arena: Arena
     present: tuple[bool, ...]  # for every parameter of the arena
     segments: list[Segment]
-    _rows: dict[int, list[FactorRows]] = field(default_factory=dict)  # by slot
-    # By slots. For ever, if capturable: a graph may read the tables of any of them.
-    _rows_by_owner: dict[Slots, list[FactorRows]] = field(default_factory=dict)
+    _rows: dict[int, list[FactorRows]] = field(default_factory=dict)  # by phase
+    # By phases. For ever, if capturable: a graph may read the tables of any of them.
+    _rows_by_owner: dict[Phases, list[FactorRows]] = field(default_factory=dict)
 
     @functools.cached_property
     def ranks(self) -> list[int]:
@@ -293,36 +327,36 @@ class ActiveBlocks:
         """``present`` on the device of the arena."""
         return torch.tensor(self.present, device="cpu").to(self.arena.device, non_blocking=True)
 
-    def rows_of_phase(self, slot: int) -> list[FactorRows]:
-        """The factors of parameters with a gradient that are refreshed in one slot."""
-        if slot not in self._rows:
+    def rows_of_phase(self, phase: int) -> list[FactorRows]:
+        """The factors of parameters with a gradient that are refreshed in one phase."""
+        if phase not in self._rows:
             active = torch.tensor(self.present, device="cpu")
-            self._rows[slot] = [
+            self._rows[phase] = [
                 rows
-                for stack in self.arena.stacks_with_roots()
-                for rows in _factor_rows(stack, active[stack.row_owners] & (stack.slot == slot))
+                for stack in self.arena.refreshed_stacks()
+                for rows in _factor_rows(stack, active[stack.row_owners] & (stack.phase == phase))
             ]
-        return self._rows[slot]
+        return self._rows[phase]
 
-    def rows_by_owner(self, slots: Slots) -> list[FactorRows]:
+    def rows_by_owner(self, phases: Phases) -> list[FactorRows]:
         """The factors that are refreshed where parameters differ in how many steps they have taken.
 
         Args:
-            slots: for every parameter of the arena, the slot that is due, None if there is none or
+            phases: for every parameter of the arena, the one that is due, None if there is none or
                 the parameter has no gradient.
         """
-        if slots not in self._rows_by_owner:
+        if phases not in self._rows_by_owner:
             if not self.arena.is_capturable:
                 self._rows_by_owner.clear()  # they hardly come again
-            self._rows_by_owner[slots] = self._rows_of(slots)
-        return self._rows_by_owner[slots]
+            self._rows_by_owner[phases] = self._rows_of(phases)
+        return self._rows_by_owner[phases]
 
-    def _rows_of(self, slots: Slots) -> list[FactorRows]:
-        due = torch.tensor([-1 if slot is None else slot for slot in slots], device="cpu")
+    def _rows_of(self, phases: Phases) -> list[FactorRows]:
+        due = torch.tensor([-1 if phase is None else phase for phase in phases], device="cpu")
         return [
             rows
-            for stack in self.arena.stacks_with_roots()
-            for rows in _factor_rows(stack, due[stack.row_owners] == stack.slot)
+            for stack in self.arena.refreshed_stacks()
+            for rows in _factor_rows(stack, due[stack.row_owners] == stack.phase)
         ]
 
 
@@ -402,21 +436,26 @@ def _segment(
         size, at = tiles[0].tile.block_numel, tiles[0].element - start
         elements = slice(at, at + count * size)
         shape = (count, *stack.extent)
-        slot = tiles[0].slot
-        owned = [
-            (factors, slice(base + slot, base + slot + count)) for factors, base in stack.factors
-        ]
-        exp_avg = moments.get("exp_avg")
+        row = tiles[0].row
+        own_state = {
+            state.name: moments[state.name][elements].view(shape)
+            for state in arena.kind.block_state
+        }
+        exp_avg, readiness = moments.get("exp_avg"), Readiness()
         parts.append(
             Part(
                 grad=grad[elements].view(shape),
                 direction=direction[elements].view(shape),
                 exp_avg=None if exp_avg is None else exp_avg[elements].view(shape),
                 elements=elements,
-                blocks=slice(before, before + count),
-                factors=[factors.factor[own] for factors, own in owned],
-                roots=[None if factors.diagonal else factors.root[own] for factors, own in owned],
-                ready=[factors.ready[own] for factors, own in owned if not factors.diagonal],
+                statistics=Statistics(
+                    stack.extent,
+                    tuple(Mode.of(factors, row, count) for factors in stack.factors),
+                    own_state,
+                    slice(before, before + count),
+                    readiness,
+                ),
+                readiness=readiness,
             )
         )
     norm = torch.zeros(len(owners), dtype=arena.dtype, device=arena.device)

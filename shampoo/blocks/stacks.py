@@ -1,9 +1,9 @@
-"""Where state lives: an arena per update rule, in it one stack per block shape.
+"""Where state lives: an arena per kind of preconditioner, in it one stack per block shape.
 
-An *arena* holds all blocks of one parameter group that share a rule and a device. Its
+An *arena* holds all blocks of one parameter group that share a kind and a device. Its
 elementwise state is flat, block after block, so that one call moves all of it; a *stack* is the
-run of its blocks that have one shape. Factors of one size and order sit in one
-:class:`FactorStack` across all block shapes, so that one batched solver call refreshes them all.
+run of its blocks that have one shape. What the kind keeps for modes of one size and order sits in
+one :class:`FactorStack` across all block shapes, so that one batched call refreshes them all.
 What ``optimizer.state`` publishes are views of these tensors.
 """
 
@@ -14,65 +14,94 @@ import torch
 from torch import Tensor
 
 from shampoo.blocks.blocking import Tile
-from shampoo.blocks.layout import FACTORED
+from shampoo.blocks.declared import NONE, Kind, ModeState
 from shampoo.blocks.ownership import Team
 from shampoo.blocks.staggering import aligned_phases
-from shampoo.blocks.state_keys import FACTOR_STATE
-from shampoo.roots.refresh import PendingFlags, is_root
+from shampoo.blocks.state_keys import MOMENTS, PHASE
 
 
 @dataclass
 class FactorStack:
-    """All factors of one size that belong to blocks of one order: K of them.
+    """What a kind keeps for the modes of one size of blocks of one order: K of them.
 
-    A diagonal factor is kept as a vector and has no root: it is applied fresh at every step.
+    Attributes:
+        size: d, the side of the modes.
+        order: of the blocks.
+        mode: how they are kept, a key of the kind's ``mode_state``.
+        kind: that keeps them.
+        count: K.
+        state: by name, [K, *shape(d)], as the kind declares it.
+        ready: [K] bool, whether each has been refreshed; derived from the state.
+        phase: [K] int32 on the host, when in a period each is refreshed.
+        owners: [K], the parameter by its place in the arena.
+        row_owners: the same on the host.
+        declared: what is kept for each mode; there is something.
+        is_refreshed: whether there is something to refresh, and so flags and phases.
+        memory: what the kind remembers between refreshes and no checkpoint holds; begins as None.
     """
 
     size: int
     order: int
-    diagonal: bool
+    mode: str
+    kind: Kind
     count: int = 0
-    factor: Tensor = field(init=False)  # [K, d, d], or [K, d] if diagonal
-    root: Tensor = field(init=False)  # [K, d, d], all zero where there has been no root yet
-    failures: Tensor = field(init=False)  # [K] int32, refreshes in a row without a valid root
-    ready: Tensor = field(init=False)  # [K] bool, derived from root
-    slot: Tensor = field(init=False)  # [K] int32 on the host, when in a period roots are refreshed
-    owners: list[int] = field(default_factory=list)  # [K], the parameter by its place in the arena
-    row_owners: Tensor = field(init=False)  # the same on the host
-    pending: PendingFlags = field(init=False)  # verdicts on roots that are on their way to the host
+    state: dict[str, Tensor] = field(default_factory=dict)
+    ready: Tensor = field(init=False)
+    phase: Tensor = field(init=False)
+    owners: list[int] = field(default_factory=list)
+    row_owners: Tensor = field(init=False)
+    memory: object = None
+    declared: tuple[ModeState, ...] = field(init=False)
+    is_refreshed: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.declared = self.kind.mode_state[self.mode]
+        self.is_refreshed = any(state.decides_ready for state in self.declared)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """What is kept under a name, [K, *shape(d)]."""
+        return self.state[name]
+
+    @property
+    def statistic(self) -> Tensor:
+        """[K, ...], the tensor to which a ridge is added."""
+        return self.state[self.declared[0].name]
 
     def allocate(self, dtype: torch.dtype, device: torch.device) -> None:
         """Makes the state, zero, once ``count`` is final."""
-        shape = (self.count, self.size) if self.diagonal else (self.count, self.size, self.size)
-        self.factor = torch.zeros(shape, dtype=dtype, device=device)
-        if not self.diagonal:
-            self.root = torch.zeros(shape, dtype=dtype, device=device)
-            self.failures = torch.zeros(self.count, dtype=torch.int32, device=device)
+        for state in self.declared:
+            shape = (self.count, *state.shape(self.size))
+            self.state[state.name] = torch.zeros(shape, dtype=state.dtype or dtype, device=device)
+        if self.is_refreshed:
             self.ready = torch.zeros(self.count, dtype=torch.bool, device=device)
-            self.slot = torch.zeros(self.count, dtype=torch.int32, device="cpu")
+            self.phase = torch.zeros(self.count, dtype=torch.int32, device="cpu")
             self.row_owners = torch.tensor(self.owners, dtype=torch.int64, device="cpu")
-            self.pending = PendingFlags(self.count)
+            deciding = [self.state[each.name] for each in self.declared if each.decides_ready]
+            self._watched = (*deciding, self.phase)
             self._seen = self._versions()
 
     def mark_ready(self) -> None:
-        """Derives ``ready`` from ``root``."""
-        if not self.diagonal:
-            self.ready.copy_(is_root(self.root))
+        """Derives ``ready`` from the state."""
+        if self.is_refreshed:
+            self.ready.copy_(self.kind.are_ready(self.state))
             self.mark_seen()
 
     def mark_seen(self) -> None:
-        """Says that what has been written into roots and slots so far is known."""
+        """Says that what has been written so far into what decides, and into phases, is known.
+
+        Only of what is refreshed.
+        """
         self._seen = self._versions()
 
     def is_edited(self) -> bool:
-        """Whether somebody has written into roots or slots since: what follows from them is old."""
-        return not self.diagonal and self._seen != self._versions()
+        """Whether somebody has written into it since: what follows from it is old."""
+        return self.is_refreshed and self._seen != self._versions()
 
-    def _versions(self) -> tuple[int, ...]:
-        # What was made in inference mode counts nothing.
-        return tuple(
-            0 if tensor.is_inference() else tensor._version for tensor in (self.root, self.slot)
-        )
+    def _versions(self) -> list[int]:
+        versions = []
+        for tensor in self._watched:  # what was made in inference mode counts nothing
+            versions.append(0 if tensor.is_inference() else tensor._version)
+        return versions
 
 
 @dataclass(frozen=True)
@@ -82,7 +111,7 @@ class Placement:
     member: int  # index of the parameter in the plan
     tile: Tile
     element: int  # of the arena, where its first block starts
-    slot: int  # of the stack, of its first block
+    row: int  # of the stack, of its first block
 
     @property
     def numel(self) -> int:
@@ -92,13 +121,14 @@ class Placement:
 
 @dataclass
 class BlockStack:
-    """All blocks of one shape in an arena, with the slice of a factor stack that each mode owns."""
+    """All blocks of one shape in an arena, with the rows of a factor stack that each mode owns."""
 
     extent: tuple[int, ...]
-    diagonal: tuple[bool, ...]
+    modes: tuple[str, ...]  # how each is kept
     tiles: list[tuple[int, Tile]] = field(default_factory=list)
     placements: list[Placement] = field(default_factory=list)
-    factors: list[tuple[FactorStack, int]] = field(default_factory=list)  # a mode: stack, first
+    # A mode: the stack and the first row in it, None where nothing is kept.
+    factors: list[tuple[FactorStack, int] | None] = field(default_factory=list)
 
     @property
     def count(self) -> int:
@@ -107,14 +137,14 @@ class BlockStack:
 
 
 class Arena:
-    """The state of one parameter group's blocks under one rule.
+    """The state of one parameter group's blocks of one kind.
 
     Args:
         group: index of the parameter group.
-        rule: ``factored``, ``grafted`` or ``adagrad`` (:mod:`shampoo.blocks.layout`).
+        kind: of preconditioner, which says what there is beside the moments.
         dtype: of statistics and directions.
         update_dtype: of momentum, at least as wide as the parameters.
-        is_staggered: whether the slots of the factors are state.
+        is_staggered: whether the phases of what is refreshed are state.
         is_layerwise: whether directions are rescaled over whole parameters: LARS and LAMB.
         is_capturable: whether the device counts the steps, and the host only what it asked for.
         team: the ranks that divide the blocks of these parameters; those here are one rank's.
@@ -123,7 +153,7 @@ class Arena:
     def __init__(
         self,
         group: int,
-        rule: str,
+        kind: Kind,
         dtype: torch.dtype,
         update_dtype: torch.dtype,
         device: torch.device,
@@ -133,7 +163,7 @@ class Arena:
         team: Team,
     ) -> None:
         self.group = group
-        self.rule = rule
+        self.kind = kind
         self.dtype = dtype
         self.update_dtype = update_dtype
         self.device = device
@@ -147,14 +177,14 @@ class Arena:
         self.block_members = torch.empty(0)  # [blocks], to which parameter each belongs
         self.numel = 0
         self.cuts: frozenset[int] = frozenset()  # elements at which a segment must end
-        self.period: int | None = None  # over which the slots of the factors are spread
+        self.period: int | None = None  # over which the phases of factors are spread
         # [members] int64 on the host: steps that each parameter has taken or, if capturable, asked
         # for. State shows them, so what is written there counts.
         self.steps = torch.empty(0, dtype=torch.int64)
         self.taken = torch.empty(0)  # [members], if capturable: on the device, without skipped ones
         self.moments: dict[str, Tensor] = {}
         self.factor_stacks: list[FactorStack] = []
-        self._stacks: dict[tuple[tuple[int, ...], tuple[bool, ...]], BlockStack] = {}
+        self._stacks: dict[tuple[tuple[int, ...], tuple[str, ...]], BlockStack] = {}
 
     def enroll(self, member: int, blocks: int) -> None:
         """Says that a parameter belongs here, and how many blocks it has on all ranks."""
@@ -166,9 +196,13 @@ class Arena:
         """Indices of all parameters, whoever owns their blocks."""
         return list(self.first)
 
-    def add(self, member: int, tile: Tile, diagonal: tuple[bool, ...]) -> None:
-        """Gives blocks of a parameter a place."""
-        key = (tile.extent, diagonal)
+    def add(self, member: int, tile: Tile, diagonal: Sequence[bool]) -> None:
+        """Gives blocks of a parameter a place.
+
+        Args:
+            diagonal: [o], for which sides a matrix would take too much memory.
+        """
+        key = (tile.extent, self.kind.modes(tile.extent, diagonal))
         self._stacks.setdefault(key, BlockStack(*key)).tiles.append((member, tile))
 
     def assign_phases(self, period: int, arenas_by_rank: Sequence["Arena"]) -> None:
@@ -179,47 +213,53 @@ class Arena:
             crew: the arenas of all positions of the team, this one among them.
         """
         self.period = period
-        costs = [arena.root_costs() for arena in arenas_by_rank]
-        slots = torch.tensor(aligned_phases(costs, period), dtype=torch.int32, device="cpu")
-        for stack in self.stacks_with_roots():
-            stack.slot.copy_(slots[: stack.count])
+        costs = [arena.refresh_costs() for arena in arenas_by_rank]
+        phases = torch.tensor(aligned_phases(costs, period), dtype=torch.int32, device="cpu")
+        for stack in self.refreshed_stacks():
+            stack.phase.copy_(phases[: stack.count])
             stack.mark_seen()
-            slots = slots[stack.count :]
+            phases = phases[stack.count :]
 
-    def root_costs(self) -> list[int]:
-        """Of every root, d^3, the dearest first."""
-        return [stack.size**3 for stack in self.stacks_with_roots() for _ in range(stack.count)]
+    def refresh_costs(self) -> list[int]:
+        """Of everything that is refreshed, d^3, the dearest first."""
+        return [stack.size**3 for stack in self.refreshed_stacks() for _ in range(stack.count)]
 
-    def stacks_with_roots(self) -> list[FactorStack]:
-        """The stacks that have roots, largest first."""
-        stacks = [stack for stack in self.factor_stacks if not stack.diagonal]
+    def refreshed_stacks(self) -> list[FactorStack]:
+        """The stacks that are refreshed, largest first."""
+        stacks = [stack for stack in self.factor_stacks if stack.is_refreshed]
         return sorted(stacks, key=lambda stack: -stack.size)
 
     def place(self) -> None:
         """Lays out all blocks, once they are added."""
-        by_size: dict[tuple[int, int, bool], FactorStack] = {}
+        by_size: dict[tuple[int, int, str], FactorStack] = {}
         ranks = {member: rank for rank, member in enumerate(self.first)}
         element = 0
         for stack in self.stacks:
-            slot = 0
+            row = 0
             for member, tile in stack.tiles:
-                stack.placements.append(Placement(member, tile, element, slot))
+                stack.placements.append(Placement(member, tile, element, row))
                 element += tile.blocks * tile.block_numel
-                slot += tile.blocks
-            if self.rule == FACTORED:
-                order = len(stack.extent)
-                for size, diagonal in zip(stack.extent, stack.diagonal, strict=True):
-                    key = (size, order, diagonal)
-                    factors = by_size.setdefault(key, FactorStack(*key))
-                    stack.factors.append((factors, factors.count))
-                    factors.count += stack.count
-                    for member, tile in stack.tiles:
-                        factors.owners += [ranks[member]] * tile.blocks
+                row += tile.blocks
+            order = len(stack.extent)
+            for size, mode in zip(stack.extent, stack.modes, strict=True):
+                if mode == NONE:
+                    stack.factors.append(None)
+                    continue
+                key = (size, order, mode)
+                factors = by_size.setdefault(key, FactorStack(*key, self.kind))
+                stack.factors.append((factors, factors.count))
+                factors.count += stack.count
+                for member, tile in stack.tiles:
+                    factors.owners += [ranks[member]] * tile.blocks
         self.numel = element
         self.factor_stacks = list(by_size.values())
 
-    def allocate(self, moments: Sequence[str]) -> None:
-        """Makes the state of the blocks, zero, once they are placed."""
+    def allocate(self, moments: Sequence[str] = MOMENTS) -> None:
+        """Makes the state of the blocks, zero, once they are placed.
+
+        Args:
+            moments: the elementwise state that there is beside that of the kind.
+        """
         # On the host, since they decide the schedule, and one for each parameter: one without a
         # gradient takes no step.
         self.steps = torch.zeros(len(self.members), dtype=torch.int64, device="cpu")
@@ -230,7 +270,7 @@ class Arena:
             self.taken = torch.zeros_like(self.steps, device=self.device)
         for factors in self.factor_stacks:
             factors.allocate(self.dtype, self.device)
-        for name in moments:
+        for name in (*moments, *(state.name for state in self.kind.block_state)):
             self.add_moment(name)
 
     def add_moment(self, name: str) -> None:
@@ -254,23 +294,48 @@ class Arena:
         """[members], how many steps each parameter has taken or, if capturable, asked for."""
         return self.steps.tolist()
 
-    def views(self, moments: Sequence[str]) -> Iterator[tuple[int, str, Tensor]]:
-        """Every state tensor as ``member, key, view``, the moments as named."""
+    def views(self, elementwise: Sequence[str] | None = None) -> Iterator[tuple[int, str, Tensor]]:
+        """Every state tensor as ``member, key, view``.
+
+        Args:
+            elementwise: names of elementwise state, the only such to show; None for all there is.
+        """
         for index, member in enumerate(self.members):
             if self.is_capturable:
                 yield member, "step", self.taken[index]
             yield member, "calls" if self.is_capturable else "step", self.steps[index]
+        names = (*MOMENTS, *(state.name for state in self.kind.block_state))
+        flat = {
+            name: self.moments[name]
+            for name in names
+            if name in self.moments and (elementwise is None or name in elementwise)
+        }
         for stack in self.stacks:
+            kept = [
+                (mode, first, self._kept(factors))
+                for mode, (factors, first) in _there(stack.factors)
+            ]
             for placed in stack.placements:
                 size = placed.tile.block_numel
                 for offset, block in enumerate(placed.tile.block_indices()):
-                    start, slot = placed.element + offset * size, placed.slot + offset
-                    for name in moments:
-                        if name in self.moments:
-                            view = self.moments[name][start : start + size].view(stack.extent)
-                            yield placed.member, f"block{block}.{name}", view
-                    for mode, (factors, first) in enumerate(stack.factors):
-                        for name in FACTOR_STATE[: 1 if factors.diagonal else len(FACTOR_STATE)]:
-                            if name != "slot" or self.is_staggered:
-                                view = getattr(factors, name)[first + slot]
-                                yield placed.member, f"block{block}.{name}{mode}", view
+                    start, row = placed.element + offset * size, placed.row + offset
+                    for name, tensor in flat.items():
+                        view = tensor[start : start + size].view(stack.extent)
+                        yield placed.member, f"block{block}.{name}", view
+                    for mode, first, tensors in kept:
+                        for name, tensor in tensors.items():
+                            yield placed.member, f"block{block}.{name}{mode}", tensor[first + row]
+
+    def _kept(self, factors: FactorStack) -> dict[str, Tensor]:
+        """What of a stack is state: by name, as declared, and phases where they are spread."""
+        is_spread = self.is_staggered and factors.is_refreshed
+        return {**factors.state, PHASE: factors.phase} if is_spread else factors.state
+
+
+def _there(
+    factors: Sequence[tuple[FactorStack, int] | None],
+) -> Iterator[tuple[int, tuple[FactorStack, int]]]:
+    """The modes for which something is kept, with their numbers."""
+    for mode, each in enumerate(factors):
+        if each is not None:
+            yield mode, each

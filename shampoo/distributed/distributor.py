@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shampoo import ops
-from shampoo.blocks.layout import RULES
+from shampoo.blocks.declared import STREAMS
 from shampoo.blocks.segments import Segment
 from shampoo.blocks.stacks import Arena
 from shampoo.hyperparameters import Hyperparameters
@@ -145,7 +145,7 @@ class SingleProcess(Distributor):
 
 def _seed(arena: Arena, segment: Segment) -> int:
     """Another one for every segment of an optimizer: the same random numbers would be drawn."""
-    return (len(RULES) * arena.group + RULES.index(arena.rule)) << 40 | segment.start
+    return (STREAMS * arena.group + arena.kind.stream) << 40 | segment.start
 
 
 def search_direction(

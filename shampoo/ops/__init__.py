@@ -63,7 +63,7 @@ gram_ema_ = declare(
 )
 precondition_ = declare(
     Op(
-        "precondition_(Tensor(a!) out, Tensor(b!) norm, Tensor grad, Tensor[] roots) -> ()",
+        "precondition_(Tensor(a!) out, Tensor(b!) norm, Tensor grad, Tensor?[] roots) -> ()",
         reference.precondition_,
         subject=("out",),
         kernels=(Cpp(), Triton("precondition")),

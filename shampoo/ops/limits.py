@@ -6,6 +6,8 @@ than half of its last place. So what is checked are gradients, before anything m
 lengths of directions, a number a block, and never the state itself.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,17 @@ def scale_(blocks: Tensor, scale: Tensor) -> None:
     """
     factor = scale.to(blocks.dtype).view(-1, *[1] * (blocks.dim() - 1))
     blocks.mul_(factor).masked_fill_(factor == 0.0, 0.0)  # the host does not look if there is one
+
+
+def clip_squares_(blocks: Tensor, length: Tensor) -> None:
+    """Shortens blocks to the length up to which sums of their squares stay finite.
+
+    Args:
+        blocks: [B, ...]; zero afterwards where an element is not finite.
+        length: [B], their norms; NaN or Inf where an element is.
+    """
+    longest = math.sqrt(summand_limit(blocks.dtype))
+    scale_(blocks, (longest / length).clamp(max=1.0).nan_to_num(nan=0.0))
 
 
 def clamped(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from shampoo.blocks.cost import CostModel
-from shampoo.blocks.layout import Layout
 from shampoo.distributed.process_groups import ProcessGroups, trainers_per_group
 from shampoo.hyperparameters import Hyperparameters, dtype_name
 from shampoo.optimizer import Shampoo
 from shampoo.planner.forecast import Groups, Setting, Tensor, forecast
 from shampoo.planner.report import PlanReport
+from shampoo.preconditioner.choice import kind_of, layout_of
 from shampoo.step.thin import describe, thin_among
 
 LAYOUTS = ("ddp", "fsdp2", "hsdp")
@@ -96,6 +96,7 @@ def plan(
     _check_dtype(parameter_dtype)
     ProcessGroups(None, num_trainers_per_group, communication_dtype)  # checks them
     groups = _groups(_tensors(model_or_shapes, parameter_dtype), values, grafted_only)
+    _check_kinds(groups)
     trainers = _trainers(groups, world_size, devices_per_node)
     owners = world_size if layout != "ddp" else trainers(num_trainers_per_group)
     setting = Setting(
@@ -239,10 +240,18 @@ def _check_dtype(dtype: torch.dtype) -> None:
         )
 
 
+def _check_kinds(groups: Groups) -> None:
+    """What the optimizer asks of values before it takes parameters."""
+    for values, tensors in groups:
+        for tensor in tensors:
+            layout = layout_of(tensor.shape, values.geometry)
+            kind_of(layout).check(values, layout.order)
+
+
 def _trainers(groups: Groups, world_size: int, node: int) -> Callable[[int], int]:
     """What ``num_trainers_per_group`` comes to, as the optimizer decides it."""
     blocks = sum(
-        Layout.of(tensor.shape, values.geometry).blocks
+        layout_of(tensor.shape, values.geometry).blocks
         for values, tensors in groups
         for tensor in tensors
     )

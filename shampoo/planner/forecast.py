@@ -9,15 +9,16 @@ from typing import Any
 import torch
 
 from shampoo.blocks.cost import CostModel
-from shampoo.blocks.layout import ADAGRAD, FACTORED, Layout
+from shampoo.blocks.layout import Layout
 from shampoo.blocks.ownership import Share, Team, divide
 from shampoo.blocks.staggering import aligned_phases
 from shampoo.distributed.all_gather import slice_length
 from shampoo.distributed.distributor import needs_weights
-from shampoo.grafting import GRAFTING
+from shampoo.grafting import grafting_of
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.planner.report import PlanReport, StepSeconds
 from shampoo.planner.traffic import Rows
+from shampoo.preconditioner.choice import cost_of, kind_of, layout_of
 from shampoo.preconditioner.footprint import block_state_bytes
 
 _STEP_BYTES = 8  # the step counter of a parameter, on every rank
@@ -62,15 +63,15 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """What all blocks of one shape, rule and dtype have in common."""
+class _Block:
+    """What all blocks of one shape, kind and dtype have in common."""
 
     numel: int
     ordinary: float
-    root: float
-    seconds: float  # a step, the roots spread over their period
+    refresh: float
+    seconds: float  # a step, the refreshes spread over their period
     state_bytes: int
-    rooted_sides: tuple[int, ...]
+    refreshed: tuple[tuple[int, int], ...]  # sides, and how many inverse roots each comes to
     needs_weights: bool  # at the owner
 
 
@@ -79,19 +80,20 @@ class _Blocks:
 
     def __init__(self, groups: Groups, setting: Setting) -> None:
         self.setting = setting
-        self.kinds: list[_Kind] = []
+        self.each: list[_Block] = []
         self.tensors: list[tuple[Tensor, Layout, int]] = []  # with the index of its first block
         self.factored = self.diagonal = 0
         team = Team(tuple(range(setting.owners)), 0, setting.layout != "ddp")
         shares = []
         for index, (values, tensors) in enumerate(groups):
             for tensor in tensors:
-                layout = Layout.of(tensor.shape, values.geometry)
+                layout = layout_of(tensor.shape, values.geometry)
                 param = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-                shares.append(Share(index, param, layout, team, values.precondition_frequency))
-                self.tensors.append((tensor, layout, len(self.kinds)))
-                self.kinds += self._kinds(tensor, layout, values)
-                if layout.rule == FACTORED:
+                frequency, work = values.precondition_frequency, functools.partial(cost_of, layout)
+                shares.append(Share(index, param, layout, team, frequency, work))
+                self.tensors.append((tensor, layout, len(self.each)))
+                self.each += self._blocks(tensor, layout, values)
+                if kind_of(layout).preconditions:
                     self.factored += layout.blocks
                     self.diagonal += layout.blocks * any(layout.diagonal)
         self.owners = [owner for owners in divide(shares) for owner in owners]
@@ -100,44 +102,34 @@ class _Blocks:
         self.gradient_itemsize = functools.reduce(torch.promote_types, dtypes).itemsize
         self.direction_itemsize = (setting.communication_dtype or computed).itemsize
 
-    def _kinds(self, tensor: Tensor, layout: Layout, values: Hyperparameters) -> list[_Kind]:
+    def _blocks(self, tensor: Tensor, layout: Layout, values: Hyperparameters) -> list[_Block]:
         model, frequency = self.setting.cost_model, values.precondition_frequency
-        by_block: dict[int, _Kind] = {}
+        by_block: dict[int, _Block] = {}
+        grafting = grafting_of(values.geometry.grafting, kind_of(layout).borrows)
         for tile in layout.tiles:
-            block = (tile.extent, layout.diagonal, layout.rule)
-            kind = _Kind(
+            cost = cost_of(layout, tile.extent)
+            block = _Block(
                 numel=tile.block_numel,
-                ordinary=model.ordinary_seconds(*block),
-                root=model.root_seconds(*block),
-                seconds=model.block_seconds(*block, frequency),
-                state_bytes=block_state_bytes(*block, values, tensor.dtype),
-                rooted_sides=_rooted_sides(*block),
-                needs_weights=needs_weights(_is_layerwise(values, layout.rule), values),
+                ordinary=model.ordinary_seconds(cost),
+                refresh=model.refresh_seconds(cost),
+                seconds=model.block_seconds(cost, frequency),
+                state_bytes=block_state_bytes(layout, tile.extent, values, tensor.dtype),
+                refreshed=cost.refreshed,
+                needs_weights=needs_weights(grafting.layerwise, values),
             )
-            by_block |= dict.fromkeys(tile.block_indices(), kind)
+            by_block |= dict.fromkeys(tile.block_indices(), block)
         return [by_block[index] for index in range(len(by_block))]
 
     def per_owner(self, part: str) -> list[Any]:
-        """[owners], a field of the kinds summed over the blocks of each."""
+        """[owners], a field of the blocks summed over those of each."""
         sums: list[Any] = [0] * self.setting.owners
-        for kind, owner in zip(self.kinds, self.owners, strict=True):
-            sums[owner] += getattr(kind, part)
+        for block, owner in zip(self.each, self.owners, strict=True):
+            sums[owner] += getattr(block, part)
         return sums
 
     def update_bytes(self, numel: int, tensor: Tensor) -> int:
         """Of moving ``numel`` elements of a tensor: direction read, weight read and written."""
         return numel * (self.direction_itemsize + 2 * tensor.dtype.itemsize)
-
-
-def _rooted_sides(extent: Sequence[int], diagonal: Sequence[bool], rule: str) -> tuple[int, ...]:
-    """The sides of a block that have a root."""
-    if rule != FACTORED:
-        return ()
-    return tuple(s for s, is_diagonal in zip(extent, diagonal, strict=True) if not is_diagonal)
-
-
-def _is_layerwise(values: Hyperparameters, rule: str) -> bool:
-    return GRAFTING[values.geometry.grafting].layerwise and rule != ADAGRAD
 
 
 @dataclass(frozen=True)
@@ -182,7 +174,7 @@ def _all_to_all(blocks: _Blocks) -> _Exchange:
         alike.setdefault((tensor.shape, tensor.dtype, layout), []).append(first)
     for (shape, dtype, layout), starts in alike.items():
         tensor = Tensor("", shape, dtype)
-        coming = blocks.gradient_itemsize * (1 + blocks.kinds[starts[0]].needs_weights)
+        coming = blocks.gradient_itemsize * (1 + blocks.each[starts[0]].needs_weights)
         rows = Rows.of(shape, layout, setting.shards)
         for rank, local in enumerate(rows.local_numels() * replicas):
             received[rank] += len(starts) * local * going
@@ -206,30 +198,30 @@ def _all_to_all(blocks: _Blocks) -> _Exchange:
         updated=max(updated),
         locality=on_owner / numel,
         best_locality=on_best / numel,
-        holders=holders / len(blocks.kinds),
+        holders=holders / len(blocks.each),
     )
 
 
 def _slot_seconds(blocks: _Blocks, frequency: int) -> tuple[StepSeconds, int]:
     """Compute of a step when refreshes are staggered, and how many slots of a period are used."""
-    sides: list[list[int]] = [[] for _ in range(blocks.setting.owners)]
-    for kind, owner in zip(blocks.kinds, blocks.owners, strict=True):
-        sides[owner] += kind.rooted_sides
-    for owned in sides:
+    refreshed: list[list[tuple[int, int]]] = [[] for _ in range(blocks.setting.owners)]
+    for block, owner in zip(blocks.each, blocks.owners, strict=True):
+        refreshed[owner] += block.refreshed
+    for owned in refreshed:
         owned.sort(reverse=True)
-    slots = aligned_phases([[side**3 for side in owned] for owned in sides], frequency)
+    slots = aligned_phases([[side**3 for side, _ in owned] for owned in refreshed], frequency)
     seconds = {
-        side: blocks.setting.cost_model.root_seconds((side,), (False,), FACTORED)
-        for owned in sides
-        for side in set(owned)
+        each: blocks.setting.cost_model.root_seconds(*each)
+        for owned in refreshed
+        for each in set(owned)
     }
     ordinary = blocks.per_owner("ordinary")
     # A rank without a root in a slot still takes its ordinary step.
     longest = [max(ordinary)] * frequency
-    for start, owned in zip(ordinary, sides, strict=True):
+    for start, owned in zip(ordinary, refreshed, strict=True):
         refreshing: dict[int, float] = {}
-        for side, slot in zip(owned, slots, strict=False):
-            refreshing[slot] = refreshing.get(slot, start) + seconds[side]
+        for each, slot in zip(owned, slots, strict=False):
+            refreshing[slot] = refreshing.get(slot, start) + seconds[each]
         for slot, taken in refreshing.items():
             longest[slot] = max(longest[slot], taken)
     return StepSeconds(sum(longest) / frequency, max(longest)), len(set(slots))
@@ -241,10 +233,10 @@ def forecast(groups: Groups, setting: Setting) -> PlanReport:
     values, _ = groups[0]
     distributor = _all_gather(blocks) if setting.layout == "ddp" else _all_to_all(blocks)
     frequency = values.precondition_frequency
-    ordinary, roots = blocks.per_owner("ordinary"), blocks.per_owner("root")
+    ordinary, refreshes = blocks.per_owner("ordinary"), blocks.per_owner("refresh")
     update = distributor.updated * setting.cost_model.byte
     wire = max(distributor.received) / setting.bandwidth
-    refresh = max(map(sum, zip(ordinary, roots, strict=True)))
+    refresh = max(map(sum, zip(ordinary, refreshes, strict=True)))
     together = (max(ordinary) * (frequency - 1) + refresh) / frequency
     staggered, slots = _slot_seconds(blocks, frequency)
     steps = _STEP_BYTES * len(blocks.tensors)
@@ -254,7 +246,7 @@ def forecast(groups: Groups, setting: Setting) -> PlanReport:
         owners=setting.owners,
         numel=sum(tensor.numel for tensor, _, _ in blocks.tensors),
         tensors=len(blocks.tensors),
-        blocks=len(blocks.kinds),
+        blocks=len(blocks.each),
         factored_blocks=blocks.factored,
         diagonal_blocks=blocks.diagonal,
         max_preconditioner_dim=values.geometry.max_preconditioner_dim,

@@ -97,7 +97,7 @@ def refresh_roots_(
         root: [K, n, n], in and out; all zero where there is none yet.
         factor: [K, n, n], read only.
         failures: [K] int32, in and out: consecutive refreshes that failed.
-        rooted: [K] bool, in and out: whether there is a root.
+        ready: [K] bool, in and out: whether there is a root.
         p: The root, > 0.
         correction: Divides the factor; the bias correction of its average. [K] if they differ.
         eps: Absolute ridge.
@@ -106,7 +106,6 @@ def refresh_roots_(
         pending: On a GPU, the object that remembers this stack's flags between refreshes; without
             one a failing matrix is not retried there. Not used on the CPU.
         where: Which rows of that stack these are.
-
     """
     if factor.numel() == 0:
         return

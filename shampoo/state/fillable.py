@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from shampoo.blocks.ownership import Owners
-from shampoo.blocks.state_keys import COUNTS, MOMENTS, foreign, is_own, parse
+from shampoo.blocks.state_keys import COUNTS, foreign, is_own
 from shampoo.distributed.process_groups import ProcessGroups
 from shampoo.step.block_plan import BlockPlan
 
@@ -57,15 +57,12 @@ def fillable_state(
     for arenas_by_rank in plan.all_arenas:
         own = arenas_by_rank[arenas_by_rank[0].team.me]
         for arena in arenas_by_rank:
-            arena.allocate(MOMENTS)  # of a plan on "meta": costs nothing
-            for member, key, view in arena.views(MOMENTS):
+            arena.allocate()  # of a plan on "meta": costs nothing
+            arena.is_staggered = True  # the file's schedule may be
+            for member, key, view in arena.views():
                 entry = params[member], key, _blank(view, params[member], on_host)
                 if arena is own or view.dim() == 0:
                     found[entry[0]][key] = entry[2]
-                    named = parse(key)
-                    if named is not None and named.kind == "failures":
-                        slot = str(named._replace(kind="slot"))  # of a staggered schedule
-                        found[entry[0]][slot] = entry[2]
                 else:
                     others.append(entry)
     if others and not any(blank.dim() for entries in found.values() for blank in entries.values()):

@@ -17,12 +17,12 @@ from typing import Any
 
 from torch import Tensor
 
-from shampoo.blocks.entries import as_count, check_value, is_absent, is_count
-from shampoo.blocks.layout import AUTO, Geometry, Layout
+from shampoo.blocks.entries import as_count, check_value, is_absent
+from shampoo.blocks.layout import AUTO, Geometry
 from shampoo.blocks.ownership import Owners, Team
 from shampoo.blocks.state_keys import (
-    MOMENTS,
     foreign,
+    is_count,
     is_own,
     is_unknown,
     kinds_in,
@@ -36,6 +36,7 @@ from shampoo.errors import (
     IncompleteCheckpointError,
 )
 from shampoo.hyperparameters import FORMER_DEFAULTS, Hyperparameters
+from shampoo.preconditioner.choice import layout_of
 from shampoo.state.fillable import Blank
 from shampoo.step.block_plan import BlockPlan
 from shampoo.step.param_plan import PlannedParam
@@ -108,6 +109,7 @@ def match(
         Hyperparameters.read(group)
     if absent := sorted(
         {name for saved in saved_groups for name in defaults.keys() - saved.keys()}
+        - FORMER_DEFAULTS.keys()
     ):
         logger.warning("shampoo: the checkpoint lacks %s; using the defaults", ", ".join(absent))
     if unknown:
@@ -202,7 +204,7 @@ def check_blocks(
         if ours == theirs:
             continue
         for position, param in enumerate(group["params"]):
-            if param in params and Layout.of(param.shape, ours) != Layout.of(param.shape, theirs):
+            if param in params and layout_of(param.shape, ours) != layout_of(param.shape, theirs):
                 name = parameter_name(group, index, position)
                 differences = "; ".join(
                     f"{field.name}={getattr(theirs, field.name)!r},"
@@ -383,7 +385,7 @@ def _keys_of_all_owners(plan: BlockPlan, is_full: bool) -> list[list[str]]:
         for arena in arenas_by_rank:
             if arena is not own:
                 arena.allocate(list(own.moments))  # of a plan on "meta": costs nothing
-            for member, key, _ in arena.views(MOMENTS):
+            for member, key, _ in arena.views():
                 if arena is own or not is_full or is_count(key):
                     keys[member][key] = None
     return [list(names) for names in keys]

@@ -15,6 +15,8 @@ from shampoo.distributed.consensus import OK, Consensus, DeferredError
 from shampoo.distributed.distributor import Distributor, StepInputs
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.ops.precision import full_precision
+from shampoo.preconditioner import KINDS
+from shampoo.preconditioner.base import Preconditioner
 from shampoo.scalars import Scalars
 from shampoo.step import capture, layerwise
 from shampoo.step.block_plan import BlockPlan
@@ -30,6 +32,7 @@ class ArenaStep(NamedTuple):
     """What one arena does in one step; nothing, once something has failed."""
 
     arena: Arena
+    kind: Preconditioner
     segments: Sequence[Segment]  # of blocks that have a gradient
     hyper: Hyperparameters
     scalars: Scalars
@@ -150,10 +153,11 @@ class AgreedStep:
         if self._accepted is not None and self._on_device is not None:
             scalars = self._on_device.scalars(hyper, active, self._accepted)
         else:
-            scalars = Scalars.of_counts(hyper, arena.rule, counts, distinct, arena.device)
+            scalars = Scalars.of_counts(hyper, arena.kind, counts, distinct, arena.device)
         due = due_rows(active, hyper, counts, distinct, self._is_capturing)
         segments, distributor = active.segments, self._by_team[arena.team]
-        return ArenaStep(arena, segments, hyper, scalars, due, distributor)
+        kind = KINDS[arena.kind.name]
+        return ArenaStep(arena, kind, segments, hyper, scalars, due, distributor)
 
     def _rescale(
         self, arena: Arena, step: ArenaStep | None, squares: Tensor, distributor: Distributor

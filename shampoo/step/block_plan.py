@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shampoo.blocks.declared import FAILURES
 from shampoo.blocks.entries import check_value, is_absent
-from shampoo.blocks.layout import ADAGRAD, Geometry
+from shampoo.blocks.layout import Geometry
 from shampoo.blocks.ownership import Owners, Team
 from shampoo.blocks.pattern_cache import Pattern, PatternCache
 from shampoo.blocks.publication import Publication, State, TakenIn
@@ -27,13 +28,13 @@ from shampoo.blocks.segments import (
     segments_of,
 )
 from shampoo.blocks.stacks import Arena
-from shampoo.blocks.state_keys import LASTING, MOMENTS, is_own, kinds_in, parse
+from shampoo.blocks.state_keys import MOMENTS, PHASE, is_lasting, is_own, kinds_in, parse
 from shampoo.distributed.consensus import digest
 from shampoo.distributed.process_groups import ProcessGroups
 from shampoo.errors import IncompleteCheckpointError, RootFailureError
-from shampoo.grafting import GRAFTING
+from shampoo.grafting import grafting_of
 from shampoo.hyperparameters import Hyperparameters
-from shampoo.roots.methods import check_method
+from shampoo.preconditioner import KINDS
 from shampoo.step.gradients import Form, form_of, square_limit
 from shampoo.step.param_plan import PlannedParam, plan_params
 
@@ -97,8 +98,8 @@ class BlockPlan:
         for arena in self.arenas:
             group = groups[arena.group]
             arena.allocate(_moments_of(arena, group, params, state))
-            views = self._fill(arena, params, state, MOMENTS)
-            if arena.is_staggered and "slot" in _kinds(arena, params, state):
+            views = self._fill(arena, params, state)
+            if arena.is_staggered and PHASE in _kinds(arena, params, state):
                 arena.period = group.get("extra", {}).get("refresh_period")
             published += views
         if not is_partial:
@@ -134,18 +135,19 @@ class BlockPlan:
             geometry, team = self._geometries[member.group], member.team
             place = torch.device(device) if device else param.device
             wide = torch.promote_types(param.dtype, geometry.dtype)
-            rule, diagonal = member.layout.rule, member.layout.diagonal
-            key = (member.group, rule, wide, place, team)
+            kind, diagonal = KINDS[member.layout.kind], member.layout.diagonal
+            grafting = grafting_of(geometry.grafting, kind.borrows)
+            key = (member.group, kind.name, wide, place, team)
             if key not in all_arenas:
                 all_arenas[key] = [
                     Arena(
                         member.group,
-                        rule,
+                        kind,
                         geometry.dtype,
                         wide,
                         place,
                         is_staggered=geometry.refresh_schedule == "staggered",
-                        is_layerwise=GRAFTING[geometry.grafting].layerwise and rule != ADAGRAD,
+                        is_layerwise=grafting.layerwise,
                         is_capturable=geometry.capturable,
                         team=team,
                     )
@@ -221,7 +223,11 @@ class BlockPlan:
         return self._publication.is_intact(state) and not self._is_edited()
 
     def _is_edited(self) -> bool:
-        return any(stack.is_edited() for arena in self.arenas for stack in arena.factor_stacks)
+        for arena in self.arenas:
+            for stack in arena.factor_stacks:
+                if stack.is_edited():
+                    return True
+        return False
 
     def _settle_arenas(self) -> None:
         """Derives what follows from the state of arenas."""
@@ -260,7 +266,7 @@ class BlockPlan:
         """A graph has taken a step with these gradients; what it wrote into roots is known."""
         self.count_step(present)
         for arena in self.arenas:
-            for stack in arena.stacks_with_roots():
+            for stack in arena.refreshed_stacks():
                 stack.mark_seen()
 
     @functools.cached_property
@@ -354,11 +360,11 @@ class BlockPlan:
                 self._check_roots(arena, most)
 
     def check_methods(self, hyperparameters: Sequence[Hyperparameters]) -> None:
-        """Raises ValueError if a root method cannot take the power that it would meet."""
+        """Raises ValueError if a kind of preconditioner cannot take the values of its group."""
         for arena in self.arenas:
             values = hyperparameters[arena.group]
-            for order in {factors.order for factors in arena.factor_stacks}:
-                check_method(values.root_method, values.root_power(order))
+            for order in {len(stack.extent) for stack in arena.stacks}:
+                KINDS[arena.kind.name].check(values, order)
 
     def _check_counts(self) -> None:
         for arena in self.arenas:
@@ -373,19 +379,19 @@ class BlockPlan:
             )
 
     def _check_roots(self, arena: Arena, most: int) -> None:
-        stacks = [stack for stack in arena.factor_stacks if not stack.diagonal]
-        if all(int(stack.failures.max()) <= most for stack in stacks):
+        stacks = [stack for stack in arena.factor_stacks if FAILURES in stack.state]
+        if all(int(stack[FAILURES].max()) <= most for stack in stacks):
             return
-        member, key, count = next(
-            (member, key, int(view))
+        member, named, count = next(
+            (member, named, int(view))
             for member, key, view in arena.views(())
-            if ".failures" in key and int(view) > most
+            if (named := parse(key)) and named.kind == FAILURES and int(view) > most
         )
+        name = stacks[0].declared[0].name  # of what has failed to give a root
         raise RootFailureError(
-            f"{key.replace('failures', 'factor')} of {self.members[member].name} has had no valid"
-            f" root for {count} refreshes in a row, more than max_root_failures={most}. Load a"
-            " checkpoint from before, or set max_root_failures=None to go on with the last valid"
-            " root."
+            f"{named._replace(kind=name)} of {self.members[member].name} has had no valid root for"
+            f" {count} refreshes in a row, more than max_root_failures={most}. Load a checkpoint"
+            " from before, or set max_root_failures=None to go on with the last valid root."
         )
 
     def assign_phases(
@@ -437,12 +443,10 @@ class BlockPlan:
             self._workspaces[key] = torch.empty(2, needed, dtype=arena.dtype, device=arena.device)
         return self._workspaces[key]
 
-    def _fill(
-        self, arena: Arena, params: Sequence[Tensor], state: State, moments: Sequence[str]
-    ) -> Published:
+    def _fill(self, arena: Arena, params: Sequence[Tensor], state: State) -> Published:
         """Copies what ``state`` holds into the arena; returns the views to publish in its place."""
         published: Published = []
-        for member, key, view in arena.views(moments):
+        for member, key, view in arena.views():
             param = params[member]
             known = state.get(param) or {}
             # Where the device counts the steps taken, the schedule follows the calls.
@@ -463,9 +467,8 @@ class BlockPlan:
         }
         for param, key, _ in published:
             # What else is missing may be new, called for by a change of betas or momentum.
-            named = parse(key)
-            is_lasting = key == "step" if named is None else named.kind in LASTING
-            if param in names and key not in state[param] and is_lasting:
+            is_needed = key == "step" or is_lasting(key)
+            if param in names and key not in state[param] and is_needed:
                 raise IncompleteCheckpointError(
                     f"{key} of {names[param]} is missing: it was removed from optimizer.state, of"
                     " which an entry is all there or nothing of it (remove all of it to start the"
@@ -481,7 +484,7 @@ def _moments_of(
     """The buffers an arena needs: by its group's values, or because a checkpoint brings them."""
     is_needed = {
         "exp_avg": Hyperparameters.read(group).has_exp_avg,
-        "exp_avg_sq": arena.rule == ADAGRAD or GRAFTING[group["grafting"]].second_moment,
+        "exp_avg_sq": grafting_of(group["grafting"], arena.kind.borrows).second_moment,
         "momentum": float(group["momentum"]) > 0,
     }
     brought = _kinds(arena, params, state)

@@ -78,15 +78,16 @@ def check_warm(is_warm: bool) -> None:
 
 
 def coming_refresh(plan: BlockPlan, values: Sequence[Hyperparameters]) -> tuple[Hashable, ...]:
-    """For every arena the slot whose roots its next step refreshes, None without a refresh.
+    """For every arena the phase that its next step refreshes, None without a refresh.
 
     A tuple of them where parameters differ in how many steps they have taken.
     """
-    return tuple(_coming_slot(plan, arena, values[arena.group]) for arena in plan.arenas)
+    return tuple(_coming_phase(plan, arena, values[arena.group]) for arena in plan.arenas)
 
 
-def _coming_slot(plan: BlockPlan, arena: Arena, hyper: Hyperparameters) -> Hashable:
-    if not arena.stacks_with_roots():
+def _coming_phase(plan: BlockPlan, arena: Arena, hyper: Hyperparameters) -> Hashable:
+    refreshed = arena.refreshed_stacks()
+    if not refreshed:
         return None
     counts = arena.counts()
     # Of parameters that had a gradient: a graph repeats a step in which the same ones have.
@@ -95,12 +96,11 @@ def _coming_slot(plan: BlockPlan, arena: Arena, hyper: Hyperparameters) -> Hasha
         for member, count in zip(arena.first, counts, strict=True)
         if not plan.present or plan.present[member]
     ]
-    slots = [hyper.due_phase(count + 1) for count in moving]
-    if len(set(slots)) > 1:
-        return tuple(slots)
-    slot = slots[0] if slots else None
-    has_roots = any(slot in stack.slot.tolist() for stack in arena.stacks_with_roots())
-    return slot if has_roots else None
+    phases = [hyper.due_phase(count + 1) for count in moving]
+    if len(set(phases)) > 1:
+        return tuple(phases)
+    phase = phases[0] if phases else None
+    return phase if any(phase in stack.phase.tolist() for stack in refreshed) else None
 
 
 class DeviceState:
@@ -207,7 +207,7 @@ class DeviceState:
         # Which of the steps that the host has asked for were taken, it cannot see: every parameter
         # has numbers of its own, so that a graph stays right whatever has happened in between.
         counted = _counted(hyper, arena, accepted)
-        plain = Scalars.of(hyper, arena.rule, 1)
+        plain = Scalars.of(hyper, arena.kind, 1)
         numbers = [getattr(plain, name) for name in _NEUTRAL]
         numbers += [getattr(plain.moment, name) for name in _NEUTRAL_MOMENT]
         # Those of the host go into the arguments of one launch: a copy could not be captured.
@@ -226,7 +226,7 @@ def _counted(hyper: Hyperparameters, arena: Arena, accepted: Tensor) -> Counted:
     # One that has taken no step has nothing to correct. Not whole vectors, which torch raises to
     # powers by another function than what is left over at their end.
     steps = torch.stack((arena.taken, arena.taken), dim=-1).clamp_(min=1).double()[:, 0]
-    plain = Scalars.of(hyper, arena.rule, steps)
+    plain = Scalars.of(hyper, arena.kind, steps)
     one = torch.ones_like(steps)
     numbers = [
         torch.where(accepted, one * number, 1.0)

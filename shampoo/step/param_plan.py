@@ -1,5 +1,6 @@
 """Which parameters an optimizer moves, how each is cut into blocks, and who owns these."""
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from shampoo.blocks.ownership import Owners, Share, Team, divide
 from shampoo.blocks.publication import State
 from shampoo.blocks.state_keys import is_own
 from shampoo.distributed.process_groups import ProcessGroups
+from shampoo.preconditioner.choice import cost_of, layout_of
 from shampoo.step.parameters import SeenParams, check_parameter, is_trained, parameter_name
 
 
@@ -69,7 +71,7 @@ def plan_params(
             if planned:
                 name = parameter_name(group, index, position)
                 check_parameter(param, name)
-                layout = Layout.of(param.shape, geometry)
+                layout = layout_of(param.shape, geometry)
                 found.append((index, position, name, param, layout))
         seen.append(SeenParams(group["params"], are_planned))
     process_groups.settle_trainers(
@@ -82,6 +84,7 @@ def plan_params(
             layout,
             process_groups.team_of(param),
             int(groups[index]["precondition_frequency"]),
+            functools.partial(cost_of, layout),
         )
         for index, _, _, param, layout in found
     ]

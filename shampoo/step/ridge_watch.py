@@ -109,7 +109,7 @@ class RidgeWatch:
         self._has_warned = True
         where = factors.where
         at = where.start + row if isinstance(where, slice) else int(where[row])
-        place = factors.stack.factor[at].data_ptr()
+        place = factors.stack.statistic[at].data_ptr()
         name = next(
             f"{key} of {members[member].name}"
             for member, key, view in look.arena.views(())
@@ -128,7 +128,7 @@ class RidgeWatch:
 
 def _may_be_outweighed(factors: FactorRows, scalars: Scalars, bound: float) -> bool:
     """Whether some norm may lie below a bound: that of the diagonal is no larger than it."""
-    diagonals = factors.take(factors.stack.factor.diagonal(dim1=1, dim2=2))
+    diagonals = factors.take(factors.stack.statistic.diagonal(dim1=1, dim2=2))
     norms = torch.linalg.vector_norm(diagonals, dim=1, dtype=torch.float64)
     norms = norms / factor_correction(factors, scalars)
     return bool(((norms > 0) & (norms < bound)).any())
@@ -139,7 +139,7 @@ def _smallest(factors: FactorRows, scalars: Scalars) -> Tensor:
 
     Zero is a factor that has seen nothing, such as that of a layer without a gradient so far.
     """
-    stack = factors.take(factors.stack.factor)
+    stack = factors.take(factors.stack.statistic)
     # In float64: the squares of what is compared with eps leave the range of float32.
     norms = torch.cat(
         [

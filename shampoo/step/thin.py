@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from shampoo.blocks.layout import AUTO, Layout
+from shampoo.blocks.layout import AUTO
 from shampoo.errors import warn_outside
 from shampoo.hyperparameters import Hyperparameters
+from shampoo.preconditioner.choice import layout_of
 from shampoo.preconditioner.footprint import state_bytes
 from shampoo.step.parameters import parameter_name
 
@@ -37,10 +38,10 @@ def thin_among(
     blocking = replace(values.geometry, large_dim_method="blocking")
     found = []
     for name, shape, dtype in tensors:
-        layout = Layout.of(shape, values.geometry)
+        layout = layout_of(shape, values.geometry)
         if any(layout.diagonal):
             kept = state_bytes(layout, values, dtype)
-            full = state_bytes(Layout.of(shape, blocking), values, dtype)
+            full = state_bytes(layout_of(shape, blocking), values, dtype)
             found.append(Thin(name, tuple(shape), kept, full))
     return found
 

@@ -1,6 +1,7 @@
 """How blocks are divided: evenly, and without moving those that have an owner."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -14,20 +15,27 @@ from shampoo.blocks.layout import Layout
 from shampoo.blocks.ownership import Share, Team, divide
 from shampoo.distributed.process_groups import ProcessGroups
 from shampoo.planner.architectures import ARCHITECTURES
+from shampoo.preconditioner.choice import cost_of, layout_of
 from shampoo.step.block_plan import BlockPlan
 
 
 def share(
     shape: Sequence[int], group: int, team: Team, limit: int = 4, frequency: int = 1
 ) -> Share:
-    layout = Layout.of(shape, geometry(limit))
-    return Share(group, torch.empty(shape, device="meta"), layout, team, frequency)
+    layout = layout_of(shape, geometry(limit))
+    param = torch.empty(shape, device="meta")
+    return Share(group, param, layout, team, frequency, partial(cost_of, layout))
+
+
+def seconds(layout: Layout, frequency: int) -> list[float]:
+    """What the blocks of a tensor cost, by the nominal model."""
+    return CostModel().layout_seconds(layout, frequency, partial(cost_of, layout))
 
 
 def loads(shares: Sequence[Share], owners: Sequence[Sequence[int]], ranks: int) -> list[float]:
     total = [0.0] * ranks
     for own, theirs in zip(shares, owners, strict=True):
-        costs = CostModel().layout_seconds(own.layout, own.frequency)
+        costs = seconds(own.layout, own.frequency)
         for cost, owner in zip(costs, theirs, strict=True):
             total[owner] += cost
     return total
@@ -61,7 +69,7 @@ def test_an_added_group_moves_no_owner_and_fills_the_gaps():
     gap = loads(FIRST, before, 3)
     filled = loads(FIRST + SECOND, after, 3)
     assert max(filled) - min(filled) < max(gap) - min(gap) + max(
-        cost for own in SECOND for cost in CostModel().layout_seconds(own.layout, 1)
+        cost for own in SECOND for cost in seconds(own.layout, 1)
     )
     alone = divide(SECOND)
     assert after[len(FIRST) :] != alone, "the second group ignores the load of the first"
@@ -112,7 +120,7 @@ def test_compute_on_eight_ranks_is_within_five_percent_of_even(name):
         )
     total = [0.0] * 8
     for member in plan.members:
-        costs = CostModel().layout_seconds(member.layout, frequency)
+        costs = seconds(member.layout, frequency)
         for cost, owner in zip(costs, member.owners, strict=True):
             total[owner] += cost
     assert max(total) <= 1.05 * sum(total) / 8

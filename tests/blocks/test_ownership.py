@@ -4,12 +4,15 @@ import itertools
 import json
 import math
 import random
+from functools import partial
 
 import pytest
 
 from shampoo.blocks.cost import CostModel
-from shampoo.blocks.layout import ADAGRAD, FACTORED, GRAFTED, Geometry, Layout
+from shampoo.blocks.layout import Geometry
 from shampoo.blocks.ownership import assign_owners
+from shampoo.preconditioner import KINDS
+from shampoo.preconditioner.choice import cost_of, layout_of
 
 PRODUCTS = CostModel(accumulate=((1, 1.0),), apply=((1, 1.0),), root=((1, 100.0),), byte=0.0)
 
@@ -25,8 +28,15 @@ def geometry(limit, **changes):
         "grafting": "adam",
         "refresh_schedule": "together",
         "capturable": False,
+        "preconditioner": "shampoo",
     }
     return Geometry(**(values | changes))
+
+
+def work(extent, kind="shampoo", diagonal=()):
+    """The cost of a block whose modes are as they are, but for diagonal ones."""
+    flags = [mode in diagonal for mode in range(len(extent))]
+    return KINDS[kind].cost(extent, KINDS[kind].modes(extent, flags))
 
 
 def greedy(costs, loads):
@@ -106,20 +116,29 @@ def test_bad_arguments_are_named_and_change_nothing(costs, ranks, loads, words):
 
 @pytest.mark.parametrize(("m", "n", "f"), [(8, 8, 1), (7, 12, 50)])
 def test_a_matrix_costs_what_the_design_says(m, n, f):
-    seconds = PRODUCTS.block_seconds((m, n), (False, False), FACTORED, f)
+    seconds = PRODUCTS.block_seconds(work((m, n)), f)
     assert seconds == 3 * m * n * (m + n) + 100 * (m**3 + n**3) / f
-    assert PRODUCTS.root_seconds((m, n), (False, False), FACTORED) == 100 * (m**3 + n**3)
+    assert PRODUCTS.refresh_seconds(work((m, n))) == 100 * (m**3 + n**3)
 
 
 def test_only_full_modes_multiply():
-    full = (False, False, False)
-    numel = 3 * 4 * 5
-    assert PRODUCTS.ordinary_seconds((3, 4, 5), full, FACTORED) == 3 * numel * (3 + 4 + 5)
-    half = (False, True, False)
-    assert PRODUCTS.ordinary_seconds((3, 4, 5), half, FACTORED) == 3 * numel * (3 + 5)
-    assert PRODUCTS.root_seconds((3, 4, 5), half, FACTORED) == 100 * (27 + 125)
-    for rule in (GRAFTED, ADAGRAD):
-        assert PRODUCTS.block_seconds((3, 4, 5), full, rule, 1) == 0
+    extent, numel = (3, 4, 5), 3 * 4 * 5
+    assert PRODUCTS.ordinary_seconds(work(extent)) == 3 * numel * (3 + 4 + 5)
+    half = work(extent, diagonal=(1,))
+    assert PRODUCTS.ordinary_seconds(half) == 3 * numel * (3 + 5)
+    assert PRODUCTS.refresh_seconds(half) == 100 * (27 + 125)
+    for kind in ("grafted", "adagrad"):
+        assert PRODUCTS.block_seconds(work(extent, kind), 1) == 0
+
+
+def test_kl_shampoo_applies_every_root_once_more_for_each_other_mode():
+    extent, numel = (3, 4, 5), 3 * 4 * 5
+    cost = work(extent, "kl_shampoo", diagonal=(1,))
+    # N d for the factor, 2 N d for the direction and for the whitening of each other mode.
+    assert PRODUCTS.ordinary_seconds(cost) == numel * (1 + 2 * 3) * (3 + 5)
+    assert PRODUCTS.refresh_seconds(cost) == 100 * (27 + 125)
+    # Whitened by nothing: the gradient as it is.
+    assert work((7,), "kl_shampoo") == work((7,))
 
 
 def test_every_block_moves_bytes():
@@ -127,9 +146,14 @@ def test_every_block_moves_bytes():
         accumulate=((1, 0.0),), apply=((1, 0.0),), root=((1, 0.0),), byte=1.0, machine=""
     )
     # gradient, packed gradient, direction, two moments twice; factor twice and root
-    assert streams.ordinary_seconds((3, 5), (False, False), GRAFTED) == 4 * 7 * 15
-    assert streams.ordinary_seconds((3, 5), (False, False), FACTORED) == 4 * (7 * 15 + 3 * 34)
-    assert streams.ordinary_seconds((3, 5), (True, True), FACTORED) == 4 * (7 * 15 + 2 * 3 * 15)
+    extent = (3, 5)
+    assert streams.ordinary_seconds(work(extent, "grafted")) == 4 * 7 * 15
+    assert streams.ordinary_seconds(work(extent)) == 4 * (7 * 15 + 3 * 34)
+    thin = work(extent, diagonal=(0, 1))
+    assert streams.ordinary_seconds(thin) == 4 * (7 * 15 + 2 * 3 * 15)
+    # Each of two whitened blocks is written and read.
+    whitened = 4 * (7 * 15 + 3 * 34 + 2 * 2 * 15)
+    assert streams.ordinary_seconds(work(extent, "kl_shampoo")) == whitened
 
 
 def test_curves_are_linear_between_their_points():
@@ -137,14 +161,14 @@ def test_curves_are_linear_between_their_points():
         accumulate=((1, 0.0),), apply=((1, 0.0),), root=((10, 3.0), (20, 1.0)), byte=0.0
     )
     for side, unit in ((5, 3.0), (10, 3.0), (15, 2.0), (20, 1.0), (99, 1.0)):
-        assert model.root_seconds((side,), (False,), FACTORED) == side**3 * unit
+        assert model.root_seconds(side) == side**3 * unit
 
 
 def test_costs_of_a_tensor_come_in_the_order_of_its_blocks():
-    layout = Layout.of((7, 10), geometry(4))
+    layout = layout_of((7, 10), geometry(4))
     sides = [(m, n) for m in (4, 3) for n in (4, 4, 2)]
-    expected = [PRODUCTS.block_seconds(side, (False, False), FACTORED, 3) for side in sides]
-    assert PRODUCTS.layout_seconds(layout, 3) == expected
+    expected = [PRODUCTS.block_seconds(work(side), 3) for side in sides]
+    assert PRODUCTS.layout_seconds(layout, 3, partial(cost_of, layout)) == expected
 
 
 def test_a_model_survives_its_file(tmp_path):

@@ -1,6 +1,7 @@
 """The planner against real optimizers, brute force over elements, and the design's own tables."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from trajectory import apply, state_tensors
 
 from shampoo import Shampoo, plan
 from shampoo.blocks.cost import CostModel
-from shampoo.blocks.layout import Geometry, Layout
+from shampoo.blocks.layout import Geometry
 from shampoo.blocks.ownership import assign_owners
 from shampoo.blocks.staggering import aligned_phases
 from shampoo.planner.architectures import ARCHITECTURES
+from shampoo.preconditioner import KINDS
+from shampoo.preconditioner.choice import cost_of, layout_of
 
 # Constants of distributed.md: section 5's balance, and 5.1's 150 and 15 TFLOP/s.
 RELATIVE = CostModel(accumulate=((1, 1.0),), apply=((1, 1.0),), root=((1, 100.0),), byte=0.0)
@@ -135,7 +138,7 @@ def even(size, limit):
 )
 def test_balance_is_the_one_of_the_design(name, limit, imbalances):
     costs = [
-        RELATIVE.block_seconds((rows, columns), (False, False), "factored", 50)
+        RELATIVE.block_seconds(KINDS["shampoo"].cost((rows, columns), ("full", "full")), 50)
         for m, n in matrices(name)
         for rows in even(m, limit)
         for columns in even(n, limit)
@@ -213,12 +216,13 @@ def geometry(limit):
     names = ("merge_dims", "precondition_1d", "precondition", "large_dim_method")
     values = dict(zip(names, ("matrix", False, True, "blocking"), strict=True))
     types = {"preconditioner_dtype": "float32", "grafting": "adam"}
-    return Geometry(limit, **values, **types, refresh_schedule="together", capturable=False)
+    types |= {"refresh_schedule": "together", "preconditioner": "shampoo"}
+    return Geometry(limit, **values, **types, capturable=False)
 
 
 def blocks_of(shape, limit):
     """The elements of every block, row-major, by indexing a tensor of element numbers."""
-    layout = Layout.of(shape, geometry(limit))
+    layout = layout_of(shape, geometry(limit))
     dims = layout.tiles[0].dims
     parts = [torch.arange(math.prod(dims)).view(dims)]
     for mode in range(len(dims)):
@@ -239,7 +243,7 @@ def test_sharded_traffic_is_what_counting_elements_gives(shards, replicas):
     received, costs, everything = [0] * ranks, [], []
     for shape in SHAPES:
         layout, blocks = blocks_of(shape, limit)
-        costs += model.layout_seconds(layout, 10)
+        costs += model.layout_seconds(layout, 10, partial(cost_of, layout))
         everything += [(block, shards_of(shape, shards)) for block in blocks]
     owners = assign_owners(costs, ranks, [0.0] * ranks)
     on_owner = on_best = holders = 0
@@ -270,7 +274,7 @@ def test_gathered_slices_are_padded_to_the_longest():
     ranks, costs, numels = 3, [], []
     for shape in SHAPES:
         layout, blocks = blocks_of(shape, 4)
-        costs += CostModel().layout_seconds(layout, 10)
+        costs += CostModel().layout_seconds(layout, 10, partial(cost_of, layout))
         numels += map(len, blocks)
     slices = [0] * ranks
     for owner, numel in zip(assign_owners(costs, ranks, [0.0] * ranks), numels, strict=True):

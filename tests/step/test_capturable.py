@@ -46,6 +46,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "late": {"start_preconditioning_step": 7},
     "never": {"start_preconditioning_step": float("inf")},
     "staggered": {"refresh_schedule": "staggered", "precondition_frequency": 4},
+    "kl": {"preconditioner": "kl_shampoo"},
+    "kl, diagonal": {"preconditioner": "kl_shampoo", "large_dim_method": "diagonal"},
 }
 
 

@@ -28,6 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "float64": {"preconditioner_dtype": torch.float64, "momentum": 0.5},
     "diagonal": {"max_preconditioner_dim": 2, "large_dim_method": "diagonal", "eps": 1e-38},
     "adagrad": {"max_preconditioner_dim": 2, "large_dim_method": "adagrad", "eps": 1e-38},
+    "kl": {"preconditioner": "kl_shampoo", "betas": (0.9, 1.0), "momentum": 0.9},
     "capturable": {"capturable": True, "momentum": 0.9},
     "capturable, coupled": {
         "capturable": True, "weight_decay": 0.1, "decoupled_weight_decay": False,

@@ -18,6 +18,7 @@ from trajectory import apply, assert_same_bits, compare, random_grads, random_pa
 
 from shampoo import BlockGridMismatchError, Shampoo, checkpoint, plan
 from shampoo.blocks.layout import Geometry, Layout
+from shampoo.preconditioner.choice import layout_of
 
 NAMED = [
     *[(8, 4096), (4096, 8), (8, 11008), (3, 4096), (10, 256), (1000, 512), (50257, 768), (2, 64)],
@@ -27,7 +28,9 @@ NAMED = [
 
 
 def geometry(limit: int, merge: str, method: str = "auto") -> Geometry:
-    return Geometry(limit, merge, True, True, method, "float32", "adam", "together", False)
+    types = {"preconditioner_dtype": "float32", "grafting": "adam", "capturable": False}
+    types |= {"refresh_schedule": "together", "preconditioner": "shampoo"}
+    return Geometry(limit, merge, True, True, method, **types)
 
 
 def numbers(layout: Layout) -> int:
@@ -54,8 +57,8 @@ def test_no_shape_takes_more_than_5_times_adamw(seed):
         limit = draw.choice([1, 2, 3, 8, 100, 128, 1000, 1024, 8192, 10**6])
         merge = draw.choice(["matrix", "full", "none"])
         numel = math.prod(shape)
-        layout = Layout.of(shape, geometry(limit, merge))
-        full = Layout.of(shape, geometry(limit, merge, "blocking"))
+        layout = layout_of(shape, geometry(limit, merge))
+        full = layout_of(shape, geometry(limit, merge, "blocking"))
         assert numbers(layout) + 2 * numel <= 5 * 2 * numel, (shape, limit, merge)
         assert sum(tile.blocks * tile.block_numel for tile in layout.tiles) == numel
         is_affordable = numbers(full) + 2 * numel <= 5 * 2 * numel
@@ -73,7 +76,7 @@ def test_the_rule_is_the_one_of_the_reference():
     for shape in shapes:
         limit, merge = draw.choice([3, 8, 100, 1024]), draw.choice(["matrix", "full", "none"])
         merged = merged_shape(shape, merge, limit)
-        layout = Layout.of(shape, geometry(limit, merge))
+        layout = layout_of(shape, geometry(limit, merge))
         lengths, whole = block_lengths(merged, limit, "auto")
         assert list(layout.diagonal) == whole, (shape, limit, merge)
         sides = sorted(tuple(s.stop - s.start for s in p) for p in block_slices(merged, lengths))
@@ -101,7 +104,7 @@ def test_the_rule_is_the_one_of_the_reference():
     ],
 )
 def test_what_is_cut_shorter_and_what_is_thin(shape, blocks, diagonal):
-    layout = Layout.of(shape, geometry(1024, "matrix"))
+    layout = layout_of(shape, geometry(1024, "matrix"))
     assert layout.diagonal == diagonal
     assert layout.blocks == blocks
 
@@ -210,7 +213,7 @@ def test_one_warning_names_the_first_parameter_the_bytes_and_the_choices():
     for choice in ('large_dim_method="blocking"', "max_preconditioner_dim", "precondition=False"):
         assert choice in message
     # Every choice of the message is one.
-    blocks = Layout.of((8, 1536), geometry(16, "matrix"))
+    blocks = layout_of((8, 1536), geometry(16, "matrix"))
     assert not any(blocks.diagonal)
 
 

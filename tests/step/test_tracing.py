@@ -201,16 +201,16 @@ def test_a_fake_step_makes_the_state_of_a_real_one(variant, dtype):
 
 
 def test_fake_refreshes_come_when_real_ones_do(monkeypatch):
-    from shampoo.step import directions as search_directions
+    from shampoo.preconditioner import shampoo as kind
 
     calls: list[list[int]] = []
-    refresh = search_directions.refresh_roots_
+    refresh = kind.refresh_roots_
 
     def counted(root: Tensor, *rest: Any, **how: Any) -> None:
         calls[-1].append(len(root))
         refresh(root, *rest, **how)
 
-    monkeypatch.setattr(search_directions, "refresh_roots_", counted)
+    monkeypatch.setattr(kind, "refresh_roots_", counted)
     runs = []
     for mode in (torch.no_grad, FakeTensorMode):
         calls = []

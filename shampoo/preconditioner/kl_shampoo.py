@@ -1,0 +1,57 @@
+"""KL-Shampoo (arXiv 2509.03378v7): factors whose Kronecker product is nearest in KL divergence."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from shampoo import ops
+from shampoo.blocks.cost import Cost
+from shampoo.blocks.declared import NONE
+from shampoo.blocks.statistics import Statistics
+from shampoo.hyperparameters import Hyperparameters
+from shampoo.ops.limits import clip_squares_
+from shampoo.preconditioner.shampoo import Shampoo
+from shampoo.scalars import Scalars
+
+
+class KLShampoo(Shampoo):
+    """Shampoo by gradients that the roots of all other modes have whitened, and p = 2."""
+
+    name = "kl_shampoo"
+
+    def power(self, hyper: Hyperparameters, order: int) -> float:
+        """2, whatever the order: the Kronecker product of the factors estimates E[g g^T] itself."""
+        return 2.0
+
+    def check(self, hyper: Hyperparameters, order: int) -> None:
+        """Refuses other powers, and a root that the group's method does not find."""
+        override, multiplier = hyper.exponent_override, hyper.exponent_multiplier
+        if override != 0 or multiplier != 1.0:
+            raise ValueError(
+                f"Invalid exponent_override={override}, exponent_multiplier={multiplier}. Must be 0"
+                f' and 1.0 with preconditioner="{self.name}", whose factors have the power -1/2. Or'
+                ' choose preconditioner="shampoo".'
+            )
+        super().check(hyper, order)
+
+    def cost(self, extent: Sequence[int], modes: Sequence[str]) -> Cost:
+        """Every root is applied once more for each other mode, and the result written and read."""
+        plain, order = super().cost(extent, modes), len(extent)
+        products = tuple(replace(each, general=order) for each in plain.products)
+        numbers = plain.numbers + 2 * plain.numel * order * (order > 1)
+        return replace(plain, products=products, numbers=numbers)
+
+    def accumulate(
+        self, statistics: Statistics, grad: Tensor, hyper: Hyperparameters, scalars: Scalars
+    ) -> None:
+        """``A_k <- beta2 A_k + (1 - beta2) (d_k / numel) mat_k(G~) mat_k(G~)^T``."""
+        roots, numel = self.roots_in_force(statistics, hyper, scalars), grad[0].numel()
+        whitened, norm = torch.empty_like(grad), grad.new_empty(len(grad))
+        for k, mode in enumerate(statistics.modes):
+            if mode.kept != NONE:
+                ops.precondition_(whitened, norm, grad, [*roots[:k], None, *roots[k + 1 :]])
+                clip_squares_(whitened, norm)
+                weight = scalars.factor_weight * (statistics.extent[k] / numel)
+                ops.gram_ema_(mode.state["factor"], whitened, k, scalars.beta2, weight)

@@ -1,0 +1,145 @@
+"""Shampoo (arXiv 2309.06497): a Kronecker factor and its inverse root for every mode."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from shampoo import ops
+from shampoo.blocks.cost import Cost, Products
+from shampoo.blocks.declared import DIAGONAL, FAILURES, FULL, NONE, ModeState
+from shampoo.blocks.segments import TakenRows
+from shampoo.blocks.statistics import Statistics
+from shampoo.hyperparameters import Hyperparameters
+from shampoo.ops import Number
+from shampoo.preconditioner import diagonal_factor
+from shampoo.preconditioner.base import Preconditioner, of_blocks
+from shampoo.roots.methods import check_method
+from shampoo.roots.refresh import PendingFlags, is_root, refresh_roots_, refresh_roots_on_device_
+from shampoo.scalars import Scalars
+
+_FACTOR_NUMBERS = 3  # that move for each entry: factor read and written, root read
+
+_STATE = (
+    ModeState("factor", lambda d: (d, d), moves_every_step=True),
+    ModeState("root", lambda d: (d, d), decides_ready=True),  # all zero where there is none yet
+    ModeState(FAILURES, lambda d: (), torch.int32, is_lasting=False),
+)
+
+
+class Shampoo(Preconditioner):
+    """``P = M x_1 X_1 ... x_o X_o`` with ``X_k = (A_k / c2 + ridge I)^(-1/p)``, p = 2 o."""
+
+    name = "shampoo"
+    mode_state: ClassVar = {FULL: _STATE, DIAGONAL: diagonal_factor.STATE}
+
+    def power(self, hyper: Hyperparameters, order: int) -> float:
+        """p, such that factors of blocks of some order are raised to ``-1/p``."""
+        return hyper.root_power(order)
+
+    def modes(self, extent: Sequence[int], diagonal: Sequence[bool]) -> tuple[str, ...]:
+        """Factors of all modes, the diagonals alone of long ones."""
+        return tuple(DIAGONAL if is_diagonal else FULL for is_diagonal in diagonal)
+
+    def check(self, hyper: Hyperparameters, order: int) -> None:
+        """Refuses a root that the group's method does not find."""
+        check_method(hyper.root_method, self.power(hyper, order))
+
+    def cost(self, extent: Sequence[int], modes: Sequence[str]) -> Cost:
+        """For each factor a symmetric product, a general one, and an inverse root."""
+        numel = math.prod(extent)
+        sides = [side for side, mode in zip(extent, modes, strict=True) if mode == FULL]
+        numbers = sum(_FACTOR_NUMBERS * side * side for side in sides)
+        numbers += diagonal_factor.NUMBERS * numel * modes.count(DIAGONAL)
+        products = tuple(Products(side) for side in sides)
+        return Cost(numel, products, numbers, tuple((side, 1) for side in sides))
+
+    def are_ready(self, state: Mapping[str, Tensor]) -> Tensor:
+        """Those that have a root."""
+        return is_root(state["root"])
+
+    def accumulate(
+        self, statistics: Statistics, grad: Tensor, hyper: Hyperparameters, scalars: Scalars
+    ) -> None:
+        """``A_k <- beta2 A_k + (1 - beta2) mat_k(G) mat_k(G)^T``, from the raw gradient."""
+        for k, mode in enumerate(statistics.modes):
+            if mode.kept != NONE:
+                ops.gram_ema_(mode.state["factor"], grad, k, scalars.beta2, scalars.factor_weight)
+
+    def refresh(self, rows: TakenRows, hyper: Hyperparameters, scalars: Scalars) -> None:
+        """``X_k <- (A_k / c2 + ridge I)^(-1/p)``, checked."""
+        stack, state = rows.stack, rows.state
+        how: dict[str, Any] = {
+            "p": self.power(hyper, stack.order),
+            "correction": scalars.correction2,
+            "eps": hyper.eps,
+            "relative_eps": hyper.relative_eps,
+            "method": hyper.root_method,
+        }
+        matrices = state["root"], state["factor"], state[FAILURES], rows.ready
+        if scalars.accepted is not None:
+            refresh_roots_on_device_(*matrices, scalars.accepted, **how)
+            return
+        if not isinstance(stack.memory, PendingFlags):
+            stack.memory = PendingFlags(stack.count)  # verdicts on their way to the host
+        refresh_roots_(*matrices, **how, pending=stack.memory, where=rows.where)
+
+    def apply(
+        self,
+        out: Tensor,
+        norm: Tensor,
+        statistics: Statistics,
+        filtered: Tensor,
+        hyper: Hyperparameters,
+        scalars: Scalars,
+    ) -> None:
+        """``P = M x_1 X_1 ... x_o X_o``."""
+        correction = of_blocks(scalars.correction2, statistics)
+        ops.precondition_(out, norm, filtered, self.roots(statistics, hyper, correction))
+
+    def roots(
+        self, statistics: Statistics, hyper: Hyperparameters, correction: Number
+    ) -> list[Tensor | None]:
+        """X_k of every mode: [B, d_k, d_k], [B, d_k] of a diagonal one, None where none is kept.
+
+        Args:
+            correction: ``c2`` of the blocks, for diagonal modes, whose roots are made afresh.
+        """
+        roots: list[Tensor | None] = []
+        for mode in statistics.modes:
+            root = None
+            if mode.kept == FULL:
+                root = mode.state["root"]
+            elif mode.kept == DIAGONAL:
+                root = diagonal_factor.diagonal_root(
+                    mode.state["factor"],
+                    -1.0 / self.power(hyper, len(statistics.modes)),
+                    correction,
+                    hyper.eps,
+                    hyper.relative_eps,
+                )
+            roots.append(root)
+        return roots
+
+    def roots_in_force(
+        self, statistics: Statistics, hyper: Hyperparameters, scalars: Scalars
+    ) -> list[Tensor | None]:
+        """X_k as the step before has left them, the identity where there is none yet.
+
+        That of a diagonal mode is the root of its factor, and so there from the first step on.
+        """
+        # c2 = 1 - beta2^t, of the step before: 1 - beta2^(t - 1). It stays 1 where it is 1.
+        now = of_blocks(scalars.correction2, statistics)
+        roots = self.roots(statistics, hyper, 1.0 - (1.0 - now) / scalars.beta2)
+        for k, (mode, root) in enumerate(zip(statistics.modes, roots, strict=True)):
+            if root is None:
+                continue
+            if mode.kept == DIAGONAL:
+                has_seen = mode.state["factor"].amax(1, keepdim=True) > 0
+                roots[k] = torch.where(has_seen, root, 1.0)
+            elif mode.ready is not None and not statistics.readiness.is_known:
+                identity = torch.eye(root.shape[1], dtype=root.dtype, device=root.device)
+                roots[k] = torch.where(mode.ready[:, None, None], root, identity)
+        return roots
