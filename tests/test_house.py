@@ -27,7 +27,7 @@ IMPORTS = {
     "distributed": "errors ops blocks hyperparameters scalars",
     "step": "errors ops roots blocks grafting hyperparameters scalars preconditioner distributed",
     "state": "errors blocks hyperparameters preconditioner distributed step",
-    "optimizer": "errors ops blocks hyperparameters scalars preconditioner distributed step state",
+    "optimizer": "errors ops blocks hyperparameters preconditioner distributed step state",
     "replay": "blocks optimizer",
     "checkpoint": "blocks hyperparameters preconditioner state optimizer",
     "planner": "blocks grafting hyperparameters preconditioner distributed step optimizer",
