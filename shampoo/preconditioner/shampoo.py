@@ -60,6 +60,10 @@ class Shampoo(Preconditioner):
         """Those that have a root."""
         return is_root(state["root"])
 
+    def memory(self, count: int) -> object:
+        """Verdicts on roots that are on their way to the host."""
+        return PendingFlags(count)
+
     def accumulate(
         self, statistics: Statistics, grad: Tensor, hyper: Hyperparameters, scalars: Scalars
     ) -> None:
@@ -82,8 +86,7 @@ class Shampoo(Preconditioner):
         if scalars.accepted is not None:
             refresh_roots_on_device_(*matrices, scalars.accepted, **how)
             return
-        if not isinstance(stack.memory, PendingFlags):
-            stack.memory = PendingFlags(stack.count)  # verdicts on their way to the host
+        assert isinstance(stack.memory, PendingFlags)
         refresh_roots_(*matrices, **how, pending=stack.memory, where=rows.where)
 
     def apply(
