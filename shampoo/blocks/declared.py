@@ -107,6 +107,13 @@ class Kind:
         """Which of K factors have been refreshed, [K] bool: by their state, by name."""
         raise NotImplementedError(f"{self.name} declares nothing that decides it")
 
+    def memory(self, count: int) -> object:
+        """What is remembered of K factors between refreshes and no checkpoint holds, on the host.
+
+        Made with their state, since a step that communicates asks for no memory.
+        """
+        return None
+
     def mode_numbers(self, extent: Sequence[int], diagonal: Sequence[bool]) -> int:
         """Numbers in ``preconditioner_dtype`` that the modes of a block hold; as in `modes`."""
         return sum(

@@ -37,7 +37,7 @@ class FactorStack:
         row_owners: the same on the host.
         declared: what is kept for each mode; there is something.
         is_refreshed: whether there is something to refresh, and so flags and phases.
-        memory: what the kind remembers between refreshes and no checkpoint holds; begins as None.
+        memory: what the kind remembers between refreshes and no checkpoint holds.
     """
 
     size: int
@@ -77,6 +77,7 @@ class FactorStack:
             self.phase = torch.zeros(self.count, dtype=torch.int32, device="cpu")
             self.row_owners = torch.tensor(self.owners, dtype=torch.int64, device="cpu")
             deciding = [self.state[each.name] for each in self.declared if each.decides_ready]
+            self.memory = self.kind.memory(self.count)
             self._watched = (*deciding, self.phase)
             self._seen = self._versions()
 

@@ -60,6 +60,10 @@ class Shampoo(Preconditioner):
         """Those that have a root."""
         return is_root(state["root"])
 
+    def memory(self, count: int) -> object:
+        """Verdicts on roots that are on their way to the host."""
+        return PendingFlags(count)
+
     def accumulate(
         self, statistics: Statistics, grad: Tensor, hyper: Hyperparameters, scalars: Scalars
     ) -> None:
@@ -82,8 +86,7 @@ class Shampoo(Preconditioner):
         if scalars.accepted is not None:
             refresh_roots_on_device_(*matrices, scalars.accepted, **how)
             return
-        if not isinstance(stack.memory, PendingFlags):
-            stack.memory = PendingFlags(stack.count)  # verdicts on their way to the host
+        assert isinstance(stack.memory, PendingFlags)
         refresh_roots_(*matrices, **how, pending=stack.memory, where=rows.where)
 
     def apply(
@@ -96,8 +99,8 @@ class Shampoo(Preconditioner):
         scalars: Scalars,
     ) -> None:
         """``P = M x_1 X_1 ... x_o X_o``."""
-        correction = of_blocks(scalars.correction2, statistics)
-        ops.precondition_(out, norm, filtered, self.roots(statistics, hyper, correction))
+        roots = self.roots(statistics, hyper, scalars.correction2)
+        ops.precondition_(out, norm, filtered, roots)
 
     def roots(
         self, statistics: Statistics, hyper: Hyperparameters, correction: Number
@@ -105,7 +108,7 @@ class Shampoo(Preconditioner):
         """X_k of every mode: [B, d_k, d_k], [B, d_k] of a diagonal one, None where none is kept.
 
         Args:
-            correction: ``c2`` of the blocks, for diagonal modes, whose roots are made afresh.
+            correction: ``c2`` of the segment, for diagonal modes, whose roots are made afresh.
         """
         roots: list[Tensor | None] = []
         for mode in statistics.modes:
@@ -116,7 +119,7 @@ class Shampoo(Preconditioner):
                 root = diagonal_factor.diagonal_root(
                     mode.state["factor"],
                     -1.0 / self.power(hyper, len(statistics.modes)),
-                    correction,
+                    of_blocks(correction, statistics),
                     hyper.eps,
                     hyper.relative_eps,
                 )
@@ -131,8 +134,8 @@ class Shampoo(Preconditioner):
         That of a diagonal mode is the root of its factor, and so there from the first step on.
         """
         # c2 = 1 - beta2^t, of the step before: 1 - beta2^(t - 1). It stays 1 where it is 1.
-        now = of_blocks(scalars.correction2, statistics)
-        roots = self.roots(statistics, hyper, 1.0 - (1.0 - now) / scalars.beta2)
+        before = 1.0 - (1.0 - scalars.correction2) / scalars.beta2
+        roots = self.roots(statistics, hyper, before)
         for k, (mode, root) in enumerate(zip(statistics.modes, roots, strict=True)):
             if root is None:
                 continue

@@ -104,7 +104,7 @@ def toy() -> Iterator[OneSided]:
         yield kind
 
 
-SHAPES = [(9, 6), (5,), (3, 2, 4), (2, 7)]
+SHAPES = [(9, 6), (5,), (3, 2, 4), (2, 7), (8, 4)]  # of which two share blocks of 4 x 4
 HYPER = {"preconditioner": "toy", "lr": 0.05, "precondition_frequency": 3}
 HYPER |= {"max_preconditioner_dim": 4, "large_dim_method": "blocking"}
 

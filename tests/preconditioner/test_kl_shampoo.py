@@ -23,7 +23,7 @@ from trajectory import (
 from shampoo import BlockGridMismatchError, Shampoo, plan
 
 KL: dict[str, Any] = {"preconditioner": "kl_shampoo"}
-SHAPES = [(9, 6), (5,), (3, 2, 4), (2, 7), (6, 1)]
+SHAPES = [(9, 6), (5,), (3, 2, 4), (2, 7), (8, 4)]  # of which two share blocks of 4 x 4
 # All values that the formulas of a kind see, pair by pair rather than each with each.
 VARIANTS: dict[str, dict[str, Any]] = {
     "defaults": {},
