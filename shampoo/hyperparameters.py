@@ -1,14 +1,8 @@
-"""The hyper-parameters of the parameter groups: read, and checked.
-
-Schedulers, frameworks and users write into ``param_groups``, and what stands there when ``step()``
-is called is what counts. Every step looks whether anything has changed; only then is a group read
-and checked again.
-"""
+"""The hyper-parameters of one parameter group: read, and checked."""
 
 import copy
 import functools
 import math
-import operator
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -279,115 +273,6 @@ class Hyperparameters:
 def _check_lr(lr: Number) -> None:
     if not isinstance(lr, torch.Tensor):
         _require(math.isfinite(lr) and lr >= 0.0, "lr", lr, ">= 0.0 and finite")
-
-
-class HyperparameterReader:
-    """The values of all groups of an optimizer, read again where a group has changed.
-
-    Attributes:
-        revision: another number whenever anything but a learning rate has changed.
-    """
-
-    def __init__(self) -> None:
-        self.revision = 0
-        self._values: list[Hyperparameters] = []
-        self._seen: list[_Seen | None] = []  # None for a group that is read at every step
-
-    def read(self, groups: Sequence[dict[str, Any]]) -> list[Hyperparameters]:
-        """The values of the groups; the same list as last time if none has changed.
-
-        Raises:
-            ValueError: as :meth:`Hyperparameters.read`.
-            RuntimeError: likewise.
-        """
-        is_same, revision = len(self._seen) == len(groups), self.revision
-        values, seen = list(self._values), list(self._seen[: len(groups)])
-        seen += [None] * (len(groups) - len(seen))
-        for index, (group, known) in enumerate(zip(groups, list(seen), strict=True)):
-            lr = group["lr"]
-            if known is None or not known.still(group) or isinstance(lr, torch.Tensor):
-                values[index : index + 1] = [Hyperparameters.read(group)]
-                revision = self.revision + 1
-            elif lr == known.lr and type(lr) is type(known.lr):
-                continue
-            else:  # what schedulers move at every step
-                values[index] = values[index].with_lr(lr)
-            seen[index] = _Seen.of(group)
-            is_same = False
-        if not is_same:
-            self._values, self._seen, self.revision = values[: len(groups)], seen, revision
-        return self._values
-
-
-# All that a group is read for but the learning rate. What can change inside stands first.
-_REST = (
-    "betas",
-    "exponent_override",
-    "eps",
-    "weight_decay",
-    "relative_eps",
-    "decoupled_weight_decay",
-    "momentum",
-    "nesterov",
-    "max_preconditioner_dim",
-    "precondition_frequency",
-    "start_preconditioning_step",
-    "merge_dims",
-    "precondition_1d",
-    "precondition",
-    "exponent_multiplier",
-    "bias_correction",
-    "grafting",
-    "grafting_beta2",
-    "grafting_eps",
-    "large_dim_method",
-    "root_method",
-    "preconditioner_dtype",
-    "nonfinite",
-    "max_root_failures",
-    "refresh_schedule",
-    "maximize",
-    "stochastic_rounding",
-    "foreach",
-    "fused",
-    "capturable",
-    "differentiable",
-)
-_rest_of = operator.itemgetter(*_REST)
-
-
-class _Seen:
-    """What stood in a group when it was read."""
-
-    def __init__(self, group: dict[str, Any]) -> None:
-        self.lr = group["lr"]
-        self._rest = _rest_of(group)
-        self._types = tuple(map(type, self._rest))
-        self._inside = self._copied(self._rest)
-
-    @classmethod
-    def of(cls, group: dict[str, Any]) -> "_Seen | None":
-        """None if a tensor is among the values: nobody is told what is written into one."""
-        seen = cls(group)
-        values = (seen.lr, *seen._rest, *seen._inside)
-        return None if any(isinstance(value, torch.Tensor) for value in values) else seen
-
-    def still(self, group: dict[str, Any]) -> bool:
-        """Whether all but the learning rate is as it was."""
-        rest = _rest_of(group)
-        # Types first: True equals 1, and what an array is compared with has no truth.
-        return (
-            tuple(map(type, rest)) == self._types
-            and rest == self._rest
-            and self._copied(rest) == self._inside
-        )
-
-    @staticmethod
-    def _copied(rest: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What lists hold: a list equals itself, whatever was written into it since."""
-        betas, override = rest[:2]
-        held = tuple(betas) if isinstance(override, int) else (*betas, *override)
-        return (*map(type, held), *held)
 
 
 def _check_flags(group: dict[str, Any]) -> None:

@@ -22,7 +22,6 @@ from shampoo.blocks.publication import TakenIn
 from shampoo.blocks.state_keys import MOMENTS, is_own, parse
 from shampoo.distributed.consensus import DeferredError
 from shampoo.distributed.process_groups import ProcessGroups
-from shampoo.hyperparameters import HyperparameterReader
 from shampoo.state.fillable import Blank, fillable_state
 from shampoo.state.gathering import Whole, consolidate
 from shampoo.state.inquiry import inquiry
@@ -30,6 +29,7 @@ from shampoo.state.loading import check_origin, foreign_state, match, signed
 from shampoo.step import capture
 from shampoo.step.block_plan import BlockPlan
 from shampoo.step.distributors import Distributors
+from shampoo.step.group_reader import GroupReader
 from shampoo.step.parameters import check_distinct
 from shampoo.step.ridge_watch import RidgeWatch
 from shampoo.step.versions import mark_replayed
@@ -114,9 +114,9 @@ class Persistent(Optimizer):
         return plan
 
     @functools.cached_property
-    def _reader(self) -> HyperparameterReader:
+    def _reader(self) -> GroupReader:
         """What has been read of the groups; a copy reads them anew."""
-        return HyperparameterReader()
+        return GroupReader()
 
     @functools.cached_property
     def _ridges(self) -> RidgeWatch:
