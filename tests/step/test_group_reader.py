@@ -1,5 +1,6 @@
 """Groups are read again when, and only when, they have changed; an ordinary step is few calls."""
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ OTHER: dict[str, Any] = {
     "nesterov": True,
     "max_preconditioner_dim": 3,
     "precondition_frequency": 7,
-    "start_preconditioning_step": 9,
+    "start_preconditioning_step": 19,
     "merge_dims": "none",
     "precondition_1d": True,
     "precondition": False,
@@ -64,12 +65,7 @@ def test_every_other_value_is_seen(name):
 
 
 def test_no_argument_is_forgotten():
-    not_kept = {
-        "lr",
-        "foreach",
-        "fused",
-        "differentiable",
-    }  # that change nothing, but for the first
+    not_kept = {"lr", "foreach", "fused", "differentiable"}  # tested apart
     assert set(OTHER) | not_kept == set(Shampoo(random_params((4, 3))).defaults)
 
 
@@ -140,7 +136,8 @@ def test_groups_come_and_go():
 
 def test_a_schedule_trains_as_a_new_optimizer_would():
     """Every step of it takes the learning rate that stands in the group."""
-    params, twins = (random_params((6, 4), (5,), dtype=torch.float32) for _ in range(2))
+    params = random_params((6, 4), (5,), dtype=torch.float32)
+    twins = copy.deepcopy(params)
     opt, twin = Shampoo(params, lr=0.1), Shampoo(twins, lr=0.1)
     for step, grads in enumerate(random_grads(params, 6)):
         opt.param_groups[0]["lr"] = 0.1 / (1 + step)
