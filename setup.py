@@ -7,7 +7,7 @@ setup(
     package_dir={"shampoo": "shampoo", "shampoo.kernels": "kernels", "shampoo.csrc": "csrc"},
     package_data={
         "shampoo": ["py.typed", "*.json"],
-        "shampoo.csrc": ["*.h", "*.cpp", "*.cu", "*.cuh"],
+        "shampoo.csrc": ["*.cpp", "*/*.h", "*/*.cpp", "*/*.cu"],
     },
     include_package_data=False,
 )

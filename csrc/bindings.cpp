@@ -6,11 +6,11 @@
 #include <algorithm>
 #include <optional>
 
-#include "arguments.h"
-#include "eigen.h"
-#include "gram.h"
-#include "minimax.h"
-#include "precondition.h"
+#include "common/arguments.h"
+#include "cpu/eigh.h"
+#include "cpu/gram.h"
+#include "cpu/minimax.h"
+#include "cpu/precondition.h"
 
 namespace shampoo {
 namespace {

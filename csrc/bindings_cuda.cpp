@@ -10,8 +10,8 @@
 #include <optional>
 #include <type_traits>
 
-#include "arguments.h"
-#include "launch.h"
+#include "common/arguments.h"
+#include "cuda/launch.h"
 
 namespace shampoo {
 namespace {

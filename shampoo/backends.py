@@ -53,7 +53,7 @@ _SUBJECT = {
 }
 ELEMENTWISE = ("gather_blocks_", "magnitudes_", "graft_moments_", "update_blocks_")
 
-SMALL = 128  # rows of a matrix whose whole root chain one thread block holds, csrc/launch.h
+SMALL = 128  # rows of a matrix whose whole root chain one thread block holds, csrc/cuda/launch.h
 SMALL_STEPS = 16  # of its schedule
 
 Table = Mapping[str, Any]

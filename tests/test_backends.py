@@ -167,7 +167,7 @@ def test_small_float32_roots_go_to_the_fused_chain(small_chain, backend):
 
 
 def test_the_limits_of_the_fused_chain_are_those_of_its_source():
-    source = (jit.source_dir() / "launch.h").read_text()
+    source = (jit.source_dir() / "cuda" / "launch.h").read_text()
     assert f"kMaxRootSize = {backends.SMALL};" in source
     assert f"kMaxSteps = {backends.SMALL_STEPS};" in source
 

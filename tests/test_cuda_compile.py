@@ -12,7 +12,7 @@ from shampoo import jit
 pytestmark = pytest.mark.slow
 
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
-FILES = sorted(path.name for path in jit.source_dir().glob("*.cu"))
+FILES = sorted(path.name for path in jit.source_dir().glob("cuda/*.cu"))
 
 # Every kernel: threads of a block, and blocks that one multiprocessor must hold.
 KERNELS = {
@@ -67,7 +67,8 @@ def resources(report: str) -> list[tuple[str, int, int, int]]:
 @pytest.mark.parametrize("file", FILES)
 def test_kernels_compile_without_spills(tmp_path: Path, file: str, architecture: str) -> None:
     command = [nvcc(), "-cubin", f"-arch={architecture}", "-O3", "-Xptxas", "-v"]
-    command += ["-o", str(tmp_path / "kernel.cubin"), str(jit.source_dir() / file)]
+    command += ["-I", str(jit.source_dir()), "-o", str(tmp_path / "kernel.cubin")]
+    command += [str(jit.source_dir() / "cuda" / file)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr

@@ -1,4 +1,4 @@
-// The launchers of csrc/launch.h, as built for the host, under Python: pointers are integers.
+// The launchers of csrc/cuda/launch.h, as built for the host, under Python: pointers are integers.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,9 +8,9 @@
 #include <variant>
 #include <vector>
 
+#include "common/philox.h"
+#include "cuda/launch.h"
 #include "emulation.h"
-#include "launch.h"
-#include "philox.h"
 
 namespace shampoo::cuda {
 namespace {

@@ -3,7 +3,7 @@
 // LAPACK gains little from threads at the sizes of factors, so each thread takes matrices of its own.
 // It cuts its work by the threads that it may use, and the bits with it: every matrix gets one, even
 // when it is alone.
-#include "eigen.h"
+#include "cpu/eigh.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/linalg_eigh.h>

@@ -2,9 +2,9 @@
 // and vector_norm over flat moments: nine passes in one, or two where gradients are normalized.
 #include <ATen/Parallel.h>
 
-#include "gather.h"
-#include "kernels.h"
-#include "squares.h"
+#include "cpu/gather.h"
+#include "cpu/kernels.h"
+#include "cpu/squares.h"
 
 namespace shampoo {
 namespace {

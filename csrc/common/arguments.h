@@ -8,8 +8,8 @@
 #include <utility>
 #include <vector>
 
-#include "check.h"
-#include "kernels.h"
+#include "common/check.h"
+#include "cpu/kernels.h"
 
 namespace shampoo {
 

@@ -1,9 +1,9 @@
 // Replaces, for every tile, torch's strided copy_ (and mul_, or add_) of a view of the parameter.
 // Below a megabyte of gradients a launch costs more than the copy.
-#include "boxes.h"
-#include "elements.h"
-#include "launch.h"
-#include "numbers.h"
+#include "cuda/elements.h"
+#include "cuda/launch.h"
+#include "cuda/numbers.h"
+#include "cuda/tile_table.h"
 
 namespace shampoo::cuda {
 namespace {

@@ -1,5 +1,5 @@
 // Replaces, for every tile, torch's strided copy_ (and mul_, or add_) of a view of the parameter.
-#include "gather.h"
+#include "cpu/gather.h"
 
 #include <ATen/Parallel.h>
 

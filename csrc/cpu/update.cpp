@@ -3,9 +3,9 @@
 
 #include <type_traits>
 
-#include "dtypes.h"
-#include "kernels.h"
-#include "philox.h"
+#include "common/dtypes.h"
+#include "common/philox.h"
+#include "cpu/kernels.h"
 
 namespace shampoo {
 namespace {

@@ -1,9 +1,9 @@
 // Replaces one baddbmm of an unfolded gradient with its own transpose: half the products, no unfolded
 // copy, the moving average in the same pass. The result is bitwise symmetric.
-#include "gram.h"
+#include "cpu/gram.h"
 
-#include "panels.h"
-#include "squares.h"
+#include "cpu/squares.h"
+#include "cpu/symmetric_gemm.h"
 
 namespace shampoo {
 

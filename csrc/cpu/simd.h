@@ -6,7 +6,7 @@
 #include <immintrin.h>
 #endif
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace shampoo {
 

@@ -1,15 +1,15 @@
 // Replaces the chain of batched products: one matrix at a time, whose buffers stay in the cache, in
 // panels from the first product to the last, half of every product, the polynomials in the pass that
 // writes it.
-#include "minimax.h"
+#include "cpu/minimax.h"
 
 #include <array>
 #include <cmath>
 #include <cstddef>
 #include <type_traits>
 
-#include "magnitude.h"
-#include "panels.h"
+#include "cpu/absmax.h"
+#include "cpu/symmetric_gemm.h"
 
 namespace shampoo {
 namespace {

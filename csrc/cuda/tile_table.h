@@ -1,4 +1,4 @@
-// The tables of blocks.h in the form in which kernels of the GPU take them.
+// The tables of tiles.h in the form in which kernels of the GPU take them.
 //
 // A table travels in the arguments of a launch, as many tiles at a time as fit into the 32 KB that
 // CUDA 12.1 and later allow: no copy to the device, no memory that must outlive the call, and a
@@ -15,8 +15,8 @@
 #include <utility>
 #include <vector>
 
-#include "blocks.h"
-#include "device.h"
+#include "common/tiles.h"
+#include "cuda/device.h"
 
 namespace shampoo::cuda {
 

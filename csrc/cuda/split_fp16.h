@@ -11,7 +11,7 @@
 
 #include <cstdint>
 
-#include "device.h"
+#include "cuda/device.h"
 
 namespace shampoo::cuda {
 

@@ -12,7 +12,7 @@
 #include <memory>
 #include <new>
 
-#include "simd.h"
+#include "cpu/simd.h"
 
 namespace shampoo {
 

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 struct CUstream_st;  // a cudaStream_t points to one
 
@@ -44,7 +44,7 @@ struct Number {
       : live(of_device), is_each(one_each) {}
 };
 
-// As in kernels.h.
+// As in cpu/kernels.h.
 struct Moments {
   Number beta1, correction1, beta2, weight2, correction2;
   double eps;
@@ -62,7 +62,7 @@ struct Rounding {
   Number step;
 };
 
-// As the functions of kernels.h of the same names.
+// As the functions of cpu/kernels.h of the same names.
 template <class Flat>
 void gather_blocks(Flat* out, const std::vector<Source>& sources, const std::vector<Tile>& tiles,
                    Number alpha, bool accumulate, Stream stream);

@@ -1,11 +1,11 @@
 // Replaces mul by the scale, mul_, add_ and a strided copy_ for every tile.
 #include <type_traits>
 
-#include "boxes.h"
-#include "elements.h"
-#include "launch.h"
-#include "numbers.h"
-#include "philox.h"
+#include "common/philox.h"
+#include "cuda/elements.h"
+#include "cuda/launch.h"
+#include "cuda/numbers.h"
+#include "cuda/tile_table.h"
 
 namespace shampoo::cuda {
 namespace {

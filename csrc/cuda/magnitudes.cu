@@ -10,9 +10,9 @@
 #include <type_traits>
 #include <vector>
 
-#include "boxes.h"
-#include "elements.h"
-#include "launch.h"
+#include "cuda/elements.h"
+#include "cuda/launch.h"
+#include "cuda/tile_table.h"
 
 namespace shampoo::cuda {
 namespace {

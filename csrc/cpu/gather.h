@@ -4,9 +4,9 @@
 #include <algorithm>
 #include <vector>
 
-#include "blocks.h"
-#include "dtypes.h"
-#include "kernels.h"
+#include "common/dtypes.h"
+#include "common/tiles.h"
+#include "cpu/kernels.h"
 
 namespace shampoo {
 

@@ -3,7 +3,7 @@
 // beside them, or on the number of threads. A BLAS promises none of that.
 #pragma once
 
-#include "panels.h"
+#include "cpu/symmetric_gemm.h"
 
 namespace shampoo {
 

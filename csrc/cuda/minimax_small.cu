@@ -2,13 +2,13 @@
 // one matrix in shared memory and registers for the whole iteration.
 //
 // T = c0 I + c1 M + c2 M^2;  X <- X T;  M <- T^p M. M and T lie in shared memory as planes of halves
-// (planes.h); X stays in registers, 16 rows a warp, where the accumulators of one product are the
+// (split_fp16.h); X stays in registers, 16 rows a warp, where the accumulators of one product are the
 // operand of the next. All products but X T and the first update of M compute one of (i, j) and
 // (j, i) and mirror it. It loses to one product a launch as soon as n exceeds what a block can hold.
 #include <cmath>
 
-#include "launch.h"
-#include "planes.h"
+#include "cuda/launch.h"
+#include "cuda/split_fp16.h"
 
 namespace shampoo::cuda {
 namespace {

@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "blocks.h"
-#include "device.h"
+#include "common/tiles.h"
+#include "cuda/device.h"
 
 namespace shampoo::cuda {
 

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "blocks.h"
+#include "common/tiles.h"
 
 namespace shampoo {
 

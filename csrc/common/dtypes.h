@@ -9,7 +9,7 @@
 #include <immintrin.h>
 #endif
 
-#include "blocks.h"
+#include "common/tiles.h"
 
 namespace shampoo {
 

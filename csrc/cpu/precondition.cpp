@@ -1,10 +1,10 @@
 // Replaces a bmm and, for the modes before the last, copies of a stack for every mode. A block goes
 // through all of its modes while it is in the cache, and its bits do not depend on where it lies: ranks
 // that hold it at other offsets get the same direction, which no BLAS gives.
-#include "precondition.h"
+#include "cpu/precondition.h"
 
-#include "kernels.h"
-#include "product.h"
+#include "cpu/kernels.h"
+#include "cpu/packed_gemm.h"
 
 namespace shampoo {
 namespace {

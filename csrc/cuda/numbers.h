@@ -1,8 +1,8 @@
 // Numbers of a step as the kernels of the GPU read them.
 #pragma once
 
-#include "device.h"
-#include "launch.h"
+#include "cuda/device.h"
+#include "cuda/launch.h"
 
 namespace shampoo::cuda {
 

@@ -5,10 +5,10 @@
 // beside it.
 #include <algorithm>
 
-#include "boxes.h"
-#include "elements.h"
-#include "launch.h"
-#include "numbers.h"
+#include "cuda/elements.h"
+#include "cuda/launch.h"
+#include "cuda/numbers.h"
+#include "cuda/tile_table.h"
 
 namespace shampoo::cuda {
 namespace {

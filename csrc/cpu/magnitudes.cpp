@@ -3,9 +3,9 @@
 
 #include <atomic>
 
-#include "dtypes.h"
-#include "kernels.h"
-#include "magnitude.h"
+#include "common/dtypes.h"
+#include "cpu/absmax.h"
+#include "cpu/kernels.h"
 
 namespace shampoo {
 namespace {
