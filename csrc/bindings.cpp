@@ -227,7 +227,7 @@ void minimax_root_(const at::Tensor& root, const at::Tensor& ridge, const at::Te
   TORCH_CHECK(!schedule.empty() && schedule.size() % 3 == 0, "schedule has ", schedule.size(),
               " coefficients. Must have three for each step, and a step.");
   if (factor.numel() == 0) return;
-  std::vector<RootStep> steps;
+  std::vector<MinimaxStep> steps;
   for (size_t i = 0; i < schedule.size(); i += 3)
     steps.push_back({schedule[i], schedule[i + 1], schedule[i + 2]});
   const at::Tensor packed = factor.contiguous();

@@ -32,7 +32,6 @@ cuda::Number number_of(const char* name, const at::Tensor& number, const at::Ten
   return cuda::Number(static_cast<const double*>(number.const_data_ptr()));
 }
 
-
 // The same for numbers of which each of some blocks may have its own.
 cuda::Number numbers_of(const char*, double number, int64_t, const at::Tensor&) { return number; }
 cuda::Number numbers_of(const char* name, const at::Tensor& number, int64_t blocks,
@@ -135,8 +134,9 @@ void update_blocks_(at::TensorList params, const std::optional<at::Tensor>& mome
   });
 }
 
-void small_root_(const at::Tensor& root, const at::Tensor& ridge, const at::Tensor& factor,
-                 int64_t p, double eps, double relative_eps, at::ArrayRef<double> coefficients) {
+void minimax_small_root_(const at::Tensor& root, const at::Tensor& ridge, const at::Tensor& factor,
+                         int64_t p, double eps, double relative_eps,
+                         at::ArrayRef<double> coefficients) {
   const int64_t n = factor.dim() == 3 ? factor.size(2) : -1;
   TORCH_CHECK(n >= 0 && factor.size(1) == n && n <= cuda::kMaxRootSize, "factor has shape ",
               factor.sizes(), ". Must be [B, n, n] with n <= ", cuda::kMaxRootSize, ".");
@@ -155,21 +155,21 @@ void small_root_(const at::Tensor& root, const at::Tensor& ridge, const at::Tens
   check("ridge", ridge, at::kDouble);
   check("factor", factor, at::kFloat);
   TORCH_CHECK(p >= 2, "Invalid p=", p, ". Must be >= 2.");
-  constexpr int64_t kMaxSteps = cuda::RootSchedule::kMaxSteps;
+  constexpr int64_t kMaxSteps = cuda::MinimaxSchedule::kMaxSteps;
   const int64_t steps = static_cast<int64_t>(coefficients.size()) / 3;
   TORCH_CHECK(coefficients.size() % 3 == 0 && 0 < steps && steps <= kMaxSteps,
               "schedule has ", coefficients.size(), " elements. Must be 3 a step, 1 to ",
               kMaxSteps, " steps.");
   // As many steps in half precision as cost no accuracy.
   const int64_t residual = std::min<int64_t>(p >= 4 ? 2 : 1, steps - 1);
-  cuda::RootSchedule schedule{static_cast<int32_t>(steps), static_cast<int32_t>(residual), {}};
+  cuda::MinimaxSchedule schedule{static_cast<int32_t>(steps), static_cast<int32_t>(residual), {}};
   for (int64_t i = 0; i < 3 * steps; ++i)
     schedule.coefficients[i / 3][i % 3] = static_cast<float>(coefficients[i]);
   if (factor.numel() == 0) return;
   const OnDeviceOf current(factor);
-  cuda::small_root(pointer<float>(root), pointer<double>(ridge), const_pointer<float>(factor), n,
-                   factor.size(0), static_cast<int>(p), eps, relative_eps, schedule,
-                   current.stream);
+  cuda::minimax_small_root(pointer<float>(root), pointer<double>(ridge),
+                           const_pointer<float>(factor), n, factor.size(0), static_cast<int>(p),
+                           eps, relative_eps, schedule, current.stream);
 }
 
 }  // namespace
@@ -184,5 +184,5 @@ TORCH_LIBRARY_IMPL(shampoo, CUDA, m) {
   m.impl("cuda_graft_moments_.Tensor", &shampoo::graft_moments_<at::Tensor>);
   m.impl("cuda_update_blocks_", &shampoo::update_blocks_<double>);
   m.impl("cuda_update_blocks_.Tensor", &shampoo::update_blocks_<at::Tensor>);
-  m.impl("cuda_small_root_", &shampoo::small_root_);
+  m.impl("cuda_small_root_", &shampoo::minimax_small_root_);
 }

@@ -157,7 +157,7 @@ class HostOps:
         residual = min(residual, len(schedule) - 1)
         assert A.is_contiguous()
         self.module.set_order(self.backward)
-        self.module.small_root_(
+        self.module.minimax_small_root_(
             *map(_address, (memory, ridge, A)), n, batch, p, eps, relative_eps, schedule, residual
         )
         assert memory[A.numel() :].isnan().all()

@@ -23,11 +23,11 @@ KERNELS = {
     "moments_kernel<float>": (256, 3),
     "moments_kernel<double>": (256, 2),
     "weights_kernel": (256, 1),
-    "lengths_kernel": (256, 4),
-    "small_root_kernel<32>": (64, 8),
-    "small_root_kernel<64>": (128, 3),
-    "small_root_kernel<96>": (192, 1),
-    "small_root_kernel<128>": (256, 1),
+    "norms_kernel": (256, 4),
+    "minimax_small_root_kernel<32>": (64, 8),
+    "minimax_small_root_kernel<64>": (128, 3),
+    "minimax_small_root_kernel<96>": (192, 1),
+    "minimax_small_root_kernel<128>": (256, 1),
 }
 REGISTERS = 65536  # of a multiprocessor
 

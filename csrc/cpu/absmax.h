@@ -1,4 +1,4 @@
-// Largest magnitudes.
+// The largest magnitude of a run.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@ namespace shampoo {
 // Without the sign, the bits of floating-point numbers are ordered as the numbers are, Inf above all
 // of them and NaN above Inf: an integer maximum is exact, loses no NaN and vectorises.
 template <class Bits, class Element>
-Bits largest_bits(const Element* from, int64_t stride, int64_t count) {
+Bits absmax_bits(const Element* from, int64_t stride, int64_t count) {
   constexpr Bits kMagnitude = static_cast<Bits>(~Bits(0)) >> 1;
   Bits largest = 0;
   const auto widen = [&](int64_t at) {
@@ -32,11 +32,11 @@ Number from_bits(Bits bits) {
   return number;
 }
 
-inline double magnitude(const float* from, int64_t stride, int64_t count) {
-  return from_bits<float>(largest_bits<uint32_t>(from, stride, count));
+inline double absmax(const float* from, int64_t stride, int64_t count) {
+  return from_bits<float>(absmax_bits<uint32_t>(from, stride, count));
 }
-inline double magnitude(const double* from, int64_t stride, int64_t count) {
-  return from_bits<double>(largest_bits<uint64_t>(from, stride, count));
+inline double absmax(const double* from, int64_t stride, int64_t count) {
+  return from_bits<double>(absmax_bits<uint64_t>(from, stride, count));
 }
 
 }  // namespace shampoo

@@ -10,11 +10,11 @@
 namespace shampoo {
 namespace {
 
-double magnitude(const Half* from, int64_t stride, int64_t count) {
-  return Half::widen({largest_bits<uint16_t>(from, stride, count)});
+double absmax(const Half* from, int64_t stride, int64_t count) {
+  return Half::widen({absmax_bits<uint16_t>(from, stride, count)});
 }
-double magnitude(const BFloat16* from, int64_t stride, int64_t count) {
-  return BFloat16::widen({largest_bits<uint16_t>(from, stride, count)});
+double absmax(const BFloat16* from, int64_t stride, int64_t count) {
+  return BFloat16::widen({absmax_bits<uint16_t>(from, stride, count)});
 }
 
 // The larger of two magnitudes, NaN above all.
@@ -44,7 +44,7 @@ void magnitudes(double* out, const std::vector<Source>& sources) {
       visit_pieces(sources[s], from - first[s], 0, to - from,
                    [&](int64_t element, int64_t stride, int64_t /*flat*/, int64_t count) {
                      with_type(sources[s], element, [&](const auto* values) {
-                       raise(largest[s], magnitude(values, stride, count));
+                       raise(largest[s], absmax(values, stride, count));
                      });
                    });
     }

@@ -41,8 +41,8 @@ class Iteration {
   }
 
   void operator()(Flat* root, double& ridge, const Flat* factor, int64_t p, double eps,
-                  double relative_eps, const std::vector<RootStep>& steps) {
-    const double scale = power_of_two(magnitude(factor, 1, layout_.size * layout_.size));
+                  double relative_eps, const std::vector<MinimaxStep>& steps) {
+    const double scale = power_of_two(absmax(factor, 1, layout_.size * layout_.size));
     Flat* S = take();  // neither its square nor the norm of that can overflow
     load_divided(S, factor, static_cast<Flat>(scale));
     Flat* X = product(S, S);
@@ -98,7 +98,7 @@ class Iteration {
     return product(left, right, true, {Flat(0.5)});
   }
 
-  Flat* polynomial(const Flat* M, const RootStep& step) {
+  Flat* polynomial(const Flat* M, const MinimaxStep& step) {
     const Flat c0 = static_cast<Flat>(step.c0), c1 = static_cast<Flat>(step.c1),
                c2 = static_cast<Flat>(step.c2);
     if (c2 != 0) return product(M, M, false, {c2, M, c1, c0});
@@ -216,7 +216,8 @@ class Iteration {
 
 template <class Flat>
 void minimax_root(Flat* root, double* ridge, const Flat* factor, int64_t count, int64_t size,
-                  int64_t p, double eps, double relative_eps, const std::vector<RootStep>& steps) {
+                  int64_t p, double eps, double relative_eps,
+                  const std::vector<MinimaxStep>& steps) {
   for_matrices<std::byte>(
       count, scratch_bytes<Flat>(size),
       [&](int64_t b, std::byte* scratch, const auto& for_panels) {
@@ -227,8 +228,8 @@ void minimax_root(Flat* root, double* ridge, const Flat* factor, int64_t count, 
 }
 
 template void minimax_root(float*, double*, const float*, int64_t, int64_t, int64_t, double, double,
-                           const std::vector<RootStep>&);
+                           const std::vector<MinimaxStep>&);
 template void minimax_root(double*, double*, const double*, int64_t, int64_t, int64_t, double,
-                           double, const std::vector<RootStep>&);
+                           double, const std::vector<MinimaxStep>&);
 
 }  // namespace shampoo

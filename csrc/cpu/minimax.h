@@ -7,7 +7,7 @@
 namespace shampoo {
 
 // One step: T = c0 I + c1 M + c2 M^2.
-struct RootStep {
+struct MinimaxStep {
   double c0, c1, c2;
 };
 
@@ -15,6 +15,7 @@ struct RootStep {
 // root, factor: [count, size, size], ridge: [count]
 template <class Flat>
 void minimax_root(Flat* root, double* ridge, const Flat* factor, int64_t count, int64_t size,
-                  int64_t p, double eps, double relative_eps, const std::vector<RootStep>& steps);
+                  int64_t p, double eps, double relative_eps,
+                  const std::vector<MinimaxStep>& steps);
 
 }  // namespace shampoo

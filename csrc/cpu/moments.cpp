@@ -49,7 +49,7 @@ struct Chunks {
 
   // The norm of every block from the sums of its chunks.
   template <class Norm>
-  void lengths(const std::vector<double>& sums, Norm* norm) const {
+  void norms(const std::vector<double>& sums, Norm* norm) const {
     auto next = sums.begin();
     for (const Tile& tile : tiles)
       for (int64_t block = 0; block < tile.blocks; ++block) {
@@ -115,9 +115,9 @@ struct Step {
 
 // The gradient of a chunk, scaled so that its block has norm 1; zero if the block is.
 template <class Flat>
-void normalize(Flat* out, const Flat* grad, double length, int64_t count) {
-  const Flat divisor = static_cast<Flat>(length);
-  if (length > 0.0)
+void normalize(Flat* out, const Flat* grad, double norm, int64_t count) {
+  const Flat divisor = static_cast<Flat>(norm);
+  if (norm > 0.0)
     for (int64_t i = 0; i < count; ++i) out[i] = grad[i] / divisor;
   else
     std::fill_n(out, count, Flat(0));
@@ -131,7 +131,7 @@ void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction,
                    double alpha, bool accumulate, const Moments& moments) {
   const Chunks chunks(tiles);
   const int64_t total = chunks.first.back(), grain = kGrain / kChunk;
-  std::vector<double> sums(total), lengths;
+  std::vector<double> sums(total), norms;
   // Brings the gradients of chunks [begin, end) to their place, if they have one.
   const auto gather = [&](int64_t begin, int64_t end) {
     if (grad)
@@ -154,8 +154,8 @@ void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction,
         sums[chunk] = sum_of_squares(gathered(space, ordinal, start, count), count);
       });
     });
-    lengths.resize(tiles.back().first_block + tiles.back().blocks);
-    chunks.lengths(sums, lengths.data());
+    norms.resize(tiles.back().first_block + tiles.back().blocks);
+    chunks.norms(sums, norms.data());
   }
   const Step<Flat> shared(moments, 0);
   at::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
@@ -166,7 +166,7 @@ void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction,
       const Flat* own = gathered(space, ordinal, start, count);
       const Flat* raw = own;
       if (normalized) {
-        normalize(unit, own, lengths[block], count);
+        normalize(unit, own, norms[block], count);
         raw = unit;
       }
       const Step<Flat> step = moments.is_shared() ? shared : Step<Flat>(moments, block);
@@ -176,7 +176,7 @@ void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction,
       if (direction) std::copy_n(grafted, count, direction + start);
     });
   });
-  chunks.lengths(sums, norm);
+  chunks.norms(sums, norm);
 }
 
 template <class Flat>

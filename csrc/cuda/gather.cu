@@ -17,15 +17,15 @@ struct Gather {
 
 template <class Flat>
 __global__ void __launch_bounds__(kThreads)
-    gather_kernel(const __grid_constant__ BoxTable table, Gather<Flat> gather) {
-  const Box& box = table.find(blockIdx.x);
+    gather_kernel(const __grid_constant__ TileTable table, Gather<Flat> gather) {
+  const DeviceTile& tile = table.find(blockIdx.x);
   const Flat alpha = static_cast<Flat>(read(gather.alpha));
-  with_type(box.data, box.dtype, [&](auto* data) {
-    for_own_elements(box, [&](Box::Place place, uint32_t at, auto quad) {
+  with_type(tile.data, tile.dtype, [&](auto* data) {
+    for_own_elements(tile, [&](DeviceTile::Place place, uint32_t at, auto quad) {
       constexpr int kCount = decltype(quad)::value ? 4 : 1;
       Flat values[kCount] = {}, before[kCount];
       if (alpha != Flat(0)) load(values, data + place.element);  // a NaN times zero would be one
-      Flat* to = gather.out + box.offset + at;
+      Flat* to = gather.out + tile.offset + at;
       if (gather.accumulate) {
         load(before, to);
         for (int i = 0; i < kCount; ++i) values[i] = fma(alpha, values[i], before[i]);
@@ -44,7 +44,7 @@ void gather_blocks(Flat* out, const std::vector<Source>& sources, const std::vec
                    Number alpha, bool accumulate, Stream stream) {
   const Gather<Flat> gather{out, alpha, accumulate};
   const bool aligned = reinterpret_cast<uintptr_t>(out) % sizeof(Quad<Flat>) == 0;
-  for_each_table(tiles, sources, aligned, [&](const BoxTable& table, uint32_t chunks) {
+  for_each_table(tiles, sources, aligned, [&](const TileTable& table, uint32_t chunks) {
     launch(gather_kernel<Flat>, chunks, kThreads, 0, stream, table, gather);
   });
 }

@@ -15,7 +15,7 @@ namespace shampoo::cuda {
 using Stream = CUstream_st*;
 
 // The polynomials of kernels/minimax.py, T = c0 I + c1 M + c2 M^2.
-struct RootSchedule {
+struct MinimaxSchedule {
   static constexpr int kMaxSteps = 16;
   int32_t steps;
   int32_t residual;  // of the last of them, fewer than all: in terms of I - M, single products
@@ -29,8 +29,9 @@ constexpr int64_t kMaxRootSize = 128;
 //   root    [batch, n, n], bitwise symmetric
 //   ridge   [batch]
 //   factor  [batch, n, n]
-void small_root(float* root, double* ridge, const float* factor, int64_t n, int64_t batch, int p,
-                double eps, double relative_eps, const RootSchedule& schedule, Stream stream);
+void minimax_small_root(float* root, double* ridge, const float* factor, int64_t n, int64_t batch,
+                        int p, double eps, double relative_eps, const MinimaxSchedule& schedule,
+                        Stream stream);
 
 // A number of the host; or one in the memory of the device, which may be another whenever a CUDA
 // graph is replayed.

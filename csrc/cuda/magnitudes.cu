@@ -66,7 +66,7 @@ __device__ __forceinline__ To bits_as(From from) {
 // The largest magnitude that this thread has seen, as bits without the sign: these are ordered as
 // the numbers are, Inf above all of them and NaN above Inf.
 template <class Element>
-struct Largest {
+struct Absmax {
   using Bits = std::conditional_t<
       sizeof(Element) == 2, uint16_t,
       std::conditional_t<sizeof(Element) == 4, uint32_t, DoubleBits>>;
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads, 6)
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   DoubleBits bits = 0;
   with_type(strip.data, strip.dtype, [&](auto* data) {
-    Largest<std::remove_pointer_t<decltype(data)>> largest;
+    Absmax<std::remove_pointer_t<decltype(data)>> largest;
     const auto* from = reinterpret_cast<const typename decltype(largest)::Bits*>(data);
     if (strip.is_run) {
       largest.see_run(from + begin, end - begin);

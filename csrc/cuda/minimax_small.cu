@@ -23,25 +23,25 @@ struct Power {
 };
 
 template <int kSize>
-struct Chain {
-  static constexpr int kStrips = kSize / kTile;
-  static constexpr float kUnit = 4096.0f;  // plane_scale(1)
-  using Own = Tiles<kOwnTiles<kSize>>;
-  using Strip = Tiles<kStrips>;
+struct Iteration {
+  static constexpr int kStrips = kSize / kTile, kStride = SplitMatrix<kSize>::kStride;
+  static constexpr float kUnit = 4096.0f;  // split_scale(1)
+  using Own = Accumulators<kOwnTiles<kSize>>;
+  using Strip = Accumulators<kStrips>;
 
-  Planes<kSize> M;  // or R = I - M
-  Planes<kSize> T;  // or its powers
+  SplitMatrix<kSize> M;  // or R = I - M
+  SplitMatrix<kSize> T;  // or its powers
   Strip X;
   float x_bound = 1.0f;
   double* scratch;  // [2, kStrips]
 
   static constexpr size_t kBytes =
-      2 * Planes<kSize>::kBytes + 2 * kStrips * sizeof(double);
+      2 * SplitMatrix<kSize>::kBytes + 2 * kStrips * sizeof(double);
 
-  __device__ __forceinline__ explicit Chain(char* memory)
+  __device__ __forceinline__ explicit Iteration(char* memory)
       : M{reinterpret_cast<uint16_t*>(memory)},
-        T{reinterpret_cast<uint16_t*>(memory + Planes<kSize>::kBytes)},
-        scratch(reinterpret_cast<double*>(memory + 2 * Planes<kSize>::kBytes)) {}
+        T{reinterpret_cast<uint16_t*>(memory + SplitMatrix<kSize>::kBytes)},
+        scratch(reinterpret_cast<double*>(memory + 2 * SplitMatrix<kSize>::kBytes)) {}
 
   // Calls `use(i, j)` for the entries with i <= j, a row at a time.
   template <class Use>
@@ -93,7 +93,7 @@ struct Chain {
   // X <- t X + X D, D in the place of T
   template <int kProducts>
   __device__ __forceinline__ void move_root(float t, float bound) {
-    const float x_scale = plane_scale(x_bound), scale = 1.0f / (x_scale * plane_scale(bound));
+    const float x_scale = split_scale(x_bound), scale = 1.0f / (x_scale * split_scale(bound));
     Strip product;
     multiply_rows<kProducts>(product, x_scale);
 #pragma unroll
@@ -108,8 +108,8 @@ struct Chain {
 
   // M <- (T M + M T) / 2, not mirrored: this product decides the accuracy of the root.
   __device__ __forceinline__ void average_update(float scale) {
-    constexpr int kHalf = kStrips / 2, kStride = Planes<kSize>::kStride;
-    Tiles<kHalf> halves[2];
+    constexpr int kHalf = kStrips / 2;
+    Accumulators<kHalf> halves[2];
     multiply<kSize, 3, kHalf>(halves[0], T, M, 0);
     multiply<kSize, 3, kHalf>(halves[1], T, M, kHalf);
     __syncthreads();
@@ -143,7 +143,7 @@ struct Chain {
   __device__ __forceinline__ void square(int squarings, float& bound) {
 #pragma unroll 1
     for (int s = 0; s < squarings; ++s) {
-      const float from = plane_scale(bound), scale = plane_scale(bound * bound) / (from * from);
+      const float from = split_scale(bound), scale = split_scale(bound * bound) / (from * from);
       Own own;
       multiply<kSize, 3>(own, T, T);
       __syncthreads();
@@ -157,7 +157,7 @@ struct Chain {
   __device__ __forceinline__ void growth_step(int k, const float (&c)[3], bool last, Power power) {
     float bound = c[0];
     if (k > 0) {
-      const float t_scale = plane_scale(bound);
+      const float t_scale = split_scale(bound);
       Own own = {};
       if (c[2] != 0.0f) multiply<kSize, 3>(own, M, M);
       for_own_entries<kSize>(own, [&](int i, int j, float sum) {
@@ -169,7 +169,7 @@ struct Chain {
     }
     if (last) return;
     square(power.squarings, bound);
-    const float scale = 1.0f / plane_scale(bound);
+    const float scale = 1.0f / split_scale(bound);
 #pragma unroll 1
     for (int a = 0; a < power.applications; ++a) {
       if (k == 0) {
@@ -186,7 +186,7 @@ struct Chain {
 
   // The same in terms of R = I - M and D = T - t I, small at the end: single products suffice.
   __device__ __forceinline__ void residual_step(const float (&c)[3], bool last, Power power) {
-    const float t = c[0] + c[1] + c[2], d_scale = plane_scale(c[0]);
+    const float t = c[0] + c[1] + c[2], d_scale = split_scale(c[0]);
     Own own = {};
     if (c[2] != 0.0f) multiply<kSize, 1>(own, M, M);
     for_own_entries<kSize>(own, [&](int i, int j, float sum) {
@@ -200,7 +200,7 @@ struct Chain {
     float bound = fmaxf(1.0f, c[0] / t), scale = d_scale * t, t_power = t;
 #pragma unroll 1
     for (int s = 0; s < power.squarings; ++s) {
-      const float to = plane_scale(3.0f * bound * bound);
+      const float to = split_scale(3.0f * bound * bound);
       multiply<kSize, 1>(own, T, T);
       __syncthreads();
       for_own_entries<kSize>(own, [&](int i, int j, float sum) {
@@ -225,7 +225,7 @@ struct Chain {
   }
 
   __device__ void run(float* root, double* ridge, const float* factor, int n, Power power,
-                      double eps, double relative_eps, const RootSchedule& schedule) {
+                      double eps, double relative_eps, const MinimaxSchedule& schedule) {
     const auto entry = [&](int i, int j) {
       return j < n ? factor[static_cast<int64_t>(i) * n + j] : 0.0f;
     };
@@ -239,7 +239,7 @@ struct Chain {
     const auto scaled_entry = [&](int i, int j) {
       return static_cast<float>(unit * (i < j ? entry(i, j) : entry(j, i)));
     };
-    const float s_scale = plane_scale(2.0f);
+    const float s_scale = split_scale(2.0f);
     for_upper([&](int i, int j) { M.store(i, j, s_scale * scaled_entry(i, j)); });
     __syncthreads();
 
@@ -260,7 +260,7 @@ struct Chain {
 
     // Step 0, written in S and S^2:  M = S / bound + low I
     const float(&c)[3] = schedule.coefficients[0];
-    const float t_scale = plane_scale(c[0]);
+    const float t_scale = split_scale(c[0]);
     for_own_entries<kSize>(own, [&](int i, int j, float sum) {
       const float s = inverse * scaled_entry(i, j), square = sum / (s_scale * s_scale);
       const float m = s + (i == j ? low : 0.0f);
@@ -298,37 +298,38 @@ struct Chain {
     for (int d = 0; d < kStrips; ++d)
 #pragma unroll
       for (int e = 0; e < 8; ++e)
-        rows[(kTile * strip() + row_of(e % 4)) * Planes<kSize>::kStride + kTile * d + e / 4 * 8 +
+        rows[(kTile * strip() + row_of(e % 4)) * kStride + kTile * d + e / 4 * 8 +
              column_of(e % 4)] = X[d][e / 4][e % 4];
     __syncthreads();
     const auto scale = static_cast<float>(0.5 * pow(ldexp(bound, exponent), -1.0 / power.p));
     for (int i = strip(); i < n; i += kStrips)
       for (int j = lane(); j < n; j += 32)
         root[static_cast<int64_t>(i) * n + j] =
-            scale * (rows[i * Planes<kSize>::kStride + j] + rows[j * Planes<kSize>::kStride + i]);
+            scale * (rows[i * kStride + j] + rows[j * kStride + i]);
     if (threadIdx.x == 0) *ridge = ldexp(rho, exponent);
   }
 };
 
 // What a block may have without asking, on sm_86, sm_89 and sm_120, and on sm_80.
-static_assert(Chain<64>::kBytes <= 48 << 10 && Chain<96>::kBytes <= 99 << 10 &&
-              Chain<128>::kBytes <= 163 << 10);
+static_assert(Iteration<64>::kBytes <= 48 << 10 && Iteration<96>::kBytes <= 99 << 10 &&
+              Iteration<128>::kBytes <= 163 << 10);
 
 template <int kSize>
 __global__ void __launch_bounds__(2 * kSize, kBlocksPerProcessor<kSize>)
-    small_root_kernel(float* root, double* ridge, const float* factor, int n, Power power,
-                      double eps, double relative_eps,
-                      const __grid_constant__ RootSchedule schedule) {
+    minimax_small_root_kernel(float* root, double* ridge, const float* factor, int n, Power power,
+                              double eps, double relative_eps,
+                              const __grid_constant__ MinimaxSchedule schedule) {
   const int64_t matrix = static_cast<int64_t>(blockIdx.x) * n * n;
-  Chain<kSize> chain(shared_memory());
-  chain.run(root + matrix, ridge + blockIdx.x, factor + matrix, n, power, eps, relative_eps,
-            schedule);
+  Iteration<kSize> iterate(shared_memory());
+  iterate.run(root + matrix, ridge + blockIdx.x, factor + matrix, n, power, eps, relative_eps,
+              schedule);
 }
 
 }  // namespace
 
-void small_root(float* root, double* ridge, const float* factor, int64_t n, int64_t batch, int p,
-                double eps, double relative_eps, const RootSchedule& schedule, Stream stream) {
+void minimax_small_root(float* root, double* ridge, const float* factor, int64_t n, int64_t batch,
+                        int p, double eps, double relative_eps, const MinimaxSchedule& schedule,
+                        Stream stream) {
   if (batch == 0 || n == 0) return;
   Power power{p, 0, p};
   for (; power.applications % 2 == 0; power.applications /= 2) ++power.squarings;
@@ -336,10 +337,10 @@ void small_root(float* root, double* ridge, const float* factor, int64_t n, int6
     launch(kernel, static_cast<unsigned>(batch), 2 * size, bytes, stream, root, ridge, factor,
            static_cast<int>(n), power, eps, relative_eps, schedule);
   };
-  if (n <= 32) return start(small_root_kernel<32>, 32, Chain<32>::kBytes);
-  if (n <= 64) return start(small_root_kernel<64>, 64, Chain<64>::kBytes);
-  if (n <= 96) return start(small_root_kernel<96>, 96, Chain<96>::kBytes);
-  return start(small_root_kernel<128>, 128, Chain<128>::kBytes);
+  if (n <= 32) return start(minimax_small_root_kernel<32>, 32, Iteration<32>::kBytes);
+  if (n <= 64) return start(minimax_small_root_kernel<64>, 64, Iteration<64>::kBytes);
+  if (n <= 96) return start(minimax_small_root_kernel<96>, 96, Iteration<96>::kBytes);
+  return start(minimax_small_root_kernel<128>, 128, Iteration<128>::kBytes);
 }
 
 }  // namespace shampoo::cuda

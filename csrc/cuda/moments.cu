@@ -18,12 +18,12 @@ constexpr uint32_t kWarps = kThreads / 32;
 
 int64_t parts_of(int64_t block_numel) { return (block_numel + kPart - 1) / kPart; }
 
-// Boxes whose chunks are parts of blocks.
+// Tiles whose chunks are parts of blocks.
 struct PartTable {
-  BoxTable boxes;
-  Divisor parts[BoxTable::kBoxes];  // of a block
-  uint32_t count, blocks;           // parts and blocks of this launch
-  int64_t first_block;              // of this launch
+  TileTable tiles;
+  Divisor parts[TileTable::kTiles];  // of a block
+  uint32_t count, blocks;            // parts and blocks of this launch
+  int64_t first_block;               // of this launch
 };
 static_assert(sizeof(PartTable) <= 32000, "a launch takes 32764 bytes of arguments");
 
@@ -69,10 +69,10 @@ template <class Flat>
 struct Step {
   Flat *grad, *exp_avg, *exp_avg_sq, *direction;
   Number alpha;
-  bool accumulates;       // onto `grad`
-  bool is_there;          // in `grad`, gathered already
-  const double* lengths;  // of the gradient's blocks, if they are to be normalized
-  double* sums;           // [parts] of a launch, read by the next one
+  bool accumulates;     // onto `grad`
+  bool is_there;        // in `grad`, gathered already
+  const double* norms;  // of the gradient's blocks, if they are to be normalized
+  double* sums;         // [parts] of a launch, read by the next one
   Weights<Flat> weights;
   const Weights<Flat>* live;  // in their place, for every block, if not null
 
@@ -98,14 +98,14 @@ struct Step {
   template <int kCount, class Element>
   __device__ __forceinline__ void move(double& sum, const Weights<Flat>& weights,
                                        const Element* from, int64_t at, Flat factor,
-                                       Flat length) const {
+                                       Flat norm) const {
     Flat values[kCount] = {}, avg[kCount] = {}, sq[kCount] = {};
     if (exp_avg) load(avg, exp_avg + at);
     if (exp_avg_sq) load(sq, exp_avg_sq + at);
     gather(values, from, at, factor);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const Flat raw = !lengths ? values[i] : length > Flat(0) ? values[i] / length : Flat(0);
+      const Flat raw = !norms ? values[i] : norm > Flat(0) ? values[i] / norm : Flat(0);
       Flat divisor = Flat(1);
       if (exp_avg) {
         values[i] = avg[i] = weights.average(avg[i], values[i]);
@@ -140,32 +140,31 @@ __global__ void __launch_bounds__(kThreads, sizeof(Flat) == 4 ? 3 : 2)
     moments_kernel(const __grid_constant__ PartTable table, Step<Flat> step) {
   const uint32_t part = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (part >= table.count) return;
-  const int which = last_row(table.boxes.boxes, table.boxes.count, part,
-                             [](const Box& box) { return box.first_chunk; });
-  const Box& box = table.boxes.boxes[which];
+  const int which = last_row(table.tiles.tiles, table.tiles.count, part,
+                             [](const DeviceTile& tile) { return tile.first_chunk; });
+  const DeviceTile& tile = table.tiles.tiles[which];
   const Divisor& parts = table.parts[which];
-  const uint32_t block = parts.divide(part - box.first_chunk);
-  const uint32_t numel = box.block_numel.divisor, start = block * numel;
-  const uint32_t begin = start + (part - box.first_chunk - block * parts.divisor) * kPart;
+  const uint32_t block = parts.divide(part - tile.first_chunk);
+  const uint32_t numel = tile.block_numel.divisor, start = block * numel;
+  const uint32_t begin = start + (part - tile.first_chunk - block * parts.divisor) * kPart;
   const uint32_t end = min(begin + kPart, start + numel);
-  const Flat length =
-      step.lengths ? static_cast<Flat>(step.lengths[box.first_block + block]) : Flat(0);
-  const Weights<Flat> weights = step.live ? step.live[box.first_block + block] : step.weights;
+  const Flat norm = step.norms ? static_cast<Flat>(step.norms[tile.first_block + block]) : Flat(0);
+  const Weights<Flat> weights = step.live ? step.live[tile.first_block + block] : step.weights;
   const Flat factor = static_cast<Flat>(read(step.alpha));
   double sum = 0.0;
-  with_type(box.data, box.dtype, [&](auto* data) {
+  with_type(tile.data, tile.dtype, [&](auto* data) {
     // A lane adds up the same elements in the same order either way.
-    if (box.quads) {
+    if (tile.quads) {
 #pragma unroll 2
       for (uint32_t at = begin + 4 * lane; at < end; at += 4 * 32)
-        step.template move<4>(sum, weights, data + box.place(at).element, box.offset + at, factor,
-                              length);
+        step.template move<4>(sum, weights, data + tile.place(at).element, tile.offset + at,
+                              factor, norm);
     } else {
       for (uint32_t quad = begin + 4 * lane; quad < end; quad += 4 * 32)
 #pragma unroll 1
         for (uint32_t at = quad; at < min(quad + 4, end); ++at)
-          step.template move<1>(sum, weights, data + box.place(at).element, box.offset + at,
-                                factor, length);
+          step.template move<1>(sum, weights, data + tile.place(at).element, tile.offset + at,
+                                factor, norm);
     }
   });
   sum = over_warp(sum);
@@ -174,17 +173,17 @@ __global__ void __launch_bounds__(kThreads, sizeof(Flat) == 4 ? 3 : 2)
 
 template <class Norm>
 __global__ void __launch_bounds__(kThreads)
-    lengths_kernel(const __grid_constant__ PartTable table, const double* sums, Norm* norm) {
+    norms_kernel(const __grid_constant__ PartTable table, const double* sums, Norm* norm) {
   const uint32_t block = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (block >= table.blocks) return;
   const int which =
-      last_row(table.boxes.boxes, table.boxes.count, block, [&](const Box& box) {
-        return static_cast<uint32_t>(box.first_block - table.first_block);
+      last_row(table.tiles.tiles, table.tiles.count, block, [&](const DeviceTile& tile) {
+        return static_cast<uint32_t>(tile.first_block - table.first_block);
       });
-  const Box& box = table.boxes.boxes[which];
-  const int64_t inside = table.first_block + block - box.first_block;
+  const DeviceTile& tile = table.tiles.tiles[which];
+  const int64_t inside = table.first_block + block - tile.first_block;
   const uint32_t parts = table.parts[which].divisor;
-  const double* first = sums + box.first_chunk + inside * parts;
+  const double* first = sums + tile.first_chunk + inside * parts;
   double sum = 0.0;
   for (uint32_t part = lane; part < parts; part += 32) sum += first[part];
   sum = over_warp(sum);
@@ -194,19 +193,20 @@ __global__ void __launch_bounds__(kThreads)
 std::vector<PartTable> part_tables(const std::vector<Tile>& tiles,
                                    const std::vector<Source>& sources, bool flat_aligned) {
   std::vector<PartTable> tables;
-  for (size_t begin = 0; begin < tiles.size(); begin += BoxTable::kBoxes) {
-    const size_t end = std::min(begin + BoxTable::kBoxes, tiles.size());
+  for (size_t begin = 0; begin < tiles.size(); begin += TileTable::kTiles) {
+    const size_t end = std::min(begin + TileTable::kTiles, tiles.size());
     PartTable& table = tables.emplace_back();
     table.first_block = tiles[begin].first_block;
     for (size_t t = begin; t < end; ++t) {
       const Tile& tile = tiles[t];
-      Box& box = table.boxes.boxes[t - begin] = box_of(tile, sources[tile.source], flat_aligned);
+      DeviceTile& entry = table.tiles.tiles[t - begin] =
+          device_tile_of(tile, sources[tile.source], flat_aligned);
       const Divisor& parts = table.parts[t - begin] = Divisor::of(parts_of(tile.block_numel));
-      box.first_chunk = table.count;
+      entry.first_chunk = table.count;
       table.count += static_cast<uint32_t>(tile.blocks) * parts.divisor;
       table.blocks += static_cast<uint32_t>(tile.blocks);
     }
-    table.boxes.count = static_cast<int32_t>(end - begin);
+    table.tiles.count = static_cast<int32_t>(end - begin);
   }
   return tables;
 }
@@ -244,7 +244,7 @@ void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction,
                    Number alpha, bool accumulate, const Moments& moments, double* scratch,
                    Stream stream) {
   const int64_t count = weights_of(tiles, moments);
-  double *lengths = scratch + count * kWeights, *sums = lengths + blocks_of(tiles);
+  double *norms = scratch + count * kWeights, *sums = norms + blocks_of(tiles);
   uintptr_t memory = 0;
   for (const Flat* flat : std::vector<const Flat*>{grad, exp_avg, exp_avg_sq, direction})
     memory |= reinterpret_cast<uintptr_t>(flat);
@@ -254,8 +254,8 @@ void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction,
     const auto blocks_for = [](uint32_t warps) { return (warps + kWarps - 1) / kWarps; };
     for (const PartTable& table : tables) {
       launch(moments_kernel<Flat>, blocks_for(table.count), kThreads, 0, stream, table, step);
-      launch(lengths_kernel<std::remove_pointer_t<decltype(to)>>, blocks_for(table.blocks),
-             kThreads, 0, stream, table, static_cast<const double*>(sums), to);
+      launch(norms_kernel<std::remove_pointer_t<decltype(to)>>, blocks_for(table.blocks), kThreads,
+             0, stream, table, static_cast<const double*>(sums), to);
     }
   };
   Step<Flat> step{grad, nullptr, nullptr, nullptr, alpha, accumulate};
@@ -271,8 +271,8 @@ void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction,
                                      moments.correction2.value, moments.eps);
   }
   if (moments.normalized && exp_avg_sq) {
-    move(step, lengths);  // nothing but G moves yet, and D is G
-    step.lengths = lengths;
+    move(step, norms);  // nothing but G moves yet, and D is G
+    step.norms = norms;
     step.is_there = grad != nullptr;  // gathering twice would add it twice
   }
   step.exp_avg = exp_avg;

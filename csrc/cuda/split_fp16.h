@@ -36,13 +36,13 @@ __device__ __forceinline__ float power_of_two(int exponent) {
   return __uint_as_float(static_cast<unsigned>(exponent + 127) << 23);
 }
 
-// The scale of planes whose entries are at most `bound`.
-__device__ __forceinline__ float plane_scale(float bound) {
+// The scale of a matrix whose entries are at most `bound`.
+__device__ __forceinline__ float split_scale(float bound) {
   return power_of_two(12 - ceil_log2(bound));
 }
 
 template <int kSize>
-struct Planes {
+struct SplitMatrix {
   static constexpr int kStrips = kSize / kTile;
   static constexpr int kStride = kSize + 8;  // rows 16 bytes apart modulo 128: no bank conflicts
   static constexpr int kPlane = kSize * kStride;
@@ -85,10 +85,10 @@ struct Planes {
 
 // The tiles of a warp: [tile][half of its columns][entry of the fragment].
 template <int kTiles>
-using Tiles = float[kTiles][2][4];
+using Accumulators = float[kTiles][2][4];
 
 template <int kTiles>
-__device__ __forceinline__ void set_zero(Tiles<kTiles>& tiles) {
+__device__ __forceinline__ void set_zero(Accumulators<kTiles>& tiles) {
 #pragma unroll
   for (int d = 0; d < kTiles; ++d)
 #pragma unroll
@@ -131,9 +131,9 @@ __device__ __forceinline__ void multiply_tile(float (&sum)[2][4], const uint32_t
 // this warp's strip from tile `first_tile` on: its own, or, so that whole strips come of two calls,
 // half the strip.
 template <int kSize, int kProducts, int kTiles>
-__device__ __forceinline__ void multiply(Tiles<kTiles>& sum, Planes<kSize> A, Planes<kSize> B,
-                                         int first_tile = 0) {
-  const auto accumulate = [&](Tiles<kTiles>& to, int begin, int end) {
+__device__ __forceinline__ void multiply(Accumulators<kTiles>& sum, SplitMatrix<kSize> A,
+                                         SplitMatrix<kSize> B, int first_tile = 0) {
+  const auto accumulate = [&](Accumulators<kTiles>& to, int begin, int end) {
 #pragma unroll 1
     for (int k = begin; k < end; k += kTile) {
       uint32_t a_hi[4], a_lo[4] = {};
@@ -156,7 +156,7 @@ __device__ __forceinline__ void multiply(Tiles<kTiles>& sum, Planes<kSize> A, Pl
   } else {
 #pragma unroll 1
     for (int chunk = 0; chunk < kSize; chunk += kPromotion) {
-      Tiles<kTiles> part;
+      Accumulators<kTiles> part;
       set_zero(part);
       accumulate(part, chunk, min(chunk + kPromotion, kSize));
 #pragma unroll

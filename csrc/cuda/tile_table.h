@@ -1,4 +1,4 @@
-// The tables of tiles.h in the form in which kernels of the GPU take them.
+// The tiles of common/tiles.h in the form in which kernels of the GPU take them.
 //
 // A table travels in the arguments of a launch, as many tiles at a time as fit into the 32 KB that
 // CUDA 12.1 and later allow: no copy to the device, no memory that must outlive the call, and a
@@ -42,7 +42,7 @@ constexpr uint32_t kThreads = 256;
 constexpr uint32_t kChunk = 8 * kThreads;  // elements of a tile that one thread block moves
 
 // One tile: where element `at` of it, counted as in the segment, lies in its tensor.
-struct Box {
+struct DeviceTile {
   char* data;      // of the tensor; of the first element of the tile, if `dims` is 0
   int64_t offset;  // in the segment
   int64_t first_block;
@@ -111,17 +111,17 @@ __device__ __forceinline__ const Row& row_of(const Row* rows, int count, uint32_
   return rows[last_row(rows, count, chunk, [](const Row& row) { return row.first_chunk; })];
 }
 
-struct BoxTable {
-  static constexpr int kBoxes = 96;
-  Box boxes[kBoxes];
+struct TileTable {
+  static constexpr int kTiles = 96;
+  DeviceTile tiles[kTiles];
   int32_t count;
 
-  // The box of a chunk.
-  __device__ __forceinline__ const Box& find(uint32_t chunk) const {
-    return row_of(boxes, count, chunk);
+  // The tile of a chunk.
+  __device__ __forceinline__ const DeviceTile& find(uint32_t chunk) const {
+    return row_of(tiles, count, chunk);
   }
 };
-static_assert(sizeof(BoxTable) <= 32000, "a launch takes 32764 bytes of arguments");
+static_assert(sizeof(TileTable) <= 32000, "a launch takes 32764 bytes of arguments");
 
 inline int64_t bytes_of(Dtype dtype) {
   return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2;
@@ -139,7 +139,7 @@ inline int64_t stride_of(const Source& source, int64_t pitch, int64_t length) {
 }
 
 // `flat_aligned`: whether the memory of the segment starts where four elements may be moved at once.
-inline Box box_of(const Tile& tile, const Source& source, bool flat_aligned) {
+inline DeviceTile device_tile_of(const Tile& tile, const Source& source, bool flat_aligned) {
   constexpr int64_t kLimit = int64_t{1} << 31;
   const size_t modes = tile.extent.size(), dims = source.sizes.size();
   int64_t numel = 1;
@@ -150,46 +150,46 @@ inline Box box_of(const Tile& tile, const Source& source, bool flat_aligned) {
   if (modes > kMaxModes)
     throw std::invalid_argument("a tile has " + std::to_string(modes) + " modes. Must be <= " +
                                 std::to_string(kMaxModes) + ".");
-  Box box{};
-  box.offset = tile.offset;
-  box.first_block = tile.first_block;
-  box.numel = static_cast<uint32_t>(tile.numel());
-  box.block_numel = Divisor::of(tile.block_numel);
-  box.dtype = source.dtype;
-  box.modes = static_cast<int8_t>(modes);
+  DeviceTile entry{};
+  entry.offset = tile.offset;
+  entry.first_block = tile.first_block;
+  entry.numel = static_cast<uint32_t>(tile.numel());
+  entry.block_numel = Divisor::of(tile.block_numel);
+  entry.dtype = source.dtype;
+  entry.modes = static_cast<int8_t>(modes);
   bool has_strides = true;
   int64_t first = 0, logical = 0;
   for (size_t mode = 0; mode < modes; ++mode) {
-    box.extent[mode] = Divisor::of(tile.extent[mode]);
-    box.grid[mode] = Divisor::of(tile.grid[mode]);
+    entry.extent[mode] = Divisor::of(tile.extent[mode]);
+    entry.grid[mode] = Divisor::of(tile.grid[mode]);
     const int64_t length = (mode == 0 ? numel : tile.pitch[mode - 1]) / tile.pitch[mode];
-    box.pitch[mode] = stride_of(source, tile.pitch[mode], length);
-    has_strides &= box.pitch[mode] != 0 || length == 1;
-    first += tile.start[mode] * box.pitch[mode];
+    entry.pitch[mode] = stride_of(source, tile.pitch[mode], length);
+    has_strides &= entry.pitch[mode] != 0 || length == 1;
+    first += tile.start[mode] * entry.pitch[mode];
     logical += tile.start[mode] * tile.pitch[mode];
   }
   if (has_strides) {
-    box.data = source.data + first * bytes_of(source.dtype);
-    const auto address = reinterpret_cast<uintptr_t>(box.data);
-    box.quads = flat_aligned && box.offset % 4 == 0 && tile.extent[modes - 1] % 4 == 0 &&
-                box.pitch[modes - 1] == 1 && address % (4 * bytes_of(source.dtype)) == 0;
-    for (size_t mode = 0; mode + 1 < modes; ++mode) box.quads &= box.pitch[mode] % 4 == 0;
-    return box;
+    entry.data = source.data + first * bytes_of(source.dtype);
+    const auto address = reinterpret_cast<uintptr_t>(entry.data);
+    entry.quads = flat_aligned && entry.offset % 4 == 0 && tile.extent[modes - 1] % 4 == 0 &&
+                  entry.pitch[modes - 1] == 1 && address % (4 * bytes_of(source.dtype)) == 0;
+    for (size_t mode = 0; mode + 1 < modes; ++mode) entry.quads &= entry.pitch[mode] % 4 == 0;
+    return entry;
   }
   if (dims > kMaxDims || numel >= kLimit)
     throw std::invalid_argument(
         "a tensor has " + std::to_string(dims) + " dimensions that do not join and " +
         std::to_string(numel) + " elements. Must be <= " + std::to_string(kMaxDims) +
         " and < 2^31: make it contiguous.");
-  box.data = source.data;
-  box.dims = static_cast<int8_t>(dims);
-  box.start = static_cast<uint32_t>(logical);
+  entry.data = source.data;
+  entry.dims = static_cast<int8_t>(dims);
+  entry.start = static_cast<uint32_t>(logical);
   for (size_t dim = 0; dim < dims; ++dim) {
-    box.size[dim] = Divisor::of(source.sizes[dim]);
-    box.stride[dim] = source.strides[dim];
+    entry.size[dim] = Divisor::of(source.sizes[dim]);
+    entry.stride[dim] = source.strides[dim];
   }
-  for (size_t mode = 0; mode < modes; ++mode) box.pitch[mode] = tile.pitch[mode];
-  return box;
+  for (size_t mode = 0; mode < modes; ++mode) entry.pitch[mode] = tile.pitch[mode];
+  return entry;
 }
 
 // Calls `start(table, chunks)` for the launches that cover all tiles. All tables are made before the
@@ -197,34 +197,35 @@ inline Box box_of(const Tile& tile, const Source& source, bool flat_aligned) {
 template <class Start>
 void for_each_table(const std::vector<Tile>& tiles, const std::vector<Source>& sources,
                     bool flat_aligned, const Start& start) {
-  std::vector<std::pair<BoxTable, uint32_t>> tables;
-  for (size_t begin = 0; begin < tiles.size(); begin += BoxTable::kBoxes) {
-    const size_t end = std::min(begin + BoxTable::kBoxes, tiles.size());
+  std::vector<std::pair<TileTable, uint32_t>> tables;
+  for (size_t begin = 0; begin < tiles.size(); begin += TileTable::kTiles) {
+    const size_t end = std::min(begin + TileTable::kTiles, tiles.size());
     auto& [table, chunks] = tables.emplace_back();
     for (size_t t = begin; t < end; ++t) {
-      Box& box = table.boxes[t - begin] = box_of(tiles[t], sources[tiles[t].source], flat_aligned);
-      box.first_chunk = chunks;
-      chunks += (box.numel + kChunk - 1) / kChunk;
+      DeviceTile& entry = table.tiles[t - begin] =
+          device_tile_of(tiles[t], sources[tiles[t].source], flat_aligned);
+      entry.first_chunk = chunks;
+      chunks += (entry.numel + kChunk - 1) / kChunk;
     }
     table.count = static_cast<int32_t>(end - begin);
   }
   for (const auto& [table, chunks] : tables) start(table, chunks);
 }
 
-// Calls `use(place, at, quad)` for the elements of this thread: `at` as in Box::place; `quad` is
-// true if it stands for itself and the three behind it.
+// Calls `use(place, at, quad)` for the elements of this thread: `at` as in DeviceTile::place;
+// `quad` is true if it stands for itself and the three behind it.
 template <class Use>
-__device__ __forceinline__ void for_own_elements(const Box& box, const Use& use) {
-  const uint32_t begin = (blockIdx.x - box.first_chunk) * kChunk;
-  const uint32_t end = min(begin + kChunk, box.numel);
-  if (box.quads) {
+__device__ __forceinline__ void for_own_elements(const DeviceTile& tile, const Use& use) {
+  const uint32_t begin = (blockIdx.x - tile.first_chunk) * kChunk;
+  const uint32_t end = min(begin + kChunk, tile.numel);
+  if (tile.quads) {
 #pragma unroll 2
     for (uint32_t at = begin + 4 * threadIdx.x; at < end; at += 4 * kThreads)
-      use(box.place(at), at, std::true_type());
+      use(tile.place(at), at, std::true_type());
   } else {
 #pragma unroll 4
     for (uint32_t at = begin + threadIdx.x; at < end; at += kThreads)
-      use(box.place(at), at, std::false_type());
+      use(tile.place(at), at, std::false_type());
   }
 }
 

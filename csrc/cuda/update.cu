@@ -53,16 +53,16 @@ __device__ __forceinline__ void step(Wide& weight, Flat& momentum, bool has_mome
 // In double fewer blocks share a multiprocessor: registers would not do for more.
 template <class Flat>
 __global__ void __launch_bounds__(kThreads, sizeof(Flat) == 4 ? 4 : 3)
-    update_kernel(const __grid_constant__ BoxTable table, Update<Flat> update) {
-  const Box& box = table.find(blockIdx.x);
+    update_kernel(const __grid_constant__ TileTable table, Update<Flat> update) {
+  const DeviceTile& tile = table.find(blockIdx.x);
   const Pace pace(update.move);
-  with_type(box.data, box.dtype, [&](auto* data) {
+  with_type(tile.data, tile.dtype, [&](auto* data) {
     using Param = std::remove_pointer_t<decltype(data)>;
     using Wide = std::conditional_t<std::is_same_v<Param, double>, double, Flat>;
-    for_own_elements(box, [&](Box::Place place, uint32_t at, auto quad) {
+    for_own_elements(tile, [&](DeviceTile::Place place, uint32_t at, auto quad) {
       constexpr int kCount = decltype(quad)::value ? 4 : 1;
-      const int64_t flat = box.offset + at;
-      const Flat scale = update.scale[box.first_block + place.block];
+      const int64_t flat = tile.offset + at;
+      const Flat scale = update.scale[tile.first_block + place.block];
       Wide weight[kCount];
       Flat direction[kCount], momentum[kCount] = {};
       load(weight, data + place.element);
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Flat) == 4 ? 4 : 3)
       if constexpr (std::is_same_v<Param, BFloat16Bits>) {
         if (update.rounding.stochastic) {
           const auto drawn = static_cast<uint64_t>(
-              read(update.rounding.step, box.first_block + place.block));
+              read(update.rounding.step, tile.first_block + place.block));
           const RandomWords random =
               philox(update.rounding.seed, drawn, static_cast<uint64_t>(flat) / 4);
 #pragma unroll
@@ -100,7 +100,7 @@ void update_blocks(const std::vector<Source>& params, Flat* momentum, const Flat
   const Update<Flat> update{momentum, direction, scale, move, rounding};
   const bool aligned = (reinterpret_cast<uintptr_t>(momentum) |
                         reinterpret_cast<uintptr_t>(direction)) % sizeof(Quad<Flat>) == 0;
-  for_each_table(tiles, params, aligned, [&](const BoxTable& table, uint32_t chunks) {
+  for_each_table(tiles, params, aligned, [&](const TileTable& table, uint32_t chunks) {
     launch(update_kernel<Flat>, chunks, kThreads, 0, stream, table, update);
   });
 }

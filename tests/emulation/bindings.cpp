@@ -20,16 +20,17 @@ Value* at(uintptr_t address) {
   return reinterpret_cast<Value*>(address);
 }
 
-void small_root_(uintptr_t root, uintptr_t ridge, uintptr_t factor, int64_t n, int64_t batch, int p,
-                 double eps, double relative_eps,
-                 const std::vector<std::tuple<float, float, float>>& coefficients, int residual) {
-  RootSchedule schedule{static_cast<int32_t>(coefficients.size()), residual, {}};
+void minimax_small_root_(uintptr_t root, uintptr_t ridge, uintptr_t factor, int64_t n,
+                         int64_t batch, int p, double eps, double relative_eps,
+                         const std::vector<std::tuple<float, float, float>>& coefficients,
+                         int residual) {
+  MinimaxSchedule schedule{static_cast<int32_t>(coefficients.size()), residual, {}};
   for (size_t k = 0; k < coefficients.size(); ++k) {
     float(&c)[3] = schedule.coefficients[k];
     std::tie(c[0], c[1], c[2]) = coefficients[k];
   }
-  small_root(at<float>(root), at<double>(ridge), at<const float>(factor), n, batch, p, eps,
-             relative_eps, schedule, nullptr);
+  minimax_small_root(at<float>(root), at<double>(ridge), at<const float>(factor), n, batch, p, eps,
+                     relative_eps, schedule, nullptr);
 }
 
 // A tensor: address, name of the dtype, sizes, strides.
@@ -136,7 +137,7 @@ PYBIND11_MODULE(EMULATION_NAME, module) {
     emulation::order = backward ? emulation::Order::kBackward : emulation::Order::kForward;
   });
   module.def("wide_accesses", [] { return emulation::wide_accesses; });
-  module.def("small_root_", &small_root_);
+  module.def("minimax_small_root_", &minimax_small_root_);
   module.def("gather_blocks_", &gather_blocks_);
   module.def("magnitudes_", &magnitudes_);
   module.def("graft_moments_", &graft_moments_);
