@@ -9,7 +9,8 @@
 #include <vector>
 
 #include "common/check.h"
-#include "cpu/kernels.h"
+#include "common/numbers.h"
+#include "common/tiles.h"
 
 namespace shampoo {
 
@@ -130,24 +131,6 @@ void with_flat(const at::Tensor& tensor, const Use& use) {
     use(float());
 }
 
-// A number that an overload `Tensor` takes, read on the host.
-inline double number_of(const char* name, const at::Tensor& tensor) {
-  check_number(name, tensor, at::kCPU);
-  return *static_cast<const double*>(tensor.const_data_ptr());
-}
-
-// Numbers that an overload `Tensor` takes for its blocks, read on the host.
-inline Numbers numbers_of(const char* name, const at::Tensor& tensor, int64_t blocks) {
-  check_numbers(name, tensor, blocks, at::kCPU);
-  const double* values = static_cast<const double*>(tensor.const_data_ptr());
-  return tensor.dim() == 0 ? Numbers{*values} : Numbers{0.0, values};
-}
-
-// How many blocks a table describes.
-inline int64_t blocks_of(const std::vector<Tile>& tiles) {
-  return tiles.empty() ? 0 : tiles.back().first_block + tiles.back().blocks;
-}
-
 // What graft_moments_ takes beside its table of gradients.
 inline std::vector<Tile> moments_of(const std::optional<at::Tensor>& grad,
                                     const std::optional<at::Tensor>& exp_avg,
@@ -175,12 +158,12 @@ inline std::vector<Tile> moments_of(const std::optional<at::Tensor>& grad,
 // What the moments are divided by, for each of some blocks.
 inline void check_corrections(const std::optional<at::Tensor>& exp_avg,
                               const std::optional<at::Tensor>& exp_avg_sq,
-                              const Numbers& correction1, const Numbers& correction2,
+                              const Number& correction1, const Number& correction2,
                               int64_t blocks) {
   for (int64_t block = 0; block < blocks; ++block) {
-    if (exp_avg) check_positive("correction1", correction1.of(block));
-    if (exp_avg_sq) check_positive("correction2", correction2.of(block));
-    if (!correction1.each && !correction2.each) return;
+    if (exp_avg) check_positive("correction1", correction1.read(block));
+    if (exp_avg_sq) check_positive("correction2", correction2.read(block));
+    if (!correction1.is_each && !correction2.is_each) return;
   }
 }
 

@@ -1,138 +1,43 @@
-// Conversions between the dtypes of parameters and float or double, in loops that vectorise.
+// The dtypes of parameters and gradients.
 #pragma once
 
-#include <c10/util/Half.h>
-
 #include <cstdint>
-#include <cstring>
-#ifdef __F16C__
-#include <immintrin.h>
-#endif
 
-#include "common/tiles.h"
+#include "common/host_device.h"
 
 namespace shampoo {
+
+enum class Dtype { kHalf, kBFloat16, kFloat, kDouble };
 
 inline int64_t itemsize(Dtype dtype) {
   return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2;
 }
 
-struct BFloat16 {
-  uint16_t bits;
-  static float widen(BFloat16 value) {
-    const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-    float wide;
-    std::memcpy(&wide, &bits, sizeof wide);
-    return wide;
-  }
-  static BFloat16 narrow(float value) {  // to nearest, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return {static_cast<uint16_t>(value != value ? 0x7fc0u : rounded)};
-  }
-  // Up with the probability that `random`, 16 bits, is at least the distance to the value above.
-  static BFloat16 narrow(float value, uint32_t random) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    if ((bits & 0x7f800000u) == 0x7f800000u) return narrow(value);  // NaN or infinite
-    return {static_cast<uint16_t>((bits + (random & 0xffffu)) >> 16)};
-  }
-};
-
+// Of half precision the hardware of either side has conversions of its own.
 struct Half {
   uint16_t bits;
-  static float widen(Half value) {
-#ifdef __F16C__
-    return _cvtsh_ss(value.bits);
-#else
-    return c10::detail::fp16_ieee_to_fp32_value(value.bits);
-#endif
-  }
-  static Half narrow(float value) {
-#ifdef __F16C__
-    return {static_cast<uint16_t>(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT))};
-#else
-    return {c10::detail::fp16_ieee_from_fp32_value(value)};
-#endif
-  }
 };
 
-template <class Wide>
-void load_run(Wide* to, const BFloat16* from, int64_t stride, int64_t count) {
-  if (stride == 1)
-    for (int64_t i = 0; i < count; ++i) to[i] = BFloat16::widen(from[i]);
-  else
-    for (int64_t i = 0; i < count; ++i) to[i] = BFloat16::widen(from[i * stride]);
+struct BFloat16 {
+  uint16_t bits;
+};
+
+SHAMPOO_HOST_DEVICE float widen(BFloat16 value) {
+  return bit_cast<float>(static_cast<uint32_t>(value.bits) << 16);
 }
 
-template <class Wide>
-void load_run(Wide* to, const Half* from, int64_t stride, int64_t count) {
-  int64_t i = 0;
-#ifdef __F16C__  // gcc 12 does not vectorise these conversions
-  if constexpr (sizeof(Wide) == sizeof(float))
-    if (stride == 1)
-      for (; i + 8 <= count; i += 8)
-        _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(
-                                     reinterpret_cast<const __m128i*>(from + i))));
-#endif
-  for (; i < count; ++i) to[i] = Half::widen(from[i * stride]);
+// To nearest, ties to even.
+SHAMPOO_HOST_DEVICE BFloat16 round_to_nearest(float value) {
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return {static_cast<uint16_t>(value != value ? 0x7fc0u : rounded)};
 }
 
-template <class Wide, class From>
-void load_run(Wide* to, const From* from, int64_t stride, int64_t count) {
-  if (stride == 1 && sizeof(Wide) == sizeof(From))
-    std::memcpy(to, from, count * sizeof(Wide));
-  else if (stride == 1)
-    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<Wide>(from[i]);
-  else
-    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<Wide>(from[i * stride]);
-}
-
-template <class Wide>
-void store_run(BFloat16* to, const Wide* from, int64_t stride, int64_t count) {
-  if (stride == 1)
-    for (int64_t i = 0; i < count; ++i) to[i] = BFloat16::narrow(static_cast<float>(from[i]));
-  else
-    for (int64_t i = 0; i < count; ++i)
-      to[i * stride] = BFloat16::narrow(static_cast<float>(from[i]));
-}
-
-template <class Wide>
-void store_run(Half* to, const Wide* from, int64_t stride, int64_t count) {
-  int64_t i = 0;
-#ifdef __F16C__
-  if constexpr (sizeof(Wide) == sizeof(float))
-    if (stride == 1)
-      for (; i + 8 <= count; i += 8)
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
-                         _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
-#endif
-  for (; i < count; ++i) to[i * stride] = Half::narrow(static_cast<float>(from[i]));
-}
-
-template <class Wide, class To>
-void store_run(To* to, const Wide* from, int64_t stride, int64_t count) {
-  if (stride == 1)
-    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<To>(from[i]);
-  else
-    for (int64_t i = 0; i < count; ++i) to[i * stride] = static_cast<To>(from[i]);
-}
-
-// Calls `use(pointer)` with the elements of a source under their own type.
-template <class Use>
-void with_type(const Source& source, int64_t element, const Use& use) {
-  char* data = source.data + element * itemsize(source.dtype);
-  switch (source.dtype) {
-    case Dtype::kHalf:
-      return use(reinterpret_cast<Half*>(data));
-    case Dtype::kBFloat16:
-      return use(reinterpret_cast<BFloat16*>(data));
-    case Dtype::kFloat:
-      return use(reinterpret_cast<float*>(data));
-    case Dtype::kDouble:
-      return use(reinterpret_cast<double*>(data));
-  }
+// Up with the probability that `random`, 16 bits, is at least the distance to the value above.
+SHAMPOO_HOST_DEVICE BFloat16 round_stochastically(float value, uint32_t random) {
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  if ((bits & 0x7f800000u) == 0x7f800000u) return round_to_nearest(value);  // NaN or infinite
+  return {static_cast<uint16_t>((bits + (random & 0xffffu)) >> 16)};
 }
 
 }  // namespace shampoo

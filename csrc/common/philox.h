@@ -1,14 +1,10 @@
 // Philox4x32-10: four random words for every counter, without any state (Salmon et al., "Parallel
-// random numbers: as easy as 1, 2, 3", SC 2011). For the CPU and the GPU.
+// random numbers: as easy as 1, 2, 3", SC 2011).
 #pragma once
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define SHAMPOO_ANYWHERE __host__ __device__ __forceinline__
-#else
-#define SHAMPOO_ANYWHERE inline
-#endif
+#include "common/host_device.h"
 
 namespace shampoo {
 
@@ -16,12 +12,12 @@ struct RandomWords {
   uint32_t words[4];
 
   // words[i] without an index into registers, which would put them into memory.
-  SHAMPOO_ANYWHERE uint32_t word(int64_t i) const {
+  SHAMPOO_HOST_DEVICE uint32_t word(int64_t i) const {
     return i < 2 ? (i == 0 ? words[0] : words[1]) : (i == 2 ? words[2] : words[3]);
   }
 };
 
-SHAMPOO_ANYWHERE RandomWords philox(uint64_t seed, uint64_t high, uint64_t low) {
+SHAMPOO_HOST_DEVICE RandomWords philox(uint64_t seed, uint64_t high, uint64_t low) {
   uint32_t c0 = static_cast<uint32_t>(low), c1 = static_cast<uint32_t>(low >> 32);
   uint32_t c2 = static_cast<uint32_t>(high), c3 = static_cast<uint32_t>(high >> 32);
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);

@@ -5,7 +5,9 @@
 #include <cstdint>
 #include <cstring>
 
-namespace shampoo {
+#include "common/host_device.h"
+
+namespace shampoo::cpu {
 
 // Without the sign, the bits of floating-point numbers are ordered as the numbers are, Inf above all
 // of them and NaN above Inf: an integer maximum is exact, loses no NaN and vectorises.
@@ -25,18 +27,11 @@ Bits absmax_bits(const Element* from, int64_t stride, int64_t count) {
   return largest;
 }
 
-template <class Number, class Bits>
-Number from_bits(Bits bits) {
-  Number number;
-  std::memcpy(&number, &bits, sizeof number);
-  return number;
-}
-
 inline double absmax(const float* from, int64_t stride, int64_t count) {
-  return from_bits<float>(absmax_bits<uint32_t>(from, stride, count));
+  return bit_cast<float>(absmax_bits<uint32_t>(from, stride, count));
 }
 inline double absmax(const double* from, int64_t stride, int64_t count) {
-  return from_bits<double>(absmax_bits<uint64_t>(from, stride, count));
+  return bit_cast<double>(absmax_bits<uint64_t>(from, stride, count));
 }
 
-}  // namespace shampoo
+}  // namespace shampoo::cpu

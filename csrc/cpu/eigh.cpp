@@ -16,7 +16,7 @@
 // may count the threads.
 extern "C" int MKL_Set_Num_Threads_Local(int threads) __attribute__((weak));
 
-namespace shampoo {
+namespace shampoo::cpu {
 namespace {
 
 // LAPACK on one thread, for calls from this thread.
@@ -52,4 +52,4 @@ void eigh(const at::Tensor& values, const at::Tensor& vectors, const at::Tensor&
   });
 }
 
-}  // namespace shampoo
+}  // namespace shampoo::cpu

@@ -3,7 +3,7 @@
 
 #include <ATen/Parallel.h>
 
-namespace shampoo {
+namespace shampoo::cpu {
 
 template <class Flat>
 void gather_blocks(Flat* out, const std::vector<Source>& sources, const std::vector<Tile>& tiles,
@@ -19,4 +19,4 @@ template void gather_blocks(float*, const std::vector<Source>&, const std::vecto
 template void gather_blocks(double*, const std::vector<Source>&, const std::vector<Tile>&, double,
                             bool);
 
-}  // namespace shampoo
+}  // namespace shampoo::cpu

@@ -4,11 +4,17 @@
 #include <algorithm>
 #include <vector>
 
-#include "common/dtypes.h"
+#include "common/host_device.h"
 #include "common/tiles.h"
-#include "cpu/kernels.h"
+#include "cpu/elements.h"
+#include "cpu/grain.h"
+#include "cpu/visit_tiles.h"
 
-namespace shampoo {
+namespace shampoo::cpu {
+
+template <class Flat>
+void gather_blocks(Flat* out, const std::vector<Source>& sources, const std::vector<Tile>& tiles,
+                   double alpha, bool accumulate);
 
 // to[i - origin] <- alpha * element (+ to[i - origin]) for elements [begin, end) of the tiles,
 // counted through the table; i is an element's place in the segment.
@@ -45,4 +51,4 @@ void gather_range(Flat* to, int64_t origin, const std::vector<Source>& sources,
               });
 }
 
-}  // namespace shampoo
+}  // namespace shampoo::cpu

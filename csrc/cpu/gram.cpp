@@ -2,10 +2,17 @@
 // copy, the moving average in the same pass. The result is bitwise symmetric.
 #include "cpu/gram.h"
 
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "common/host_device.h"
+#include "cpu/for_matrices.h"
+#include "cpu/grain.h"
 #include "cpu/squares.h"
 #include "cpu/symmetric_gemm.h"
 
-namespace shampoo {
+namespace shampoo::cpu {
 
 template <class Flat>
 void gram_ema(Flat* factor, const Flat* grad, int64_t count, int64_t before, int64_t size,
@@ -66,4 +73,4 @@ template void gram_diagonal_ema(float*, const float*, int64_t, int64_t, int64_t,
 template void gram_diagonal_ema(double*, const double*, int64_t, int64_t, int64_t, int64_t, double,
                                 double);
 
-}  // namespace shampoo
+}  // namespace shampoo::cpu

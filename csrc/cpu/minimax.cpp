@@ -9,9 +9,10 @@
 #include <type_traits>
 
 #include "cpu/absmax.h"
+#include "cpu/for_matrices.h"
 #include "cpu/symmetric_gemm.h"
 
-namespace shampoo {
+namespace shampoo::cpu {
 namespace {
 
 // Of one matrix. M, X, T, the two operands of a power, and what is being written.
@@ -232,4 +233,4 @@ template void minimax_root(float*, double*, const float*, int64_t, int64_t, int6
 template void minimax_root(double*, double*, const double*, int64_t, int64_t, int64_t, double,
                            double, const std::vector<MinimaxStep>&);
 
-}  // namespace shampoo
+}  // namespace shampoo::cpu

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace shampoo {
+namespace shampoo::cpu {
 
 // One step: T = c0 I + c1 M + c2 M^2.
 struct MinimaxStep {
@@ -18,4 +18,4 @@ void minimax_root(Flat* root, double* ridge, const Flat* factor, int64_t count, 
                   int64_t p, double eps, double relative_eps,
                   const std::vector<MinimaxStep>& steps);
 
-}  // namespace shampoo
+}  // namespace shampoo::cpu

@@ -1,12 +1,17 @@
 // Replaces, for every tile, torch's strided copy_ of a gradient, and lerp_, mul_, addcmul_, sqrt, div
 // and vector_norm over flat moments: nine passes in one, or two where gradients are normalized.
+#include "cpu/moments.h"
+
 #include <ATen/Parallel.h>
 
+#include <algorithm>
+#include <cmath>
+
 #include "cpu/gather.h"
-#include "cpu/kernels.h"
+#include "cpu/grain.h"
 #include "cpu/squares.h"
 
-namespace shampoo {
+namespace shampoo::cpu {
 namespace {
 
 int64_t chunks_of(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
@@ -65,13 +70,13 @@ struct Step {
   Flat coefficient, correction1, beta2, weight2, scale2, eps;
   bool from_gradient;
 
-  Step(const Moments& moments, int64_t block)
-      : coefficient(static_cast<Flat>(1.0 - moments.beta1)),
-        correction1(static_cast<Flat>(moments.correction1.of(block))),
-        beta2(static_cast<Flat>(moments.beta2)),
-        weight2(static_cast<Flat>(moments.weight2)),
-        scale2(static_cast<Flat>(1.0 / moments.correction2.of(block))),
-        eps(static_cast<Flat>(moments.eps)),
+  Step(const MomentNumbers& numbers, int64_t block)
+      : coefficient(static_cast<Flat>(1.0 - numbers.beta1.read())),
+        correction1(static_cast<Flat>(numbers.correction1.read(block))),
+        beta2(static_cast<Flat>(numbers.beta2.read())),
+        weight2(static_cast<Flat>(numbers.weight2.read())),
+        scale2(static_cast<Flat>(1.0 / numbers.correction2.read(block))),
+        eps(static_cast<Flat>(numbers.eps)),
         from_gradient(coefficient >= Flat(0.5)) {
     // As torch's lerp: from the nearer end, so that a weight of 1 gives exactly the gradient.
     if (from_gradient) coefficient -= Flat(1);
@@ -128,7 +133,7 @@ void normalize(Flat* out, const Flat* grad, double norm, int64_t count) {
 template <class Flat>
 void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction, Flat* norm,
                    const std::vector<Source>& sources, const std::vector<Tile>& tiles,
-                   double alpha, bool accumulate, const Moments& moments) {
+                   double alpha, bool accumulate, const MomentNumbers& numbers) {
   const Chunks chunks(tiles);
   const int64_t total = chunks.first.back(), grain = kGrain / kChunk;
   std::vector<double> sums(total), norms;
@@ -144,7 +149,7 @@ void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction,
     gather_range(space, start, sources, tiles, ordinal, ordinal + count, alpha, false);
     return space;
   };
-  const bool normalized = moments.normalized && exp_avg_sq;
+  const bool normalized = numbers.normalized && exp_avg_sq;
   if (normalized) {
     at::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
       gather(begin, end);
@@ -154,10 +159,10 @@ void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction,
         sums[chunk] = sum_of_squares(gathered(space, ordinal, start, count), count);
       });
     });
-    norms.resize(tiles.back().first_block + tiles.back().blocks);
+    norms.resize(blocks_of(tiles));
     chunks.norms(sums, norms.data());
   }
-  const Step<Flat> shared(moments, 0);
+  const Step<Flat> shared(numbers, 0);
   at::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
     if (!normalized) gather(begin, end);
     alignas(64) Flat space[kChunk], grafted[kChunk], unit[kChunk];
@@ -169,7 +174,7 @@ void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction,
         normalize(unit, own, norms[block], count);
         raw = unit;
       }
-      const Step<Flat> step = moments.is_shared() ? shared : Step<Flat>(moments, block);
+      const Step<Flat> step = numbers.is_shared() ? shared : Step<Flat>(numbers, block);
       step(grafted, exp_avg ? exp_avg + start : nullptr, exp_avg_sq ? exp_avg_sq + start : nullptr,
            own, raw, count);
       sums[chunk] = sum_of_squares(grafted, count);
@@ -179,21 +184,10 @@ void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction,
   chunks.norms(sums, norm);
 }
 
-template <class Flat>
-Flat block_norm(const Flat* block, int64_t numel) {
-  double sum = 0.0;
-  for (int64_t start = 0; start < numel; start += kChunk)
-    sum += sum_of_squares(block + start, std::min(kChunk, numel - start));
-  return static_cast<Flat>(std::sqrt(sum));
-}
-
-template float block_norm(const float*, int64_t);
-template double block_norm(const double*, int64_t);
-
 template void graft_moments(float*, float*, float*, float*, float*, const std::vector<Source>&,
-                            const std::vector<Tile>&, double, bool, const Moments&);
+                            const std::vector<Tile>&, double, bool, const MomentNumbers&);
 template void graft_moments(double*, double*, double*, double*, double*,
                             const std::vector<Source>&, const std::vector<Tile>&, double, bool,
-                            const Moments&);
+                            const MomentNumbers&);
 
-}  // namespace shampoo
+}  // namespace shampoo::cpu

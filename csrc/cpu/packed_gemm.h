@@ -3,9 +3,15 @@
 // beside them, or on the number of threads. A BLAS promises none of that.
 #pragma once
 
-#include "cpu/symmetric_gemm.h"
+#include <ATen/Parallel.h>
 
-namespace shampoo {
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/for_matrices.h"
+#include "cpu/packed_panels.h"
+
+namespace shampoo::cpu {
 
 // Of packed rows, per call of `visit`: with the panels that they meet, they stay in the L2 cache.
 constexpr int64_t kRowBytes = 1 << 18;
@@ -13,7 +19,7 @@ constexpr int64_t kRowBytes = 1 << 18;
 // The elements that the panels of a [depth, size] matrix take.
 template <class Flat>
 int64_t packed_numel(int64_t depth, int64_t size) {
-  return Layout<Flat>{size, kWidth<Flat>, depth * kWidth<Flat>}.numel();
+  return (size + kWidth<Flat> - 1) / kWidth<Flat> * kWidth<Flat> * depth;
 }
 
 // Every panel of the columns of an unfolding.
@@ -67,4 +73,4 @@ void multiply_columns(Flat* out, const Flat* left, const Unfolding& shape, const
   });
 }
 
-}  // namespace shampoo
+}  // namespace shampoo::cpu

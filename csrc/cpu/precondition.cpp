@@ -3,10 +3,11 @@
 // that hold it at other offsets get the same direction, which no BLAS gives.
 #include "cpu/precondition.h"
 
-#include "cpu/kernels.h"
+#include "cpu/for_matrices.h"
 #include "cpu/packed_gemm.h"
+#include "cpu/squares.h"
 
-namespace shampoo {
+namespace shampoo::cpu {
 namespace {
 
 // Rows that a diagonal is applied to at a time: those of a column of the block share cache lines.
@@ -62,4 +63,4 @@ template void precondition(float*, float*, const float*, int64_t, const std::vec
 template void precondition(double*, double*, const double*, int64_t,
                            const std::vector<Root<double>>&);
 
-}  // namespace shampoo
+}  // namespace shampoo::cpu

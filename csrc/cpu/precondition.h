@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace shampoo {
+namespace shampoo::cpu {
 
 // One mode of every block: matrices [count, size, size], or diagonals [count, size].
 template <class Flat>
@@ -20,4 +20,4 @@ template <class Flat>
 void precondition(Flat* out, Flat* norm, const Flat* grad, int64_t count,
                   const std::vector<Root<Flat>>& roots);
 
-}  // namespace shampoo
+}  // namespace shampoo::cpu

@@ -6,9 +6,11 @@
 #include <immintrin.h>
 #endif
 
-#include "cpu/kernels.h"
+#include "common/host_device.h"
 
-namespace shampoo {
+namespace shampoo::cpu {
+
+using shampoo::fused;  // of vectors of one
 
 #if defined(__AVX512F__)
 
@@ -59,4 +61,4 @@ template <>
 constexpr int kLanesOf<float> = 1;
 #endif
 
-}  // namespace shampoo
+}  // namespace shampoo::cpu

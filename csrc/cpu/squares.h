@@ -1,11 +1,14 @@
 // Sums of squares in float64.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 
-#include "cpu/kernels.h"
+#include "common/host_device.h"
+#include "cpu/grain.h"
 
-namespace shampoo {
+namespace shampoo::cpu {
 
 // Sums of squares run in this many interleaved lanes, so that they vectorise in a fixed order.
 constexpr int64_t kLanes = 16;
@@ -28,4 +31,13 @@ double sum_of_squares(const Flat* values, int64_t count) {
   return lanes[0];
 }
 
-}  // namespace shampoo
+// The Euclidean norm of a block.
+template <class Flat>
+Flat block_norm(const Flat* block, int64_t numel) {
+  double sum = 0.0;
+  for (int64_t start = 0; start < numel; start += kChunk)
+    sum += sum_of_squares(block + start, std::min(kChunk, numel - start));
+  return static_cast<Flat>(std::sqrt(sum));
+}
+
+}  // namespace shampoo::cpu

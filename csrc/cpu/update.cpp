@@ -1,13 +1,17 @@
 // Replaces mul by the scale, mul_, add_ and a strided copy_ for every tile.
+#include "cpu/update.h"
+
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <type_traits>
 
-#include "common/dtypes.h"
 #include "common/philox.h"
-#include "cpu/kernels.h"
+#include "cpu/elements.h"
+#include "cpu/grain.h"
+#include "cpu/visit_tiles.h"
 
-namespace shampoo {
+namespace shampoo::cpu {
 namespace {
 
 // Moves `count` weights, in the order of roundings of the reference: scalars and products that
@@ -18,13 +22,13 @@ struct Step {
   Wide wide_lr, decay, kept;
   bool nesterov;
 
-  explicit Step(const Move& move)
-      : lr(static_cast<Flat>(move.lr)),
-        mu(static_cast<Flat>(move.mu)),
-        wide_lr(static_cast<Wide>(move.lr)),
-        decay(static_cast<Wide>(move.weight_decay)),
-        kept(static_cast<Wide>(1.0 - move.lr * move.weight_decay)),
-        nesterov(move.nesterov) {}
+  explicit Step(const UpdateNumbers& numbers)
+      : lr(static_cast<Flat>(numbers.lr.read())),
+        mu(static_cast<Flat>(numbers.mu.read())),
+        wide_lr(static_cast<Wide>(numbers.lr.read())),
+        decay(static_cast<Wide>(numbers.weight_decay.read())),
+        kept(static_cast<Wide>(1.0 - numbers.lr.read() * numbers.weight_decay.read())),
+        nesterov(numbers.nesterov) {}
 
   void operator()(Wide* __restrict weight, Flat* __restrict momentum,
                   const Flat* __restrict direction, Flat scale, int64_t count) const {
@@ -53,13 +57,13 @@ struct Step {
 template <class Wide>
 void store_randomly(BFloat16* to, const Wide* from, int64_t stride, int64_t place, int64_t count,
                     const Rounding& rounding, int64_t block) {
-  const auto drawn = static_cast<uint64_t>(rounding.step.of(block));
+  const auto drawn = static_cast<uint64_t>(rounding.step.read(block));
   RandomWords random{};
   for (int64_t i = 0; i < count; ++i) {
     const int64_t at = place + i;
     if (i == 0 || at % 4 == 0)
       random = philox(rounding.seed, drawn, static_cast<uint64_t>(at) / 4);
-    to[i * stride] = BFloat16::narrow(static_cast<float>(from[i]), random.words[at % 4]);
+    to[i * stride] = round_stochastically(static_cast<float>(from[i]), random.words[at % 4]);
   }
 }
 
@@ -67,7 +71,7 @@ void store_randomly(BFloat16* to, const Wide* from, int64_t stride, int64_t plac
 
 template <class Flat>
 void update_blocks(const std::vector<Source>& params, Flat* momentum, const Flat* direction,
-                   const Flat* scale, const std::vector<Tile>& tiles, const Move& move,
+                   const Flat* scale, const std::vector<Tile>& tiles, const UpdateNumbers& numbers,
                    const Rounding& rounding) {
   const int64_t total = tiles.back().ordinal + tiles.back().numel();
   at::parallel_for(0, total, kGrain, [&](int64_t begin, int64_t end) {
@@ -78,7 +82,7 @@ void update_blocks(const std::vector<Source>& params, Flat* momentum, const Flat
           with_type(source, element, [&](auto* weight) {
             using Param = std::remove_pointer_t<decltype(weight)>;
             using Wide = std::conditional_t<std::is_same_v<Param, double>, double, Flat>;
-            const Step<Wide, Flat> step(move);
+            const Step<Wide, Flat> step(numbers);
             Flat* buffer = momentum ? momentum + flat : nullptr;
             if constexpr (std::is_same_v<Param, Wide>) {
               if (stride == 1) return step(weight, buffer, direction + flat, scale[block], count);
@@ -104,8 +108,8 @@ void update_blocks(const std::vector<Source>& params, Flat* momentum, const Flat
 }
 
 template void update_blocks(const std::vector<Source>&, float*, const float*, const float*,
-                            const std::vector<Tile>&, const Move&, const Rounding&);
+                            const std::vector<Tile>&, const UpdateNumbers&, const Rounding&);
 template void update_blocks(const std::vector<Source>&, double*, const double*, const double*,
-                            const std::vector<Tile>&, const Move&, const Rounding&);
+                            const std::vector<Tile>&, const UpdateNumbers&, const Rounding&);
 
-}  // namespace shampoo
+}  // namespace shampoo::cpu

@@ -1,39 +1,27 @@
 // Elements of the dtypes of parameters: loads and stores of one or of four at a time, as float or
-// double, and stochastic rounding.
+// double.
 #pragma once
 
 #include <cstdint>
 
-#include "common/tiles.h"
+#include "common/dtypes.h"
 #include "cuda/device.h"
 
 namespace shampoo::cuda {
 
-struct HalfBits {
-  uint16_t bits;
-};
-struct BFloat16Bits {
-  uint16_t bits;
-};
+using shampoo::widen;
 
-__device__ __forceinline__ float widen(HalfBits value) { return half_to_float(value.bits); }
-__device__ __forceinline__ float widen(BFloat16Bits value) {
-  return __uint_as_float(static_cast<uint32_t>(value.bits) << 16);
-}
+__device__ __forceinline__ float widen(Half value) { return half_to_float(value.bits); }
 __device__ __forceinline__ float widen(float value) { return value; }
 __device__ __forceinline__ double widen(double value) { return value; }
 
 template <class Wide>
-__device__ __forceinline__ void narrow(HalfBits& to, Wide value) {
+__device__ __forceinline__ void narrow(Half& to, Wide value) {
   to.bits = float_to_half(static_cast<float>(value));
 }
-// To nearest, ties to even.
 template <class Wide>
-__device__ __forceinline__ void narrow(BFloat16Bits& to, Wide value) {
-  const float single = static_cast<float>(value);
-  const uint32_t bits = __float_as_uint(single);
-  to.bits = single != single ? 0x7fc0u
-                             : static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+__device__ __forceinline__ void narrow(BFloat16& to, Wide value) {
+  to = round_to_nearest(static_cast<float>(value));
 }
 template <class Wide>
 __device__ __forceinline__ void narrow(float& to, Wide value) {
@@ -42,16 +30,6 @@ __device__ __forceinline__ void narrow(float& to, Wide value) {
 template <class Wide>
 __device__ __forceinline__ void narrow(double& to, Wide value) {
   to = value;
-}
-
-// Up with the probability that `random`, 16 bits, is at least the distance to the value above.
-__device__ __forceinline__ void narrow(BFloat16Bits& to, float value, uint32_t random) {
-  const uint32_t bits = __float_as_uint(value);
-  const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
-  if (finite)
-    to.bits = static_cast<uint16_t>((bits + (random & 0xffffu)) >> 16);
-  else
-    narrow(to, value);
 }
 
 template <class Value>
@@ -90,9 +68,9 @@ template <class Use>
 __device__ __forceinline__ void with_type(char* data, Dtype dtype, const Use& use) {
   switch (dtype) {
     case Dtype::kHalf:
-      return use(reinterpret_cast<HalfBits*>(data));
+      return use(reinterpret_cast<Half*>(data));
     case Dtype::kBFloat16:
-      return use(reinterpret_cast<BFloat16Bits*>(data));
+      return use(reinterpret_cast<BFloat16*>(data));
     case Dtype::kFloat:
       return use(reinterpret_cast<float*>(data));
     case Dtype::kDouble:

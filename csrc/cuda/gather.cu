@@ -2,7 +2,6 @@
 // Below a megabyte of gradients a launch costs more than the copy.
 #include "cuda/elements.h"
 #include "cuda/launch.h"
-#include "cuda/numbers.h"
 #include "cuda/tile_table.h"
 
 namespace shampoo::cuda {
@@ -19,7 +18,7 @@ template <class Flat>
 __global__ void __launch_bounds__(kThreads)
     gather_kernel(const __grid_constant__ TileTable table, Gather<Flat> gather) {
   const DeviceTile& tile = table.find(blockIdx.x);
-  const Flat alpha = static_cast<Flat>(read(gather.alpha));
+  const Flat alpha = static_cast<Flat>(gather.alpha.read());
   with_type(tile.data, tile.dtype, [&](auto* data) {
     for_own_elements(tile, [&](DeviceTile::Place place, uint32_t at, auto quad) {
       constexpr int kCount = decltype(quad)::value ? 4 : 1;
@@ -28,7 +27,7 @@ __global__ void __launch_bounds__(kThreads)
       Flat* to = gather.out + tile.offset + at;
       if (gather.accumulate) {
         load(before, to);
-        for (int i = 0; i < kCount; ++i) values[i] = fma(alpha, values[i], before[i]);
+        for (int i = 0; i < kCount; ++i) values[i] = fused(alpha, values[i], before[i]);
       } else {
         for (Flat& value : values) value *= alpha;
       }

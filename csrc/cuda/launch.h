@@ -6,7 +6,10 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "common/moments.h"
+#include "common/numbers.h"
+#include "common/tiles.h"
+#include "common/update.h"
 
 struct CUstream_st;  // a cudaStream_t points to one
 
@@ -33,37 +36,7 @@ void minimax_small_root(float* root, double* ridge, const float* factor, int64_t
                         int p, double eps, double relative_eps, const MinimaxSchedule& schedule,
                         Stream stream);
 
-// A number of the host; or one in the memory of the device, which may be another whenever a CUDA
-// graph is replayed.
-struct Number {
-  double value = 0.0;
-  const double* live = nullptr;  // if not null, where it lies
-  bool is_each = false;          // there, one for every block of a call instead of one for all
-
-  Number(double of_host) : value(of_host) {}
-  explicit Number(const double* of_device, bool one_each = false)
-      : live(of_device), is_each(one_each) {}
-};
-
-// As in cpu/kernels.h.
-struct Moments {
-  Number beta1, correction1, beta2, weight2, correction2;
-  double eps;
-  bool normalized;
-};
-
-struct Move {
-  Number lr, weight_decay, mu;
-  bool nesterov;
-};
-
-struct Rounding {
-  bool stochastic;
-  uint64_t seed;
-  Number step;
-};
-
-// As the functions of cpu/kernels.h of the same names.
+// As the functions of the same names in cpu/.
 template <class Flat>
 void gather_blocks(Flat* out, const std::vector<Source>& sources, const std::vector<Tile>& tiles,
                    Number alpha, bool accumulate, Stream stream);
@@ -72,17 +45,17 @@ void magnitudes(double* out, const std::vector<Source>& sources, Stream stream);
 
 // Doubles of scratch memory that graft_moments needs on the device: for all sums of blocks, as if it
 // took one launch, and for the numbers of each, where they are not known on the host.
-int64_t moments_scratch(const std::vector<Tile>& tiles, const Moments& moments);
+int64_t moments_scratch(const std::vector<Tile>& tiles, const MomentNumbers& numbers);
 
 template <class Flat>
 void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction, Flat* norm,
                    const std::vector<Source>& sources, const std::vector<Tile>& tiles,
-                   Number alpha, bool accumulate, const Moments& moments, double* scratch,
+                   Number alpha, bool accumulate, const MomentNumbers& numbers, double* scratch,
                    Stream stream);
 
 template <class Flat>
 void update_blocks(const std::vector<Source>& params, Flat* momentum, const Flat* direction,
-                   const Flat* scale, const std::vector<Tile>& tiles, const Move& move,
+                   const Flat* scale, const std::vector<Tile>& tiles, const UpdateNumbers& numbers,
                    const Rounding& rounding, Stream stream);
 
 }  // namespace shampoo::cuda

@@ -4,8 +4,6 @@
 // memory: whatever is dense, transposed or channels_last included, is one run. Nor does it ask in
 // which order maxima meet: the atomic one of all thread blocks is the same in every run.
 #include <algorithm>
-#include <cstring>
-#include <functional>
 #include <numeric>
 #include <type_traits>
 #include <vector>
@@ -55,14 +53,6 @@ struct StripTable {
 };
 static_assert(sizeof(StripTable) <= 32000, "a launch takes 32764 bytes of arguments");
 
-template <class To, class From>
-__device__ __forceinline__ To bits_as(From from) {
-  static_assert(sizeof(To) == sizeof(From), "as many bits");
-  To to;
-  memcpy(&to, &from, sizeof to);
-  return to;
-}
-
 // The largest magnitude that this thread has seen, as bits without the sign: these are ordered as
 // the numbers are, Inf above all of them and NaN above Inf.
 template <class Element>
@@ -100,8 +90,8 @@ struct Absmax {
   }
 
   __device__ __forceinline__ DoubleBits widened() const {
-    const auto element = bits_as<Element>(static_cast<Bits>(bits));
-    return bits_as<DoubleBits>(static_cast<double>(widen(element)));
+    const auto element = bit_cast<Element>(static_cast<Bits>(bits));
+    return bit_cast<DoubleBits>(static_cast<double>(widen(element)));
   }
 };
 
@@ -157,19 +147,14 @@ Source in_memory_order(const Source& source) {
   return sorted;
 }
 
-int64_t numel_of(const Source& source) {
-  return std::accumulate(source.sizes.begin(), source.sizes.end(), int64_t{1},
-                         std::multiplies<int64_t>());
-}
-
 // Calls `use(part)` for parts of a source that a strip can hold: halves of its first dimension.
 template <class Use>
 void for_each_part(const Source& source, const Use& use) {
-  if (numel_of(source) <= kLongest && source.sizes.size() <= kAxes) return use(source);
+  if (source.numel() <= kLongest && source.sizes.size() <= kAxes) return use(source);
   const int64_t size = source.sizes[0], stride = source.strides[0];
   for (const int64_t begin : {int64_t{0}, size / 2}) {
     Source half;
-    half.data = source.data + begin * stride * bytes_of(source.dtype);
+    half.data = source.data + begin * stride * itemsize(source.dtype);
     half.dtype = source.dtype;
     half.append(begin == 0 ? size / 2 : size - begin, stride);
     for (size_t dim = 1; dim < source.sizes.size(); ++dim)
@@ -181,7 +166,7 @@ void for_each_part(const Source& source, const Use& use) {
 Strip strip_of(const Source& source) {
   Strip strip{};
   strip.data = source.data;
-  strip.numel = static_cast<uint32_t>(numel_of(source));
+  strip.numel = static_cast<uint32_t>(source.numel());
   strip.dtype = source.dtype;
   const int dims = static_cast<int>(source.sizes.size()), unused = kAxes - dims;
   strip.is_run = dims == 0 || (dims == 1 && source.strides[0] == 1);

@@ -7,7 +7,6 @@
 
 #include "cuda/elements.h"
 #include "cuda/launch.h"
-#include "cuda/numbers.h"
 #include "cuda/tile_table.h"
 
 namespace shampoo::cuda {
@@ -34,7 +33,7 @@ __device__ __forceinline__ double over_warp(double sum) {
   return sum;
 }
 
-// The numbers of Moments as the kernel uses them.
+// MomentNumbers as the kernel uses them.
 template <class Flat>
 struct Weights {
   Flat coefficient, correction1, beta2, weight2, scale2, eps;
@@ -57,11 +56,11 @@ struct Weights {
 
   // exp_avg <- beta1 exp_avg + (1 - beta1) grad
   __device__ __forceinline__ Flat average(Flat avg, Flat value) const {
-    return fma(coefficient, value - avg, from_gradient ? value : avg);
+    return fused(coefficient, value - avg, from_gradient ? value : avg);
   }
   // exp_avg_sq <- beta2 exp_avg_sq + weight2 grad^2
   __device__ __forceinline__ Flat square(Flat sq, Flat value) const {
-    return fma(weight2 * value, value, beta2 * sq);
+    return fused(weight2 * value, value, beta2 * sq);
   }
 };
 
@@ -86,7 +85,7 @@ struct Step {
       Flat before[kCount];
       load(before, grad + at);
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) values[i] = fma(factor, values[i], before[i]);
+      for (int i = 0; i < kCount; ++i) values[i] = fused(factor, values[i], before[i]);
     } else {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) values[i] *= factor;
@@ -116,7 +115,7 @@ struct Step {
         divisor *= sqrt(sq[i] * weights.scale2) + weights.eps;
       }
       values[i] /= divisor;
-      sum = fma(static_cast<double>(values[i]), static_cast<double>(values[i]), sum);
+      sum = fused(static_cast<double>(values[i]), static_cast<double>(values[i]), sum);
     }
     if (exp_avg) store(exp_avg + at, avg);
     if (exp_avg_sq) store(exp_avg_sq + at, sq);
@@ -126,12 +125,12 @@ struct Step {
 
 // One thread for a block: the division costs more than a thread of moments_kernel has to spare.
 template <class Flat>
-__global__ void weights_kernel(Moments moments, int64_t count, Weights<Flat>* to) {
+__global__ void weights_kernel(MomentNumbers numbers, int64_t count, Weights<Flat>* to) {
   const int64_t block = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (block < count)
-    to[block] = Weights<Flat>::of(read(moments.beta1), read(moments.correction1, block),
-                                  read(moments.beta2), read(moments.weight2),
-                                  read(moments.correction2, block), moments.eps);
+    to[block] = Weights<Flat>::of(numbers.beta1.read(), numbers.correction1.read(block),
+                                  numbers.beta2.read(), numbers.weight2.read(),
+                                  numbers.correction2.read(block), numbers.eps);
 }
 
 // In double fewer blocks share a multiprocessor: registers would not do for more.
@@ -150,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Flat) == 4 ? 3 : 2)
   const uint32_t end = min(begin + kPart, start + numel);
   const Flat norm = step.norms ? static_cast<Flat>(step.norms[tile.first_block + block]) : Flat(0);
   const Weights<Flat> weights = step.live ? step.live[tile.first_block + block] : step.weights;
-  const Flat factor = static_cast<Flat>(read(step.alpha));
+  const Flat factor = static_cast<Flat>(step.alpha.read());
   double sum = 0.0;
   with_type(tile.data, tile.dtype, [&](auto* data) {
     // A lane adds up the same elements in the same order either way.
@@ -213,27 +212,21 @@ std::vector<PartTable> part_tables(const std::vector<Tile>& tiles,
 
 constexpr int64_t kWeights = sizeof(Weights<double>) / sizeof(double);
 
-int64_t blocks_of(const std::vector<Tile>& tiles) {
-  int64_t blocks = 0;
-  for (const Tile& tile : tiles) blocks += tile.blocks;
-  return blocks;
-}
-
 // Whether the host does not know all numbers.
-bool is_live(const Moments& moments) {
-  return moments.beta1.live || moments.correction1.live || moments.beta2.live ||
-         moments.weight2.live || moments.correction2.live;
+bool is_live(const MomentNumbers& numbers) {
+  return numbers.beta1.live || numbers.correction1.live || numbers.beta2.live ||
+         numbers.weight2.live || numbers.correction2.live;
 }
 
 // How many Weights lie in front of the scratch: one for each block, if they are made on the device.
-int64_t weights_of(const std::vector<Tile>& tiles, const Moments& moments) {
-  return is_live(moments) ? blocks_of(tiles) : 0;
+int64_t weights_of(const std::vector<Tile>& tiles, const MomentNumbers& numbers) {
+  return is_live(numbers) ? blocks_of(tiles) : 0;
 }
 
 }  // namespace
 
-int64_t moments_scratch(const std::vector<Tile>& tiles, const Moments& moments) {
-  int64_t doubles = kWeights * weights_of(tiles, moments);
+int64_t moments_scratch(const std::vector<Tile>& tiles, const MomentNumbers& numbers) {
+  int64_t doubles = kWeights * weights_of(tiles, numbers);
   for (const Tile& tile : tiles) doubles += tile.blocks * (parts_of(tile.block_numel) + 1);
   return doubles;
 }
@@ -241,9 +234,9 @@ int64_t moments_scratch(const std::vector<Tile>& tiles, const Moments& moments) 
 template <class Flat>
 void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction, Flat* norm,
                    const std::vector<Source>& sources, const std::vector<Tile>& tiles,
-                   Number alpha, bool accumulate, const Moments& moments, double* scratch,
+                   Number alpha, bool accumulate, const MomentNumbers& numbers, double* scratch,
                    Stream stream) {
-  const int64_t count = weights_of(tiles, moments);
+  const int64_t count = weights_of(tiles, numbers);
   double *norms = scratch + count * kWeights, *sums = norms + blocks_of(tiles);
   uintptr_t memory = 0;
   for (const Flat* flat : std::vector<const Flat*>{grad, exp_avg, exp_avg_sq, direction})
@@ -260,17 +253,17 @@ void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction,
   };
   Step<Flat> step{grad, nullptr, nullptr, nullptr, alpha, accumulate};
   step.sums = sums;
-  if (is_live(moments)) {
+  if (is_live(numbers)) {
     auto* live = reinterpret_cast<Weights<Flat>*>(scratch);
-    launch(weights_kernel<Flat>, (count + kThreads - 1) / kThreads, kThreads, 0, stream, moments,
+    launch(weights_kernel<Flat>, (count + kThreads - 1) / kThreads, kThreads, 0, stream, numbers,
            count, live);
     step.live = live;
   } else {
-    step.weights = Weights<Flat>::of(moments.beta1.value, moments.correction1.value,
-                                     moments.beta2.value, moments.weight2.value,
-                                     moments.correction2.value, moments.eps);
+    step.weights = Weights<Flat>::of(numbers.beta1.value, numbers.correction1.value,
+                                     numbers.beta2.value, numbers.weight2.value,
+                                     numbers.correction2.value, numbers.eps);
   }
-  if (moments.normalized && exp_avg_sq) {
+  if (numbers.normalized && exp_avg_sq) {
     move(step, norms);  // nothing but G moves yet, and D is G
     step.norms = norms;
     step.is_there = grad != nullptr;  // gathering twice would add it twice
@@ -282,10 +275,10 @@ void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction,
 }
 
 template void graft_moments(float*, float*, float*, float*, float*, const std::vector<Source>&,
-                            const std::vector<Tile>&, Number, bool, const Moments&, double*,
+                            const std::vector<Tile>&, Number, bool, const MomentNumbers&, double*,
                             Stream);
 template void graft_moments(double*, double*, double*, double*, double*,
                             const std::vector<Source>&, const std::vector<Tile>&, Number, bool,
-                            const Moments&, double*, Stream);
+                            const MomentNumbers&, double*, Stream);
 
 }  // namespace shampoo::cuda

@@ -123,10 +123,6 @@ struct TileTable {
 };
 static_assert(sizeof(TileTable) <= 32000, "a launch takes 32764 bytes of arguments");
 
-inline int64_t bytes_of(Dtype dtype) {
-  return dtype == Dtype::kDouble ? 8 : dtype == Dtype::kFloat ? 4 : 2;
-}
-
 // The stride in memory of a mode of `length` indices at logical distance `pitch`, or 0 if it has
 // not one only.
 inline int64_t stride_of(const Source& source, int64_t pitch, int64_t length) {
@@ -142,8 +138,7 @@ inline int64_t stride_of(const Source& source, int64_t pitch, int64_t length) {
 inline DeviceTile device_tile_of(const Tile& tile, const Source& source, bool flat_aligned) {
   constexpr int64_t kLimit = int64_t{1} << 31;
   const size_t modes = tile.extent.size(), dims = source.sizes.size();
-  int64_t numel = 1;
-  for (const int64_t size : source.sizes) numel *= size;
+  const int64_t numel = source.numel();
   if (tile.numel() >= kLimit)
     throw std::invalid_argument("a tile has " + std::to_string(tile.numel()) +
                                 " elements. Must be < 2^31: cut it into several.");
@@ -169,10 +164,10 @@ inline DeviceTile device_tile_of(const Tile& tile, const Source& source, bool fl
     logical += tile.start[mode] * tile.pitch[mode];
   }
   if (has_strides) {
-    entry.data = source.data + first * bytes_of(source.dtype);
+    entry.data = source.data + first * itemsize(source.dtype);
     const auto address = reinterpret_cast<uintptr_t>(entry.data);
     entry.quads = flat_aligned && entry.offset % 4 == 0 && tile.extent[modes - 1] % 4 == 0 &&
-                  entry.pitch[modes - 1] == 1 && address % (4 * bytes_of(source.dtype)) == 0;
+                  entry.pitch[modes - 1] == 1 && address % (4 * itemsize(source.dtype)) == 0;
     for (size_t mode = 0; mode + 1 < modes; ++mode) entry.quads &= entry.pitch[mode] % 4 == 0;
     return entry;
   }

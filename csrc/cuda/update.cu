@@ -4,7 +4,6 @@
 #include "common/philox.h"
 #include "cuda/elements.h"
 #include "cuda/launch.h"
-#include "cuda/numbers.h"
 #include "cuda/tile_table.h"
 
 namespace shampoo::cuda {
@@ -15,20 +14,20 @@ struct Update {
   Flat* momentum;
   const Flat* direction;
   const Flat* scale;
-  Move move;
+  UpdateNumbers numbers;
   Rounding rounding;
 };
 
-// The numbers of a Move, read.
+// UpdateNumbers, read.
 struct Pace {
   double lr, weight_decay, mu;
   bool nesterov;
 
-  __device__ __forceinline__ explicit Pace(const Move& move)
-      : lr(read(move.lr)),
-        weight_decay(read(move.weight_decay)),
-        mu(read(move.mu)),
-        nesterov(move.nesterov) {}
+  __device__ __forceinline__ explicit Pace(const UpdateNumbers& numbers)
+      : lr(numbers.lr.read()),
+        weight_decay(numbers.weight_decay.read()),
+        mu(numbers.mu.read()),
+        nesterov(numbers.nesterov) {}
 };
 
 // In the order of roundings of the reference: products that touch only flat tensors in Flat, the
@@ -55,7 +54,7 @@ template <class Flat>
 __global__ void __launch_bounds__(kThreads, sizeof(Flat) == 4 ? 4 : 3)
     update_kernel(const __grid_constant__ TileTable table, Update<Flat> update) {
   const DeviceTile& tile = table.find(blockIdx.x);
-  const Pace pace(update.move);
+  const Pace pace(update.numbers);
   with_type(tile.data, tile.dtype, [&](auto* data) {
     using Param = std::remove_pointer_t<decltype(data)>;
     using Wide = std::conditional_t<std::is_same_v<Param, double>, double, Flat>;
@@ -73,16 +72,17 @@ __global__ void __launch_bounds__(kThreads, sizeof(Flat) == 4 ? 4 : 3)
         step(weight[i], momentum[i], update.momentum != nullptr,
              scale == Flat(0) ? Flat(0) : direction[i] * scale, pace);  // Inf times 0 is no zero
       if (update.momentum) store(update.momentum + flat, momentum);
-      if constexpr (std::is_same_v<Param, BFloat16Bits>) {
+      if constexpr (std::is_same_v<Param, BFloat16>) {
         if (update.rounding.stochastic) {
           const auto drawn = static_cast<uint64_t>(
-              read(update.rounding.step, tile.first_block + place.block));
+              update.rounding.step.read(tile.first_block + place.block));
           const RandomWords random =
               philox(update.rounding.seed, drawn, static_cast<uint64_t>(flat) / 4);
 #pragma unroll
           for (int i = 0; i < kCount; ++i)
-            narrow(data[place.element + i], static_cast<float>(weight[i]),
-                   kCount == 4 ? random.words[i] : random.word(flat % 4));
+            data[place.element + i] =
+                round_stochastically(static_cast<float>(weight[i]),
+                                     kCount == 4 ? random.words[i] : random.word(flat % 4));
           return;
         }
       }
@@ -95,9 +95,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(Flat) == 4 ? 4 : 3)
 
 template <class Flat>
 void update_blocks(const std::vector<Source>& params, Flat* momentum, const Flat* direction,
-                   const Flat* scale, const std::vector<Tile>& tiles, const Move& move,
+                   const Flat* scale, const std::vector<Tile>& tiles, const UpdateNumbers& numbers,
                    const Rounding& rounding, Stream stream) {
-  const Update<Flat> update{momentum, direction, scale, move, rounding};
+  const Update<Flat> update{momentum, direction, scale, numbers, rounding};
   const bool aligned = (reinterpret_cast<uintptr_t>(momentum) |
                         reinterpret_cast<uintptr_t>(direction)) % sizeof(Quad<Flat>) == 0;
   for_each_table(tiles, params, aligned, [&](const TileTable& table, uint32_t chunks) {
@@ -106,8 +106,10 @@ void update_blocks(const std::vector<Source>& params, Flat* momentum, const Flat
 }
 
 template void update_blocks(const std::vector<Source>&, float*, const float*, const float*,
-                            const std::vector<Tile>&, const Move&, const Rounding&, Stream);
+                            const std::vector<Tile>&, const UpdateNumbers&, const Rounding&,
+                            Stream);
 template void update_blocks(const std::vector<Source>&, double*, const double*, const double*,
-                            const std::vector<Tile>&, const Move&, const Rounding&, Stream);
+                            const std::vector<Tile>&, const UpdateNumbers&, const Rounding&,
+                            Stream);
 
 }  // namespace shampoo::cuda

@@ -101,14 +101,14 @@ void graft_moments_(uintptr_t grad, uintptr_t exp_avg, uintptr_t exp_avg_sq, uin
                     Given beta1, Given correction1, Given beta2, Given weight2, Given correction2,
                     double eps, bool normalized) {
   const std::vector<Tile> tiles = tiles_of(rows);
-  const Moments moments{number_of(beta1),   number_of(correction1), number_of(beta2),
+  const MomentNumbers numbers{number_of(beta1),   number_of(correction1), number_of(beta2),
                         number_of(weight2), number_of(correction2), eps, normalized};
-  std::vector<double> scratch(moments_scratch(tiles, moments), NAN);
+  std::vector<double> scratch(moments_scratch(tiles, numbers), NAN);
   with_flat(is_double, [&](auto flat) {
     using Flat = decltype(flat);
     graft_moments(at<Flat>(grad), at<Flat>(exp_avg), at<Flat>(exp_avg_sq), at<Flat>(direction),
                   at<Flat>(norm), sources_of(sources), tiles, number_of(alpha), accumulate,
-                  moments, scratch.data(), nullptr);
+                  numbers, scratch.data(), nullptr);
   });
 }
 
@@ -120,7 +120,7 @@ void update_blocks_(const std::vector<Memory>& params, uintptr_t momentum, uintp
     using Flat = decltype(flat);
     update_blocks(sources_of(params), at<Flat>(momentum), at<const Flat>(direction),
                   at<const Flat>(scale), tiles_of(tiles),
-                  Move{number_of(lr), number_of(weight_decay), number_of(mu), nesterov},
+                  UpdateNumbers{number_of(lr), number_of(weight_decay), number_of(mu), nesterov},
                   Rounding{stochastic, seed, number_of(step)}, nullptr);
   });
 }
