@@ -22,7 +22,7 @@ KERNELS = {
     "update_kernel<double>": (256, 3),
     "moments_kernel<float>": (256, 3),
     "moments_kernel<double>": (256, 2),
-    "weights_kernel": (256, 1),
+    "coefficients_kernel": (256, 1),
     "norms_kernel": (256, 4),
     "minimax_small_root_kernel<32>": (64, 8),
     "minimax_small_root_kernel<64>": (128, 3),

@@ -65,67 +65,22 @@ struct Chunks {
   }
 };
 
+// D of one chunk into `out`. `raw` is the gradient, normalized or not.
 template <class Flat>
-struct Step {
-  Flat coefficient, correction1, beta2, weight2, scale2, eps;
-  bool from_gradient;
-
-  Step(const MomentNumbers& numbers, int64_t block)
-      : coefficient(static_cast<Flat>(1.0 - numbers.beta1.read())),
-        correction1(static_cast<Flat>(numbers.correction1.read(block))),
-        beta2(static_cast<Flat>(numbers.beta2.read())),
-        weight2(static_cast<Flat>(numbers.weight2.read())),
-        scale2(static_cast<Flat>(1.0 / numbers.correction2.read(block))),
-        eps(static_cast<Flat>(numbers.eps)),
-        from_gradient(coefficient >= Flat(0.5)) {
-    // As torch's lerp: from the nearer end, so that a weight of 1 gives exactly the gradient.
-    if (from_gradient) coefficient -= Flat(1);
-  }
-
-  // exp_avg <- beta1 exp_avg + (1 - beta1) grad
-  Flat average(Flat avg, Flat grad) const {
-    return fused(coefficient, grad - avg, from_gradient ? grad : avg);
-  }
-  // exp_avg_sq <- beta2 exp_avg_sq + weight2 grad^2
-  Flat square(Flat sq, Flat grad) const { return fused(weight2 * grad, grad, beta2 * sq); }
-  Flat denominator(Flat sq) const { return std::sqrt(sq * scale2) + eps; }
-
-  // D of one chunk into `out`. `raw` is the gradient, normalized or not.
-  void operator()(Flat* __restrict out, Flat* __restrict avg, Flat* __restrict sq, const Flat* grad,
-                  const Flat* raw, int64_t count) const {
-    if (avg && sq) {
-      for (int64_t i = 0; i < count; ++i) {
-        const Flat moved = average(avg[i], grad[i]), spread = square(sq[i], raw[i]);
-        avg[i] = moved;
-        sq[i] = spread;
-        out[i] = moved / (correction1 * denominator(spread));
-      }
-    } else if (sq) {
-      for (int64_t i = 0; i < count; ++i) {
-        const Flat spread = square(sq[i], raw[i]);
-        sq[i] = spread;
-        out[i] = grad[i] / denominator(spread);
-      }
-    } else if (avg) {
-      for (int64_t i = 0; i < count; ++i) {
-        const Flat moved = average(avg[i], grad[i]);
-        avg[i] = moved;
-        out[i] = moved / correction1;
-      }
-    } else {
-      std::copy_n(grad, count, out);
-    }
-  }
-};
-
-// The gradient of a chunk, scaled so that its block has norm 1; zero if the block is.
-template <class Flat>
-void normalize(Flat* out, const Flat* grad, double norm, int64_t count) {
-  const Flat divisor = static_cast<Flat>(norm);
-  if (norm > 0.0)
-    for (int64_t i = 0; i < count; ++i) out[i] = grad[i] / divisor;
+void move_moments(Flat* __restrict out, Flat* __restrict avg, Flat* __restrict sq, const Flat* grad,
+                  const Flat* raw, int64_t count, const MomentCoefficients<Flat>& by) {
+  Flat none = Flat(0);
+  if (avg && sq)
+    for (int64_t i = 0; i < count; ++i)
+      out[i] = by.direction(avg[i], true, sq[i], true, grad[i], raw[i]);
+  else if (sq)
+    for (int64_t i = 0; i < count; ++i)
+      out[i] = by.direction(none, false, sq[i], true, grad[i], raw[i]);
+  else if (avg)
+    for (int64_t i = 0; i < count; ++i)
+      out[i] = by.direction(avg[i], true, none, false, grad[i], raw[i]);
   else
-    std::fill_n(out, count, Flat(0));
+    std::copy_n(grad, count, out);
 }
 
 }  // namespace
@@ -162,7 +117,7 @@ void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction,
     norms.resize(blocks_of(tiles));
     chunks.norms(sums, norms.data());
   }
-  const Step<Flat> shared(numbers, 0);
+  const auto shared = MomentCoefficients<Flat>::of(numbers, 0);
   at::parallel_for(0, total, grain, [&](int64_t begin, int64_t end) {
     if (!normalized) gather(begin, end);
     alignas(64) Flat space[kChunk], grafted[kChunk], unit[kChunk];
@@ -171,12 +126,13 @@ void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction,
       const Flat* own = gathered(space, ordinal, start, count);
       const Flat* raw = own;
       if (normalized) {
-        normalize(unit, own, norms[block], count);
+        const Flat of_block = static_cast<Flat>(norms[block]);
+        for (int64_t i = 0; i < count; ++i) unit[i] = normalize(own[i], of_block);
         raw = unit;
       }
-      const Step<Flat> step = numbers.is_shared() ? shared : Step<Flat>(numbers, block);
-      step(grafted, exp_avg ? exp_avg + start : nullptr, exp_avg_sq ? exp_avg_sq + start : nullptr,
-           own, raw, count);
+      move_moments(grafted, exp_avg ? exp_avg + start : nullptr,
+                   exp_avg_sq ? exp_avg_sq + start : nullptr, own, raw, count,
+                   numbers.is_shared() ? shared : MomentCoefficients<Flat>::of(numbers, block));
       sums[chunk] = sum_of_squares(grafted, count);
       if (direction) std::copy_n(grafted, count, direction + start);
     });

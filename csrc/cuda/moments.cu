@@ -33,37 +33,6 @@ __device__ __forceinline__ double over_warp(double sum) {
   return sum;
 }
 
-// MomentNumbers as the kernel uses them.
-template <class Flat>
-struct Weights {
-  Flat coefficient, correction1, beta2, weight2, scale2, eps;
-  bool from_gradient;
-
-  __host__ __device__ static Weights of(double beta1, double correction1, double beta2,
-                                        double weight2, double correction2, double eps) {
-    Weights weights{static_cast<Flat>(1.0 - beta1),
-                    static_cast<Flat>(correction1),
-                    static_cast<Flat>(beta2),
-                    static_cast<Flat>(weight2),
-                    static_cast<Flat>(1.0 / correction2),
-                    static_cast<Flat>(eps),
-                    false};
-    // As torch's lerp: from the nearer end, so that a weight of 1 gives exactly the gradient.
-    weights.from_gradient = weights.coefficient >= Flat(0.5);
-    if (weights.from_gradient) weights.coefficient -= Flat(1);
-    return weights;
-  }
-
-  // exp_avg <- beta1 exp_avg + (1 - beta1) grad
-  __device__ __forceinline__ Flat average(Flat avg, Flat value) const {
-    return fused(coefficient, value - avg, from_gradient ? value : avg);
-  }
-  // exp_avg_sq <- beta2 exp_avg_sq + weight2 grad^2
-  __device__ __forceinline__ Flat square(Flat sq, Flat value) const {
-    return fused(weight2 * value, value, beta2 * sq);
-  }
-};
-
 template <class Flat>
 struct Step {
   Flat *grad, *exp_avg, *exp_avg_sq, *direction;
@@ -72,8 +41,8 @@ struct Step {
   bool is_there;        // in `grad`, gathered already
   const double* norms;  // of the gradient's blocks, if they are to be normalized
   double* sums;         // [parts] of a launch, read by the next one
-  Weights<Flat> weights;
-  const Weights<Flat>* live;  // in their place, for every block, if not null
+  MomentCoefficients<Flat> coefficients;
+  const MomentCoefficients<Flat>* live;  // in their place, for every block, if not null
 
   // G of kCount elements, at `from` in their tensor and `at` in the segment.
   template <int kCount, class Element>
@@ -95,7 +64,7 @@ struct Step {
 
   // Moves kCount elements and adds the squares of D to `sum`.
   template <int kCount, class Element>
-  __device__ __forceinline__ void move(double& sum, const Weights<Flat>& weights,
+  __device__ __forceinline__ void move(double& sum, const MomentCoefficients<Flat>& by,
                                        const Element* from, int64_t at, Flat factor,
                                        Flat norm) const {
     Flat values[kCount] = {}, avg[kCount] = {}, sq[kCount] = {};
@@ -104,17 +73,9 @@ struct Step {
     gather(values, from, at, factor);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const Flat raw = !norms ? values[i] : norm > Flat(0) ? values[i] / norm : Flat(0);
-      Flat divisor = Flat(1);
-      if (exp_avg) {
-        values[i] = avg[i] = weights.average(avg[i], values[i]);
-        divisor = weights.correction1;
-      }
-      if (exp_avg_sq) {
-        sq[i] = weights.square(sq[i], raw);
-        divisor *= sqrt(sq[i] * weights.scale2) + weights.eps;
-      }
-      values[i] /= divisor;
+      const Flat raw = norms ? normalize(values[i], norm) : values[i];
+      values[i] = by.direction(avg[i], exp_avg != nullptr, sq[i], exp_avg_sq != nullptr, values[i],
+                               raw);
       sum = fused(static_cast<double>(values[i]), static_cast<double>(values[i]), sum);
     }
     if (exp_avg) store(exp_avg + at, avg);
@@ -125,12 +86,10 @@ struct Step {
 
 // One thread for a block: the division costs more than a thread of moments_kernel has to spare.
 template <class Flat>
-__global__ void weights_kernel(MomentNumbers numbers, int64_t count, Weights<Flat>* to) {
+__global__ void coefficients_kernel(MomentNumbers numbers, int64_t count,
+                                    MomentCoefficients<Flat>* to) {
   const int64_t block = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (block < count)
-    to[block] = Weights<Flat>::of(numbers.beta1.read(), numbers.correction1.read(block),
-                                  numbers.beta2.read(), numbers.weight2.read(),
-                                  numbers.correction2.read(block), numbers.eps);
+  if (block < count) to[block] = MomentCoefficients<Flat>::of(numbers, block);
 }
 
 // In double fewer blocks share a multiprocessor: registers would not do for more.
@@ -148,7 +107,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(Flat) == 4 ? 3 : 2)
   const uint32_t begin = start + (part - tile.first_chunk - block * parts.divisor) * kPart;
   const uint32_t end = min(begin + kPart, start + numel);
   const Flat norm = step.norms ? static_cast<Flat>(step.norms[tile.first_block + block]) : Flat(0);
-  const Weights<Flat> weights = step.live ? step.live[tile.first_block + block] : step.weights;
+  const MomentCoefficients<Flat> by =
+      step.live ? step.live[tile.first_block + block] : step.coefficients;
   const Flat factor = static_cast<Flat>(step.alpha.read());
   double sum = 0.0;
   with_type(tile.data, tile.dtype, [&](auto* data) {
@@ -156,13 +116,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(Flat) == 4 ? 3 : 2)
     if (tile.quads) {
 #pragma unroll 2
       for (uint32_t at = begin + 4 * lane; at < end; at += 4 * 32)
-        step.template move<4>(sum, weights, data + tile.place(at).element, tile.offset + at,
+        step.template move<4>(sum, by, data + tile.place(at).element, tile.offset + at,
                               factor, norm);
     } else {
       for (uint32_t quad = begin + 4 * lane; quad < end; quad += 4 * 32)
 #pragma unroll 1
         for (uint32_t at = quad; at < min(quad + 4, end); ++at)
-          step.template move<1>(sum, weights, data + tile.place(at).element, tile.offset + at,
+          step.template move<1>(sum, by, data + tile.place(at).element, tile.offset + at,
                                 factor, norm);
     }
   });
@@ -210,23 +170,17 @@ std::vector<PartTable> part_tables(const std::vector<Tile>& tiles,
   return tables;
 }
 
-constexpr int64_t kWeights = sizeof(Weights<double>) / sizeof(double);
-
-// Whether the host does not know all numbers.
-bool is_live(const MomentNumbers& numbers) {
-  return numbers.beta1.live || numbers.correction1.live || numbers.beta2.live ||
-         numbers.weight2.live || numbers.correction2.live;
-}
-
-// How many Weights lie in front of the scratch: one for each block, if they are made on the device.
-int64_t weights_of(const std::vector<Tile>& tiles, const MomentNumbers& numbers) {
-  return is_live(numbers) ? blocks_of(tiles) : 0;
+// How many doubles lie in front of the scratch: for each block, its coefficients, if they are made on
+// the device.
+int64_t coefficients_scratch(const std::vector<Tile>& tiles, const MomentNumbers& numbers) {
+  constexpr int64_t kEach = sizeof(MomentCoefficients<double>) / sizeof(double);
+  return numbers.is_live() ? kEach * blocks_of(tiles) : 0;
 }
 
 }  // namespace
 
 int64_t moments_scratch(const std::vector<Tile>& tiles, const MomentNumbers& numbers) {
-  int64_t doubles = kWeights * weights_of(tiles, numbers);
+  int64_t doubles = coefficients_scratch(tiles, numbers);
   for (const Tile& tile : tiles) doubles += tile.blocks * (parts_of(tile.block_numel) + 1);
   return doubles;
 }
@@ -236,8 +190,8 @@ void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction,
                    const std::vector<Source>& sources, const std::vector<Tile>& tiles,
                    Number alpha, bool accumulate, const MomentNumbers& numbers, double* scratch,
                    Stream stream) {
-  const int64_t count = weights_of(tiles, numbers);
-  double *norms = scratch + count * kWeights, *sums = norms + blocks_of(tiles);
+  const int64_t blocks = blocks_of(tiles);
+  double *norms = scratch + coefficients_scratch(tiles, numbers), *sums = norms + blocks;
   uintptr_t memory = 0;
   for (const Flat* flat : std::vector<const Flat*>{grad, exp_avg, exp_avg_sq, direction})
     memory |= reinterpret_cast<uintptr_t>(flat);
@@ -253,15 +207,13 @@ void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction,
   };
   Step<Flat> step{grad, nullptr, nullptr, nullptr, alpha, accumulate};
   step.sums = sums;
-  if (is_live(numbers)) {
-    auto* live = reinterpret_cast<Weights<Flat>*>(scratch);
-    launch(weights_kernel<Flat>, (count + kThreads - 1) / kThreads, kThreads, 0, stream, numbers,
-           count, live);
+  if (numbers.is_live()) {
+    auto* live = reinterpret_cast<MomentCoefficients<Flat>*>(scratch);
+    launch(coefficients_kernel<Flat>, (blocks + kThreads - 1) / kThreads, kThreads, 0, stream,
+           numbers, blocks, live);
     step.live = live;
   } else {
-    step.weights = Weights<Flat>::of(numbers.beta1.value, numbers.correction1.value,
-                                     numbers.beta2.value, numbers.weight2.value,
-                                     numbers.correction2.value, numbers.eps);
+    step.coefficients = MomentCoefficients<Flat>::of(numbers, 0);
   }
   if (numbers.normalized && exp_avg_sq) {
     move(step, norms);  // nothing but G moves yet, and D is G
