@@ -14,7 +14,7 @@ setup(
         "shampoo": ["py.typed"],
         "shampoo.ops": ["*.json"],
         "shampoo.roots": ["*.json"],
-        "shampoo.csrc": ["*.h", "*.cpp", "*.cu", "*.cuh"],
+        "shampoo.csrc": ["*.cpp", "*/*.h", "*/*.cpp", "*/*.cu"],
     },
     include_package_data=False,
 )

@@ -1,19 +1,36 @@
 // Checks the arguments of every op and hands raw memory to the CPU kernels. The schemas live in
-// shampoo/ops.py, the meanings in kernels/reference.py.
+// shampoo/ops/__init__.py, the meanings in kernels/reference/ops.py.
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <optional>
 
-#include "arguments.h"
-#include "eigen.h"
-#include "gram.h"
-#include "minimax.h"
-#include "precondition.h"
+#include "common/arguments.h"
+#include "cpu/eigh.h"
+#include "cpu/gather.h"
+#include "cpu/gram.h"
+#include "cpu/magnitudes.h"
+#include "cpu/minimax.h"
+#include "cpu/moments.h"
+#include "cpu/precondition.h"
+#include "cpu/update.h"
 
 namespace shampoo {
 namespace {
+
+// A number that an overload `Tensor` takes, read on the host.
+double number_of(const char* name, const at::Tensor& tensor) {
+  check_number(name, tensor, at::kCPU);
+  return *static_cast<const double*>(tensor.const_data_ptr());
+}
+
+// Numbers that an overload `Tensor` takes for its blocks, read on the host.
+Number numbers_of(const char* name, const at::Tensor& tensor, int64_t blocks) {
+  check_numbers(name, tensor, blocks, at::kCPU);
+  const double* values = static_cast<const double*>(tensor.const_data_ptr());
+  return tensor.dim() == 0 ? Number(*values) : Number(values, true);
+}
 
 void gather_blocks_(const at::Tensor& out, at::TensorList sources, const at::Tensor& tiles,
                     double alpha, bool accumulate) {
@@ -22,7 +39,7 @@ void gather_blocks_(const at::Tensor& out, at::TensorList sources, const at::Ten
   if (table.empty()) return;
   const auto memory = sources_of("sources", sources);
   with_flat(out, [&](auto flat) {
-    gather_blocks(pointer<decltype(flat)>(out), memory, table, alpha, accumulate);
+    cpu::gather_blocks(pointer<decltype(flat)>(out), memory, table, alpha, accumulate);
   });
 }
 
@@ -31,25 +48,25 @@ void gather_blocks_live_(const at::Tensor& out, at::TensorList sources, const at
   gather_blocks_(out, sources, tiles, number_of("alpha", alpha), accumulate);
 }
 
-// `moments_for(blocks)`: the numbers of a table that describes so many.
-template <class MomentsFor>
+// `numbers_for(blocks)`: those of a table that describes so many.
+template <class NumbersFor>
 void move_moments(const std::optional<at::Tensor>& grad, const std::optional<at::Tensor>& exp_avg,
                   const std::optional<at::Tensor>& exp_avg_sq,
                   const std::optional<at::Tensor>& direction, const at::Tensor& norm,
                   at::TensorList sources, const at::Tensor& tiles, double alpha, bool accumulate,
-                  const MomentsFor& moments_for) {
+                  const NumbersFor& numbers_for) {
   const auto table =
       moments_of(grad, exp_avg, exp_avg_sq, direction, norm, sources, tiles, accumulate);
   if (table.empty()) return;
   const int64_t blocks = blocks_of(table);
-  const Moments moments = moments_for(blocks);
-  check_corrections(exp_avg, exp_avg_sq, moments.correction1, moments.correction2, blocks);
+  const MomentNumbers numbers = numbers_for(blocks);
+  check_corrections(exp_avg, exp_avg_sq, numbers.correction1, numbers.correction2, blocks);
   const auto memory = sources_of("sources", sources);
   with_flat(norm, [&](auto flat) {
     using Flat = decltype(flat);
-    graft_moments(pointer<Flat>(grad), pointer<Flat>(exp_avg), pointer<Flat>(exp_avg_sq),
-                  pointer<Flat>(direction), pointer<Flat>(norm), memory, table, alpha, accumulate,
-                  moments);
+    cpu::graft_moments(pointer<Flat>(grad), pointer<Flat>(exp_avg), pointer<Flat>(exp_avg_sq),
+                       pointer<Flat>(direction), pointer<Flat>(norm), memory, table, alpha,
+                       accumulate, numbers);
   });
 }
 
@@ -62,8 +79,8 @@ void graft_moments_(const std::optional<at::Tensor>& grad,
                     double correction2, double eps, bool normalized) {
   move_moments(grad, exp_avg, exp_avg_sq, direction, norm, sources, tiles, alpha, accumulate,
                [&](int64_t) {
-                 return Moments{beta1, {correction1}, beta2,     weight2,
-                                {correction2},        eps,       normalized};
+                 return MomentNumbers{beta1,       correction1, beta2,     weight2,
+                                      correction2, eps,         normalized};
                });
 }
 
@@ -77,13 +94,13 @@ void graft_moments_live_(const std::optional<at::Tensor>& grad,
                          const at::Tensor& correction2, double eps, bool normalized) {
   move_moments(grad, exp_avg, exp_avg_sq, direction, norm, sources, tiles,
                number_of("alpha", alpha), accumulate, [&](int64_t blocks) {
-                 return Moments{number_of("beta1", beta1),
-                                numbers_of("correction1", correction1, blocks),
-                                number_of("beta2", beta2),
-                                number_of("weight2", weight2),
-                                numbers_of("correction2", correction2, blocks),
-                                eps,
-                                normalized};
+                 return MomentNumbers{number_of("beta1", beta1),
+                                      numbers_of("correction1", correction1, blocks),
+                                      number_of("beta2", beta2),
+                                      number_of("weight2", weight2),
+                                      numbers_of("correction2", correction2, blocks),
+                                      eps,
+                                      normalized};
                });
 }
 
@@ -91,7 +108,8 @@ void graft_moments_live_(const std::optional<at::Tensor>& grad,
 template <class StepFor>
 void move_weights(at::TensorList params, const std::optional<at::Tensor>& momentum,
                   const at::Tensor& direction, const at::Tensor& scale, const at::Tensor& tiles,
-                  const Move& move, std::optional<int64_t> seed, const StepFor& step_for) {
+                  const UpdateNumbers& numbers, std::optional<int64_t> seed,
+                  const StepFor& step_for) {
   check_flat("direction", direction);
   check_same("scale", scale, "direction", direction);
   const auto table = tiles_of(tiles, "params", params, "direction", direction);
@@ -102,8 +120,8 @@ void move_weights(at::TensorList params, const std::optional<at::Tensor>& moment
                           step_for(blocks_of(table))};
   with_flat(direction, [&](auto flat) {
     using Flat = decltype(flat);
-    update_blocks(memory, pointer<Flat>(momentum), const_pointer<Flat>(direction),
-                  const_pointer<Flat>(scale), table, move, rounding);
+    cpu::update_blocks(memory, pointer<Flat>(momentum), const_pointer<Flat>(direction),
+                       const_pointer<Flat>(scale), table, numbers, rounding);
   });
 }
 
@@ -112,7 +130,7 @@ void update_blocks_(at::TensorList params, const std::optional<at::Tensor>& mome
                     double lr, double weight_decay, double mu, bool nesterov,
                     std::optional<int64_t> seed, double step) {
   move_weights(params, momentum, direction, scale, tiles, {lr, weight_decay, mu, nesterov}, seed,
-               [&](int64_t) { return Numbers{step}; });
+               [&](int64_t) { return Number(step); });
 }
 
 void update_blocks_live_(at::TensorList params, const std::optional<at::Tensor>& momentum,
@@ -120,10 +138,10 @@ void update_blocks_live_(at::TensorList params, const std::optional<at::Tensor>&
                          const at::Tensor& tiles, const at::Tensor& lr,
                          const at::Tensor& weight_decay, const at::Tensor& mu, bool nesterov,
                          std::optional<int64_t> seed, const std::optional<at::Tensor>& step) {
-  const Move move{number_of("lr", lr), number_of("weight_decay", weight_decay),
-                  number_of("mu", mu), nesterov};
-  move_weights(params, momentum, direction, scale, tiles, move, seed, [&](int64_t blocks) {
-    return step ? numbers_of("step", *step, blocks) : Numbers{};
+  const UpdateNumbers numbers{number_of("lr", lr), number_of("weight_decay", weight_decay),
+                              number_of("mu", mu), nesterov};
+  move_weights(params, momentum, direction, scale, tiles, numbers, seed, [&](int64_t blocks) {
+    return step ? numbers_of("step", *step, blocks) : Number();
   });
 }
 
@@ -151,7 +169,7 @@ void gram_ema_(const at::Tensor& factor, const at::Tensor& grad, int64_t k, doub
               factor.strides(), ". Must be contiguous.");
   with_flat(factor, [&](auto flat) {
     using Flat = decltype(flat);
-    const auto kernel = diagonal ? gram_diagonal_ema<Flat> : gram_ema<Flat>;
+    const auto kernel = diagonal ? cpu::gram_diagonal_ema<Flat> : cpu::gram_ema<Flat>;
     kernel(pointer<Flat>(factor), const_pointer<Flat>(packed), blocks, before, size, after,
            static_cast<Flat>(beta), static_cast<Flat>(weight));
   });
@@ -164,7 +182,7 @@ void gram_ema_live_(const at::Tensor& factor, const at::Tensor& grad, int64_t k,
 
 void magnitudes_(const at::Tensor& out, at::TensorList tensors) {
   check_magnitudes(out, tensors);
-  magnitudes(pointer<double>(out), sources_of("tensors", tensors));
+  cpu::magnitudes(pointer<double>(out), sources_of("tensors", tensors));
 }
 
 void precondition_(const at::Tensor& out, const at::Tensor& norm, const at::Tensor& grad,
@@ -205,14 +223,14 @@ void precondition_(const at::Tensor& out, const at::Tensor& norm, const at::Tens
   }
   with_flat(grad, [&](auto flat) {
     using Flat = decltype(flat);
-    std::vector<Root<Flat>> modes;
+    std::vector<cpu::Root<Flat>> modes;
     for (int64_t mode = 0; mode < order; ++mode) {
       const at::Tensor& root = packed_roots[mode];
       const Flat* entries = root.defined() ? const_pointer<Flat>(root) : nullptr;
       modes.push_back({entries, grad.size(mode + 1), root.defined() && root.dim() == 2});
     }
-    precondition(pointer<Flat>(out), pointer<Flat>(norm), const_pointer<Flat>(packed),
-                 grad.size(0), modes);
+    cpu::precondition(pointer<Flat>(out), pointer<Flat>(norm), const_pointer<Flat>(packed),
+                      grad.size(0), modes);
   });
 }
 
@@ -235,14 +253,14 @@ void minimax_root_(const at::Tensor& root, const at::Tensor& ridge, const at::Te
   TORCH_CHECK(!schedule.empty() && schedule.size() % 3 == 0, "schedule has ", schedule.size(),
               " coefficients. Must have three for each step, and a step.");
   if (factor.numel() == 0) return;
-  std::vector<RootStep> steps;
+  std::vector<cpu::MinimaxStep> steps;
   for (size_t i = 0; i < schedule.size(); i += 3)
     steps.push_back({schedule[i], schedule[i + 1], schedule[i + 2]});
   const at::Tensor packed = factor.contiguous();
   with_flat(factor, [&](auto flat) {
     using Flat = decltype(flat);
-    minimax_root(pointer<Flat>(root), pointer<double>(ridge), const_pointer<Flat>(packed),
-                 factor.size(0), factor.size(1), p, eps, relative_eps, steps);
+    cpu::minimax_root(pointer<Flat>(root), pointer<double>(ridge), const_pointer<Flat>(packed),
+                      factor.size(0), factor.size(1), p, eps, relative_eps, steps);
   });
 }
 
@@ -254,7 +272,7 @@ void eigh_(const at::Tensor& values, const at::Tensor& vectors, const at::Tensor
   TORCH_CHECK(vectors.sizes() == stack.sizes(), "vectors has shape ", vectors.sizes(),
               ". Must be ", stack.sizes(), ".");
   if (stack.numel() == 0) return;
-  eigh(values, vectors, stack);
+  cpu::eigh(values, vectors, stack);
 }
 
 }  // namespace

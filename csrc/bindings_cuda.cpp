@@ -10,8 +10,8 @@
 #include <optional>
 #include <type_traits>
 
-#include "arguments.h"
-#include "launch.h"
+#include "common/arguments.h"
+#include "cuda/launch.h"
 
 namespace shampoo {
 namespace {
@@ -26,24 +26,23 @@ struct OnDeviceOf {
 };
 
 // Numbers of the host go into the arguments of a kernel, those on the device are read by it.
-cuda::Number number_of(const char*, double number, const at::Tensor&) { return number; }
-cuda::Number number_of(const char* name, const at::Tensor& number, const at::Tensor& beside) {
+Number number_of(const char*, double number, const at::Tensor&) { return number; }
+Number number_of(const char* name, const at::Tensor& number, const at::Tensor& beside) {
   check_number(name, number, beside.device());
-  return cuda::Number(static_cast<const double*>(number.const_data_ptr()));
+  return Number(static_cast<const double*>(number.const_data_ptr()));
 }
-
 
 // The same for numbers of which each of some blocks may have its own.
-cuda::Number numbers_of(const char*, double number, int64_t, const at::Tensor&) { return number; }
-cuda::Number numbers_of(const char* name, const at::Tensor& number, int64_t blocks,
-                        const at::Tensor& beside) {
+Number numbers_of(const char*, double number, int64_t, const at::Tensor&) { return number; }
+Number numbers_of(const char* name, const at::Tensor& number, int64_t blocks,
+                  const at::Tensor& beside) {
   check_numbers(name, number, blocks, beside.device());
-  return cuda::Number(static_cast<const double*>(number.const_data_ptr()), number.dim() == 1);
+  return Number(static_cast<const double*>(number.const_data_ptr()), number.dim() == 1);
 }
 
-cuda::Number numbers_of(const char* name, const std::optional<at::Tensor>& number, int64_t blocks,
-                        const at::Tensor& beside) {
-  return number ? numbers_of(name, *number, blocks, beside) : cuda::Number(0.0);
+Number numbers_of(const char* name, const std::optional<at::Tensor>& number, int64_t blocks,
+                  const at::Tensor& beside) {
+  return number ? numbers_of(name, *number, blocks, beside) : Number(0.0);
 }
 
 // Every op twice, with `Scalar` a double or a tensor.
@@ -60,7 +59,7 @@ void gather_blocks_(const at::Tensor& out, at::TensorList sources, const at::Ten
   const auto table = tiles_of(tiles, "sources", sources, "out", out);
   if (table.empty()) return;
   const auto memory = sources_of("sources", sources, out.device());
-  const cuda::Number factor = number_of("alpha", alpha, out);
+  const Number factor = number_of("alpha", alpha, out);
   const OnDeviceOf current(out);
   with_flat(out, [&](auto flat) {
     cuda::gather_blocks(pointer<decltype(flat)>(out), memory, table, factor, accumulate,
@@ -88,8 +87,8 @@ void graft_moments_(const std::optional<at::Tensor>& grad,
   const auto table = moments_of(grad, exp_avg, exp_avg_sq, direction, norm, sources, tiles,
                                 accumulate, norm.device());
   const int64_t blocks = blocks_of(table);
-  const cuda::Number factor = number_of("alpha", alpha, norm);
-  const cuda::Moments moments{number_of("beta1", beta1, norm),
+  const Number factor = number_of("alpha", alpha, norm);
+  const MomentNumbers numbers{number_of("beta1", beta1, norm),
                               numbers_of("correction1", correction1, blocks, norm),
                               number_of("beta2", beta2, norm),
                               number_of("weight2", weight2, norm),
@@ -102,12 +101,12 @@ void graft_moments_(const std::optional<at::Tensor>& grad,
   const auto memory = sources_of("sources", sources, norm.device());
   const OnDeviceOf current(norm);
   const at::Tensor scratch =
-      at::empty({cuda::moments_scratch(table, moments)}, norm.options().dtype(at::kDouble));
+      at::empty({cuda::moments_scratch(table, numbers)}, norm.options().dtype(at::kDouble));
   with_flat(norm, [&](auto flat) {
     using Flat = decltype(flat);
     cuda::graft_moments(pointer<Flat>(grad), pointer<Flat>(exp_avg), pointer<Flat>(exp_avg_sq),
                         pointer<Flat>(direction), pointer<Flat>(norm), memory, table, factor,
-                        accumulate, moments, pointer<double>(scratch), current.stream);
+                        accumulate, numbers, pointer<double>(scratch), current.stream);
   });
 }
 
@@ -122,21 +121,22 @@ void update_blocks_(at::TensorList params, const std::optional<at::Tensor>& mome
   if (table.empty()) return;
   check_update(momentum, direction, scale, table);
   const auto memory = sources_of("params", params, direction.device());
-  const cuda::Move move{number_of("lr", lr, direction),
+  const UpdateNumbers numbers{number_of("lr", lr, direction),
                         number_of("weight_decay", weight_decay, direction),
                         number_of("mu", mu, direction), nesterov};
-  const cuda::Rounding rounding{seed.has_value(), static_cast<uint64_t>(seed.value_or(0)),
+  const Rounding rounding{seed.has_value(), static_cast<uint64_t>(seed.value_or(0)),
                                 numbers_of("step", step, blocks_of(table), direction)};
   const OnDeviceOf current(direction);
   with_flat(direction, [&](auto flat) {
     using Flat = decltype(flat);
     cuda::update_blocks(memory, pointer<Flat>(momentum), const_pointer<Flat>(direction),
-                        const_pointer<Flat>(scale), table, move, rounding, current.stream);
+                        const_pointer<Flat>(scale), table, numbers, rounding, current.stream);
   });
 }
 
-void small_root_(const at::Tensor& root, const at::Tensor& ridge, const at::Tensor& factor,
-                 int64_t p, double eps, double relative_eps, at::ArrayRef<double> coefficients) {
+void minimax_small_root_(const at::Tensor& root, const at::Tensor& ridge, const at::Tensor& factor,
+                         int64_t p, double eps, double relative_eps,
+                         at::ArrayRef<double> coefficients) {
   const int64_t n = factor.dim() == 3 ? factor.size(2) : -1;
   TORCH_CHECK(n >= 0 && factor.size(1) == n && n <= cuda::kMaxRootSize, "factor has shape ",
               factor.sizes(), ". Must be [B, n, n] with n <= ", cuda::kMaxRootSize, ".");
@@ -155,27 +155,27 @@ void small_root_(const at::Tensor& root, const at::Tensor& ridge, const at::Tens
   check("ridge", ridge, at::kDouble);
   check("factor", factor, at::kFloat);
   TORCH_CHECK(p >= 2, "Invalid p=", p, ". Must be >= 2.");
-  constexpr int64_t kMaxSteps = cuda::RootSchedule::kMaxSteps;
+  constexpr int64_t kMaxSteps = cuda::MinimaxSchedule::kMaxSteps;
   const int64_t steps = static_cast<int64_t>(coefficients.size()) / 3;
   TORCH_CHECK(coefficients.size() % 3 == 0 && 0 < steps && steps <= kMaxSteps,
               "schedule has ", coefficients.size(), " elements. Must be 3 a step, 1 to ",
               kMaxSteps, " steps.");
   // As many steps in half precision as cost no accuracy.
   const int64_t residual = std::min<int64_t>(p >= 4 ? 2 : 1, steps - 1);
-  cuda::RootSchedule schedule{static_cast<int32_t>(steps), static_cast<int32_t>(residual), {}};
+  cuda::MinimaxSchedule schedule{static_cast<int32_t>(steps), static_cast<int32_t>(residual), {}};
   for (int64_t i = 0; i < 3 * steps; ++i)
     schedule.coefficients[i / 3][i % 3] = static_cast<float>(coefficients[i]);
   if (factor.numel() == 0) return;
   const OnDeviceOf current(factor);
-  cuda::small_root(pointer<float>(root), pointer<double>(ridge), const_pointer<float>(factor), n,
-                   factor.size(0), static_cast<int>(p), eps, relative_eps, schedule,
-                   current.stream);
+  cuda::minimax_small_root(pointer<float>(root), pointer<double>(ridge),
+                           const_pointer<float>(factor), n, factor.size(0), static_cast<int>(p),
+                           eps, relative_eps, schedule, current.stream);
 }
 
 }  // namespace
 }  // namespace shampoo
 
-// Names beside those of the ops: shampoo/backends.py decides which calls come here.
+// Names beside those of the ops: shampoo/ops/registry.py decides which calls come here.
 TORCH_LIBRARY_IMPL(shampoo, CUDA, m) {
   m.impl("cuda_gather_blocks_", &shampoo::gather_blocks_<double>);
   m.impl("cuda_gather_blocks_.Tensor", &shampoo::gather_blocks_<at::Tensor>);
@@ -184,5 +184,5 @@ TORCH_LIBRARY_IMPL(shampoo, CUDA, m) {
   m.impl("cuda_graft_moments_.Tensor", &shampoo::graft_moments_<at::Tensor>);
   m.impl("cuda_update_blocks_", &shampoo::update_blocks_<double>);
   m.impl("cuda_update_blocks_.Tensor", &shampoo::update_blocks_<at::Tensor>);
-  m.impl("cuda_minimax_small_root_", &shampoo::small_root_);
+  m.impl("cuda_minimax_small_root_", &shampoo::minimax_small_root_);
 }

@@ -23,11 +23,12 @@ from shampoo.roots.minimax_table import minimax_schedule
 
 EMULATION = Path(__file__).parent / "emulation"
 FLAGS = ["-O2", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-Wno-unknown-pragmas"]
+FLAGS += ["-DFP_FAST_FMA", "-DFP_FAST_FMAF"]  # a GPU fuses, whether or not this machine can
 
 
 @functools.cache
 def host_build(truncate: bool = False) -> ModuleType:
-    """The launchers of csrc/launch.h, with raw addresses; skips where nothing can be built.
+    """The launchers of csrc/cuda/launch.h, with raw addresses; skips where nothing can be built.
 
     ``truncate``: sums of the emulated tensor cores are rounded toward zero instead of to nearest.
     """
@@ -35,7 +36,7 @@ def host_build(truncate: bool = False) -> ModuleType:
         pytest.skip("the emulation needs the ucontext of Linux")
     if not jit.compiler_version():
         pytest.skip("no C++ compiler: the CUDA kernels are not emulated")
-    kernels = sorted(jit.source_dir().glob("*.cu"))
+    kernels = sorted(jit.source_dir().glob("cuda/*.cu"))
     name = "emulated_truncating" if truncate else "emulated"
     command = [*jit.compiler(), *FLAGS, *jit.portable_flags()[len(jit.CXX_FLAGS) :]]
     command += [f"-DEMULATION_NAME={name}"] + ["-DEMULATE_TRUNCATION"] * truncate
@@ -44,7 +45,7 @@ def host_build(truncate: bool = False) -> ModuleType:
         command += ["-I", str(folder)]
     command += ["-x", "c++", *map(str, kernels), str(EMULATION / "bindings.cpp")]
 
-    read = [*sorted(jit.source_dir().glob("*.h")), *kernels, *sorted(EMULATION.iterdir())]
+    read = [*sorted(jit.source_dir().rglob("*.h")), *kernels, *sorted(EMULATION.iterdir())]
     parts = [jit.compiler_version(), torch.__version__, sys.version, *command]
     parts += [path.read_text(encoding="utf-8") for path in read if path.is_file()]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
@@ -157,7 +158,7 @@ class HostOps:
         residual = min(residual, len(schedule) - 1)
         assert A.is_contiguous()
         self.module.set_order(self.backward)
-        self.module.small_root_(
+        self.module.minimax_small_root_(
             *map(_address, (memory, ridge, A)), n, batch, p, eps, relative_eps, schedule, residual
         )
         assert memory[A.numel() :].isnan().all()

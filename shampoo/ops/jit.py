@@ -60,7 +60,7 @@ def sources() -> list[Path]:
 
     ``*.cu`` and ``*_cuda.cpp`` are compiled for a torch with CUDA, where they are wanted.
     """
-    units = sorted(path for path in source_dir().iterdir() if path.suffix in {".cpp", ".cu"})
+    units = sorted(path for path in source_dir().rglob("*") if path.suffix in {".cpp", ".cu"})
     if needs_cuda():
         return units
     return [path for path in units if path.suffix == ".cpp" and not path.stem.endswith("_cuda")]
@@ -169,10 +169,11 @@ def library_path() -> Path:
     themselves: a machine that lacks one can so find what another has built.
     """
     parts = [torch.__version__, str(torch.version.cuda), *portable_flags(), *cuda_flags()]
-    parts += [path.name for path in sources()]
-    for path in sorted(source_dir().iterdir()):
+    folder = source_dir()
+    parts += [str(path.relative_to(folder)) for path in sources()]
+    for path in sorted(folder.rglob("*")):
         if path.suffix in {".h", ".cuh", ".cpp", ".cu"}:
-            parts += [path.name, path.read_text(encoding="utf-8")]
+            parts += [str(path.relative_to(folder)), path.read_text(encoding="utf-8")]
     return cache_dir() / _digest(*parts) / _digest(*compiler_versions()) / LIBRARY
 
 

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-SMALL_ROWS = 128  # of a matrix whose whole root iteration one thread block holds: launch.h
+SMALL_ROWS = (
+    128  # of a matrix whose whole root iteration one thread block holds: csrc/cuda/launch.h
+)
 SMALL_STEPS = 16  # of the schedule of such an iteration
 
 

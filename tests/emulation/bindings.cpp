@@ -1,4 +1,4 @@
-// The launchers of csrc/launch.h, as built for the host, under Python: pointers are integers.
+// The launchers of csrc/cuda/launch.h, as built for the host, under Python: pointers are integers.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,9 +8,9 @@
 #include <variant>
 #include <vector>
 
+#include "common/philox.h"
+#include "cuda/launch.h"
 #include "emulation.h"
-#include "launch.h"
-#include "philox.h"
 
 namespace shampoo::cuda {
 namespace {
@@ -20,16 +20,17 @@ Value* at(uintptr_t address) {
   return reinterpret_cast<Value*>(address);
 }
 
-void small_root_(uintptr_t root, uintptr_t ridge, uintptr_t factor, int64_t n, int64_t batch, int p,
-                 double eps, double relative_eps,
-                 const std::vector<std::tuple<float, float, float>>& coefficients, int residual) {
-  RootSchedule schedule{static_cast<int32_t>(coefficients.size()), residual, {}};
+void minimax_small_root_(uintptr_t root, uintptr_t ridge, uintptr_t factor, int64_t n,
+                         int64_t batch, int p, double eps, double relative_eps,
+                         const std::vector<std::tuple<float, float, float>>& coefficients,
+                         int residual) {
+  MinimaxSchedule schedule{static_cast<int32_t>(coefficients.size()), residual, {}};
   for (size_t k = 0; k < coefficients.size(); ++k) {
     float(&c)[3] = schedule.coefficients[k];
     std::tie(c[0], c[1], c[2]) = coefficients[k];
   }
-  small_root(at<float>(root), at<double>(ridge), at<const float>(factor), n, batch, p, eps,
-             relative_eps, schedule, nullptr);
+  minimax_small_root(at<float>(root), at<double>(ridge), at<const float>(factor), n, batch, p, eps,
+                     relative_eps, schedule, nullptr);
 }
 
 // A tensor: address, name of the dtype, sizes, strides.
@@ -100,14 +101,14 @@ void graft_moments_(uintptr_t grad, uintptr_t exp_avg, uintptr_t exp_avg_sq, uin
                     Given beta1, Given correction1, Given beta2, Given weight2, Given correction2,
                     double eps, bool normalized) {
   const std::vector<Tile> tiles = tiles_of(rows);
-  const Moments moments{number_of(beta1),   number_of(correction1), number_of(beta2),
+  const MomentNumbers numbers{number_of(beta1),   number_of(correction1), number_of(beta2),
                         number_of(weight2), number_of(correction2), eps, normalized};
-  std::vector<double> scratch(moments_scratch(tiles, moments), NAN);
+  std::vector<double> scratch(moments_scratch(tiles, numbers), NAN);
   with_flat(is_double, [&](auto flat) {
     using Flat = decltype(flat);
     graft_moments(at<Flat>(grad), at<Flat>(exp_avg), at<Flat>(exp_avg_sq), at<Flat>(direction),
                   at<Flat>(norm), sources_of(sources), tiles, number_of(alpha), accumulate,
-                  moments, scratch.data(), nullptr);
+                  numbers, scratch.data(), nullptr);
   });
 }
 
@@ -119,7 +120,7 @@ void update_blocks_(const std::vector<Memory>& params, uintptr_t momentum, uintp
     using Flat = decltype(flat);
     update_blocks(sources_of(params), at<Flat>(momentum), at<const Flat>(direction),
                   at<const Flat>(scale), tiles_of(tiles),
-                  Move{number_of(lr), number_of(weight_decay), number_of(mu), nesterov},
+                  UpdateNumbers{number_of(lr), number_of(weight_decay), number_of(mu), nesterov},
                   Rounding{stochastic, seed, number_of(step)}, nullptr);
   });
 }
@@ -136,7 +137,7 @@ PYBIND11_MODULE(EMULATION_NAME, module) {
     emulation::order = backward ? emulation::Order::kBackward : emulation::Order::kForward;
   });
   module.def("wide_accesses", [] { return emulation::wide_accesses; });
-  module.def("small_root_", &small_root_);
+  module.def("minimax_small_root_", &minimax_small_root_);
   module.def("gather_blocks_", &gather_blocks_);
   module.def("magnitudes_", &magnitudes_);
   module.def("graft_moments_", &graft_moments_);

@@ -170,7 +170,7 @@ def test_small_float32_roots_go_to_the_kernel_for_them(small_root, backend):
 
 
 def test_the_limits_of_small_roots_are_those_of_the_source():
-    source = (jit.source_dir() / "launch.h").read_text()
+    source = (jit.source_dir() / "cuda" / "launch.h").read_text()
     assert f"kMaxRootSize = {supports.SMALL_ROWS};" in source
     assert f"kMaxSteps = {supports.SMALL_STEPS};" in source
 

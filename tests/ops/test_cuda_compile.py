@@ -12,7 +12,7 @@ from shampoo.ops import jit
 pytestmark = pytest.mark.slow
 
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
-FILES = sorted(path.name for path in jit.source_dir().glob("*.cu"))
+FILES = sorted(path.name for path in jit.source_dir().glob("cuda/*.cu"))
 
 # Every kernel: threads of a block, and blocks that one multiprocessor must hold.
 KERNELS = {
@@ -22,12 +22,12 @@ KERNELS = {
     "update_kernel<double>": (256, 3),
     "moments_kernel<float>": (256, 3),
     "moments_kernel<double>": (256, 2),
-    "weights_kernel": (256, 1),
-    "lengths_kernel": (256, 4),
-    "small_root_kernel<32>": (64, 8),
-    "small_root_kernel<64>": (128, 3),
-    "small_root_kernel<96>": (192, 1),
-    "small_root_kernel<128>": (256, 1),
+    "coefficients_kernel": (256, 1),
+    "norms_kernel": (256, 4),
+    "minimax_small_root_kernel<32>": (64, 8),
+    "minimax_small_root_kernel<64>": (128, 3),
+    "minimax_small_root_kernel<96>": (192, 1),
+    "minimax_small_root_kernel<128>": (256, 1),
 }
 REGISTERS = 65536  # of a multiprocessor
 
@@ -67,7 +67,8 @@ def resources(report: str) -> list[tuple[str, int, int, int]]:
 @pytest.mark.parametrize("file", FILES)
 def test_kernels_compile_without_spills(tmp_path: Path, file: str, architecture: str) -> None:
     command = [nvcc(), "-cubin", f"-arch={architecture}", "-O3", "-Xptxas", "-v"]
-    command += ["-o", str(tmp_path / "kernel.cubin"), str(jit.source_dir() / file)]
+    command += ["-I", str(jit.source_dir()), "-o", str(tmp_path / "kernel.cubin")]
+    command += [str(jit.source_dir() / "cuda" / file)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr

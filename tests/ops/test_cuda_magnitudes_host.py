@@ -1,5 +1,8 @@
-"""The magnitudes of csrc/magnitudes.cu, emulated on the host: every element of any layout counts,
-nothing beside the tensors does, and every number goes where it belongs."""
+"""The magnitudes of csrc/cuda/magnitudes.cu, emulated on the host.
+
+Every element of any layout counts, nothing beside the tensors does, and every number goes where it
+belongs.
+"""
 
 import math
 

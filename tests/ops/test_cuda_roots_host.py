@@ -1,4 +1,4 @@
-"""The fused chain of csrc/roots.cu, emulated on the host, at the standard level of the roots."""
+"""The roots of csrc/cuda/minimax_small.cu, emulated on the host, at their standard level."""
 
 import pytest
 import torch

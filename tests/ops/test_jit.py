@@ -340,9 +340,10 @@ def append(path: Path) -> None:
 
 
 CHANGES = {
-    "source": lambda folder, patch: append(folder / "update.cpp"),
-    "header": lambda folder, patch: append(folder / "kernels.h"),
+    "source": lambda folder, patch: append(folder / "cpu" / "update.cpp"),
+    "header": lambda folder, patch: append(folder / "common" / "tiles.h"),
     "new file": lambda folder, patch: (folder / "new.h").write_text(""),
+    "moved file": lambda folder, patch: (folder / "cpu" / "simd.h").rename(folder / "simd.h"),
     "torch": lambda folder, patch: patch.setattr(torch, "__version__", "0.0.0"),
     "cuda": lambda folder, patch: patch.setattr(torch.version, "cuda", "0.0"),
     "flags": lambda folder, patch: patch.setattr(jit, "CXX_FLAGS", ("-O0",)),
@@ -398,7 +399,7 @@ def test_a_machine_without_nvcc_uses_what_another_has_built(toolkits, monkeypatc
 
 def test_no_cuda_toolkit_is_asked_for_without_cuda_sources(sources, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    for source in sources.glob("*.cu"):
+    for source in sources.rglob("*.cu"):
         source.unlink()
     monkeypatch.setenv("SHAMPOO_BACKEND", "cuda")
     assert jit.cuda_flags() == []

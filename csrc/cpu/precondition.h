@@ -1,0 +1,24 @@
+// The preconditioned gradient.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace shampoo::cpu {
+
+// One mode of every block: matrices [count, size, size], or diagonals [count, size]; no entries for one
+// that stays as it is.
+template <class Flat>
+struct Root {
+  const Flat* entries;
+  int64_t size;
+  bool is_diagonal;
+};
+
+// out[b] = grad[b] x_1 root_1[b] ... x_o root_o[b], norm[b] = |out[b]|
+// out, grad: [count, d_1 .. d_o], no overlap; roots: one a mode, symmetric
+template <class Flat>
+void precondition(Flat* out, Flat* norm, const Flat* grad, int64_t count,
+                  const std::vector<Root<Flat>>& roots);
+
+}  // namespace shampoo::cpu
