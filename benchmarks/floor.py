@@ -25,6 +25,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.timing import Clock
+from shampoo.blocks.blocking import cut, merge_dims
 
 Shape = tuple[int, ...]
 FLOAT32 = 4  # bytes
@@ -67,34 +68,10 @@ class Floor(NamedTuple):
     overlapped: float
 
 
-def merged(shape: Shape, block: int) -> Shape:
-    """The shape after ``merge_dims="matrix"``: size-1 dims dropped, the rest merged from the right.
-
-    Merging goes on while the product fits ``block``, never below two dims.
-    """
-    sizes = [size for size in shape if size != 1] or [1]
-    result = [sizes[-1]]
-    for index in range(len(sizes) - 2, -1, -1):
-        left_over = index + 1  # dims this one and those before it still give if not merged
-        if result[0] * sizes[index] <= block and left_over + len(result) > 2:
-            result[0] *= sizes[index]
-        else:
-            result.insert(0, sizes[index])
-    return tuple(result)
-
-
 def blocks(shape: Shape, block: int) -> Iterator[tuple[Shape, int]]:
     """The block shapes a tensor is cut into, each with its number of blocks."""
-    grid: list[tuple[Shape, int]] = [((), 1)]
-    for size in merged(shape, block):
-        parts = [(block, size // block), (size % block, 1)]
-        grid = [
-            ((*extent, part), count * number)
-            for extent, count in grid
-            for part, number in parts
-            if part and number
-        ]
-    return iter(grid)
+    merged = merge_dims(shape, block, "matrix")
+    return ((tile.extent, tile.blocks) for tile in cut(merged, [block] * len(merged)))
 
 
 def is_preconditioned(shape: Shape) -> bool:

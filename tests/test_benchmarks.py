@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # after the installed package, which the checkout must not shadow
 
 from benchmarks import contest, floor, presence, shapes, step_time, timing  # noqa: E402
+from shampoo.blocks.blocking import merge_dims  # noqa: E402
 
 BLOCK = 4
 SHAPES = [(9, 6), (4, 4), (2, 3, 5), (3, 1, 7), (7,), (1, 5), (1,), (), (5, 2, 3, 2), (2, 2, 8)]
@@ -52,18 +53,9 @@ def test_embeddings_are_the_tables_looked_up_by_an_index():
     assert tables("resnet50") == []
 
 
-def test_merge_keeps_matrices_and_fits_the_block():
-    assert floor.merged((64, 3, 7, 7), 1024) == (64, 147)
-    assert floor.merged((512, 512, 3, 3), 1024) == (512, 512, 9)
-    assert floor.merged((16, 16), 1024) == (16, 16)
-    assert floor.merged((2, 3, 4), 1024) == (2, 12)
-    assert floor.merged((1, 2, 5, 1), 10) == (2, 5)
-    assert floor.merged((), 4) == (1,)
-
-
 def loops_over_the_step(shape):
     """Multiplications, additions and numbers of one tensor's step, counted one by one."""
-    dims = floor.merged(shape, BLOCK)
+    dims = merge_dims(shape, BLOCK, "matrix")
     starts = [range(0, size, BLOCK) for size in dims]
     factor = full = apply = numbers = 0
     for corner in product(*starts):

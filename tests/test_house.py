@@ -24,7 +24,7 @@ IMPORTS = {
     "hyperparameters": "errors ops roots blocks grafting",
     "scalars": "ops blocks grafting hyperparameters",
     "preconditioner": "kernels ops roots blocks grafting hyperparameters scalars",
-    "distributed": "errors ops blocks hyperparameters scalars",
+    "distributed": "errors kernels ops blocks hyperparameters scalars",
     "step": "errors ops roots blocks grafting hyperparameters scalars preconditioner distributed",
     "state": "errors blocks hyperparameters preconditioner distributed step",
     "optimizer": "errors ops blocks hyperparameters preconditioner distributed step state",

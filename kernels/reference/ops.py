@@ -340,9 +340,7 @@ def update_blocks_(
             wide = wide * (1.0 - lr * weight_decay) - lr * move
         else:
             buffer = momentum[region].view(weight.shape)
-            move = move + weight_decay * wide
-            buffer.mul_(mu).add_(move)
-            wide = wide - lr * (move + mu * buffer if nesterov else buffer)
+            wide = wide - lr * momentum_direction(move, buffer, wide, weight_decay, mu, nesterov)
         if seed is not None and weight.dtype == torch.bfloat16:
             places = torch.arange(region.start, region.stop, device=weight.device)
             drawn = 0.0 if step is None else step
@@ -354,6 +352,32 @@ def update_blocks_(
         if merged.untyped_storage().data_ptr() != param.untyped_storage().data_ptr():
             param.copy_(merged.view(param.shape))
         block += count
+
+
+def momentum_direction(
+    move: Tensor,
+    buffer: Tensor,
+    weight: Tensor | None,
+    weight_decay: Number,
+    mu: Number,
+    nesterov: bool,
+) -> Tensor:
+    """D of steps 8 and 9: ``P <- P + weight_decay W``, ``M <- mu M + P``, D = M, or ``P + mu M``.
+
+    Args:
+        move: P, any shape, read.
+        buffer: M, likewise, moved.
+        weight: W, likewise, read; None without decay.
+        weight_decay: Decoupled from the gradient.
+        mu: Decay of M.
+        nesterov: Whether the step looks ahead by ``mu M``.
+
+    """
+    if weight is not None:
+        move = move + weight_decay * weight
+    buffer.mul_(mu).add_(move)
+    # In two roundings: addcmul_, or add_ with alpha, would make one of them.
+    return move + mu * buffer if nesterov else buffer
 
 
 def _dithered(wide: Tensor, seed: int, step: Number, places: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from shampoo.blocks.declared import STREAMS
 from shampoo.blocks.segments import Segment
 from shampoo.blocks.stacks import Arena
 from shampoo.hyperparameters import Hyperparameters
+from shampoo.kernels.reference.ops import momentum_direction
 from shampoo.ops.limits import scale_
 from shampoo.scalars import Scalars
 
@@ -173,13 +174,12 @@ def search_direction(
         moved = part.take(blocks)
         scale_(moved, segment.scale[part.blocks])
         if momentum is not None:
-            if weight is not None:
-                moved.add_(part.take(part.of(weight)).mul_(hyper.decoupled_decay))
             buffer = part.take(part.of(momentum))
-            buffer.mul_(hyper.momentum).add_(moved)
+            own = None if weight is None else part.take(part.of(weight))
+            decay, mu = hyper.decoupled_decay, hyper.momentum
+            found = momentum_direction(moved, buffer, own, decay, mu, hyper.nesterov)
             part.put(part.of(momentum), buffer)
             if hyper.nesterov:
-                # Without alpha: torch would fuse the product into the sum and round once.
-                moved.add_(buffer * hyper.momentum)
+                moved.copy_(found)
         part.put(blocks, moved)
     return direction if momentum is None or hyper.nesterov else momentum

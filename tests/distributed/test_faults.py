@@ -62,7 +62,7 @@ def test_1_a_rank_vanishes_inside_a_step(ranks: Ranks) -> None:
 # Row 2: wherever a rank fails, all raise in that step, and can go on after it.
 
 BEFORE = {  # anything has changed
-    "looking at gradients": "shampoo.optimizer:propose",
+    "looking at gradients": "shampoo.optimizer:look",
     "the digest": "shampoo.step.preflight:digest",
 }
 REDUNDANT = (  # teams that work out the same; of the last, since there are few plain blocks
@@ -77,7 +77,7 @@ POINTS = {
     " shampoo.ops:graft_moments_",
     "choosing blocks": "shampoo.step.block_plan:BlockPlan.select",
     "a root": "shampoo.roots.refresh:solve_",
-    "a direction": "shampoo.step.directions:precondition",
+    "a direction": "shampoo.optimizer:precondition",
     "delivery": "shampoo.distributed.all_gather:search_direction"
     " shampoo.distributed.all_to_all:search_direction",
 }
