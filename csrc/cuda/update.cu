@@ -1,7 +1,6 @@
 // Replaces mul by the scale, mul_, add_ and a strided copy_ for every tile.
 #include <type_traits>
 
-#include "common/philox.h"
 #include "cuda/elements.h"
 #include "cuda/launch.h"
 #include "cuda/tile_table.h"
@@ -18,46 +17,15 @@ struct Update {
   Rounding rounding;
 };
 
-// UpdateNumbers, read.
-struct Pace {
-  double lr, weight_decay, mu;
-  bool nesterov;
-
-  __device__ __forceinline__ explicit Pace(const UpdateNumbers& numbers)
-      : lr(numbers.lr.read()),
-        weight_decay(numbers.weight_decay.read()),
-        mu(numbers.mu.read()),
-        nesterov(numbers.nesterov) {}
-};
-
-// In the order of roundings of the reference: products that touch only flat tensors in Flat, the
-// rest in Wide.
-template <class Wide, class Flat>
-__device__ __forceinline__ void step(Wide& weight, Flat& momentum, bool has_momentum,
-                                     Flat direction, const Pace& move) {
-  const Flat lr = static_cast<Flat>(move.lr), mu = static_cast<Flat>(move.mu);
-  if (!has_momentum) {
-    weight = weight * static_cast<Wide>(1.0 - move.lr * move.weight_decay) -
-             static_cast<Wide>(lr * direction);
-    return;
-  }
-  const Wide moved = static_cast<Wide>(direction) + static_cast<Wide>(move.weight_decay) * weight;
-  momentum = static_cast<Flat>(static_cast<Wide>(mu * momentum) + moved);
-  if (move.nesterov)
-    weight -= static_cast<Wide>(move.lr) * (moved + static_cast<Wide>(mu * momentum));
-  else
-    weight -= static_cast<Wide>(lr * momentum);
-}
-
 // In double fewer blocks share a multiprocessor: registers would not do for more.
 template <class Flat>
 __global__ void __launch_bounds__(kThreads, sizeof(Flat) == 4 ? 4 : 3)
     update_kernel(const __grid_constant__ TileTable table, Update<Flat> update) {
   const DeviceTile& tile = table.find(blockIdx.x);
-  const Pace pace(update.numbers);
   with_type(tile.data, tile.dtype, [&](auto* data) {
     using Param = std::remove_pointer_t<decltype(data)>;
     using Wide = std::conditional_t<std::is_same_v<Param, double>, double, Flat>;
+    const auto by = UpdateCoefficients<Wide, Flat>::of(update.numbers);
     for_own_elements(tile, [&](DeviceTile::Place place, uint32_t at, auto quad) {
       constexpr int kCount = decltype(quad)::value ? 4 : 1;
       const int64_t flat = tile.offset + at;
@@ -69,15 +37,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(Flat) == 4 ? 4 : 3)
       if (update.momentum) load(momentum, update.momentum + flat);
 #pragma unroll
       for (int i = 0; i < kCount; ++i)
-        step(weight[i], momentum[i], update.momentum != nullptr,
-             scale == Flat(0) ? Flat(0) : direction[i] * scale, pace);  // Inf times 0 is no zero
+        by.move(weight[i], momentum[i], update.momentum != nullptr, update.numbers.nesterov,
+                scaled(direction[i], scale));
       if (update.momentum) store(update.momentum + flat, momentum);
       if constexpr (std::is_same_v<Param, BFloat16>) {
         if (update.rounding.stochastic) {
-          const auto drawn = static_cast<uint64_t>(
-              update.rounding.step.read(tile.first_block + place.block));
           const RandomWords random =
-              philox(update.rounding.seed, drawn, static_cast<uint64_t>(flat) / 4);
+              update.rounding.draw(tile.first_block + place.block).words(flat);
 #pragma unroll
           for (int i = 0; i < kCount; ++i)
             data[place.element + i] =
