@@ -221,9 +221,9 @@ class Hyperparameters:
         return self.geometry.refresh_schedule == "staggered"
 
     def due_phase(self, step: int) -> int | None:
-        """The slot whose roots are refreshed at ``step``, None at an ordinary step.
+        """The phase whose roots are refreshed at ``step``, None at an ordinary step.
 
-        Together, all factors are in slot 0 (1.3, step 4); staggered, slot r has its first root at
+        Together, all factors are in phase 0 (1.3, step 4); staggered, phase r has its first root at
         ``start_preconditioning_step + r`` and then one every ``precondition_frequency`` steps.
         """
         start, frequency = self.start_preconditioning_step, self.precondition_frequency

@@ -328,16 +328,17 @@ class Shampoo(Persistent):
                             s = scalars.at(segment.owners)
                             # 1, 2: G <- sign G (+ weight_decay W), from the owners of its pieces
                             G = gradients(segment, hyper, s, distributor)
-                            # 3: M <- beta1 M + (1 - beta1) G, the graft's second moment, |D|
+                            # 5: M <- beta1 M + (1 - beta1) G; v, and the graft's length |D|
                             graft(kind, segment, G, s)
                             if not is_ahead:
-                                # 4: A_k <- beta2 A_k + (1 - beta2) mat_k(G) mat_k(G)^T
+                                # 3: A_k <- beta2 A_k + (1 - beta2) mat_k(G) mat_k(G)^T
                                 accumulate(kind, segment, hyper, s)
-                                # 5: X_k <- (A_k / c2 + ridge I)^(-1/p), where it is due
+                                # 4: X_k <- (A_k / c2 + ridge I)^(-1/p), where it is due
                                 refresh(kind, due, hyper, scalars)
-                            # 6, 7: P <- M x_1 X_1 ... x_o X_o with the length of D
+                            # 6: P <- M x_1 X_1 ... x_o X_o, |P| <- |D|
                             precondition(kind, segment, hyper, s)
-                            # 8 to 10: decay, momentum, W <- W - lr P, or P on its way to others
+                            # 8 to 10: P <- P + weight_decay W, M' <- mu M' + P, W <- W - lr M';
+                            # or what W is moved by goes to those who hold it
                             if not arena.is_layerwise:
                                 distributor.apply_direction(arena, segment, hyper, s)
                 try:
@@ -388,8 +389,8 @@ class Shampoo(Persistent):
             consensus = self._process_groups.consensus(ranks, params[0].device)
             must_agree = () if preflight is None else preflight.must_agree
             vote = consensus.settle(vote, must_agree, error)
-            if preflight is not None and preflight.copies:
-                check_checksums(preflight.copies, self._process_groups, consensus)
+            if preflight is not None and preflight.checksums:
+                check_checksums(preflight.checksums, self._process_groups, consensus)
         elif error is not None:
             raise error
         assert preflight is not None
@@ -404,7 +405,7 @@ class Shampoo(Persistent):
         return preflight
 
     def _preflight(self, ranks: Team) -> Preflight:
-        """Looks at this rank's part of the parameters and gradients. Changes nothing."""
+        """Looks at this rank's part of the parameters and gradients; makes the plan, if need be."""
         if self._damage:
             raise ShampooDistributedError(f"{self._damage} Load the last checkpoint.")
         hyper, plan, groups = self._reader.read(self.param_groups), self._plan, self._process_groups
@@ -428,7 +429,7 @@ class Shampoo(Persistent):
             period = groups.check_replicas_every
             if period and plan.step % period == 0:
                 names = [member.name for member in plan.members]
-                preflight.copies = checksums_of(names, plan.planned, groups.replicas())
+                preflight.checksums = checksums_of(names, plan.planned, groups.replicas())
         return preflight
 
     def _distributors_key(

@@ -132,9 +132,19 @@ _choices: dict[str, None] = {}
 
 
 def declare(kind: Kind) -> None:
-    """Makes a kind known: its name, and the names of what it keeps."""
-    for states in kind.mode_state.values():
-        MODE_STATE.update({state.name: state for state in states})
+    """Makes a kind known: its name, and the names of what it keeps.
+
+    Raises:
+        ValueError: if another kind keeps something else by one of the names. Checkpoints know state
+            by its name alone.
+    """
+    for state in (state for states in kind.mode_state.values() for state in states):
+        known = MODE_STATE.setdefault(state.name, state)
+        if (known.dtype, known.is_lasting) != (state.dtype, state.is_lasting):
+            raise ValueError(
+                f"Invalid name={state.name!r} of state of the kind {kind.name!r}. Must be another:"
+                " a kind keeps something of another dtype, or lasting differently, by it."
+            )
     BLOCK_STATE.update({state.name: state for state in kind.block_state})
     if kind.preconditions:
         _choices[kind.name] = None

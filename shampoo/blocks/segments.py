@@ -136,7 +136,7 @@ class BlockIndex:
     members: Tensor  # [B] on the host, the parameter as the segment's ``tiles`` number it
 
 
-@dataclass(frozen=True, eq=False)  # known by identity: exchanges keep tables for each
+@dataclass(frozen=True, eq=False)  # known by identity: distributors keep tables for each
 class Segment:
     """A run of blocks with the views and tables that the ops take; R of the blocks are active."""
 

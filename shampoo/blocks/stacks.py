@@ -211,7 +211,7 @@ class Arena:
 
         Args:
             period: in steps.
-            crew: the arenas of all positions of the team, this one among them.
+            arenas_by_rank: the arenas of all positions of the team, this one among them.
         """
         self.period = period
         costs = [arena.refresh_costs() for arena in arenas_by_rank]

@@ -5,11 +5,11 @@ from itertools import zip_longest
 
 
 def aligned_phases(costs: Sequence[Sequence[int]], period: int) -> list[int]:
-    """The slot of the dearest root of every rank, of the second dearest, and so on.
+    """The phase of the dearest root of every rank, of the second dearest, and so on.
 
     A step waits for the rank with the longest roots, so all ranks refresh their j-th dearest in
     the same step. The period is cut by the dearest j-th root of any rank: no step costs more than
-    the mean of these and the dearest of all. Neighbours share a slot, so that a step refreshes
+    the mean of these and the dearest of all. Neighbours share a phase, so that a step refreshes
     roots of one size, in one batch.
 
     Args:
@@ -17,11 +17,11 @@ def aligned_phases(costs: Sequence[Sequence[int]], period: int) -> list[int]:
         period: steps, ``precondition_frequency``.
 
     Returns:
-        Slots in ``range(period)``, ascending, as many as the rank with the most roots has.
+        Phases in ``range(period)``, ascending, as many as the rank with the most roots has.
     """
     slowest = [max(column) for column in zip_longest(*costs, fillvalue=0)]
-    total, slots, done = sum(slowest), [], 0
+    total, phases, done = sum(slowest), [], 0
     for cost in slowest:
-        slots.append(done * period // total)
+        phases.append(done * period // total)
         done += cost
-    return slots
+    return phases

@@ -27,7 +27,7 @@ from shampoo.distributed.distributor import (
     search_direction,
 )
 from shampoo.distributed.group_handle import GroupHandle
-from shampoo.distributed.pieces import Piece, Routes, ShardedParam, routes_of, spans
+from shampoo.distributed.pieces import Piece, PiecesByPeer, ShardedParam, pieces_of, spans
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.ops.limits import clamped
 from shampoo.scalars import Scalars
@@ -114,7 +114,7 @@ class AllToAllDistributor(Distributor):
         self._team = arenas[0].team
         self._group = group
         self._device = arenas[0].device
-        self._routes = routes_of(sharded, self._team.me, self._team.size)
+        self._routes = pieces_of(sharded, self._team.me, self._team.size)
         outgoing, incoming = self._routes.directions_out, self._routes.directions_in
         self._directions = _Wire.of(outgoing, incoming, dtype, self._device)
         self._out_places = _by_block(spans(outgoing, _HEADER))
@@ -224,7 +224,7 @@ class _Incoming:
 
     def __init__(
         self,
-        routes: Routes,
+        routes: PiecesByPeer,
         members: Collection[int],
         dtype: torch.dtype,
         device: torch.device,

@@ -82,7 +82,8 @@ class DeferredError:
     """Keeps this rank's first exception until the next collective. A context manager.
 
     Between two collectives everything that can raise runs in it: a rank that raised at once would
-    leave the others in the next collective until the process group times out.
+    leave the others in the next collective until the process group times out. It skips nothing: a
+    later phase looks at ``error`` first, unless it does no harm on what has failed.
 
     Args:
         is_shared: whether others wait; if not, exceptions are raised as they come.
@@ -133,15 +134,15 @@ class Consensus:
         """Agrees on whether to step.
 
         Args:
-            verdict: this rank's; its status may be any.
-            topics: what must be alike on all ranks, as many on each; may be empty where ``error``
-                is given.
+            vote: this rank's; its status may be any.
+            must_agree: what must be alike on all ranks, as many on each; may be empty where
+                ``error`` is given.
             error: why the status is FAILED or REFUSED.
 
         Raises:
             NonFiniteGradientError: if a rank refuses its gradients.
             ShampooDistributedError: if a rank has failed.
-            PlanMismatchError: if the ranks do not agree on a topic.
+            PlanMismatchError: if the ranks do not agree on one of these.
             In every case, on all ranks.
         """
         digests = [item.digest for item in must_agree] or [0] * ITEMS

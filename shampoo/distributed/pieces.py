@@ -65,7 +65,7 @@ class ShardedParam:
 
 
 @dataclass(frozen=True)
-class Routes:
+class PiecesByPeer:
     """The pieces one rank sends and receives, by the position of the other end, in wire order.
 
     Gradients travel from one holder of a piece to the owner of its block, directions from the owner
@@ -78,22 +78,22 @@ class Routes:
     directions_in: list[list[Piece]]
 
 
-def routes_of(sharded: Sequence[ShardedParam], me: int, size: int) -> Routes:
+def pieces_of(sharded: Sequence[ShardedParam], me: int, size: int) -> PiecesByPeer:
     """The routes of position ``me`` in a team of ``size``."""
     nothing: list[list[list[Piece]]] = [[[] for _ in range(size)] for _ in range(4)]
-    routes = Routes(*nothing)
+    routes = PiecesByPeer(*nothing)
     entry = 0
     for param in sharded:
         overlaps = _Overlaps(param.regions)
         for block, tile in param.blocks:
             owner = param.owners[block]
             met = overlaps.of(tile, me if owner != me else None)
-            stepping_ranks: dict[tuple[Coordinates, Coordinates], list[int]] = {}
+            holders_of: dict[tuple[Coordinates, Coordinates], list[int]] = {}
             for position, box in met:
-                stepping_ranks.setdefault(_meet(tile, box), []).append(position)
+                holders_of.setdefault(_meet(tile, box), []).append(position)
             for position, box in met:
                 start, shape = meeting = _meet(tile, box)
-                sharers = stepping_ranks[meeting]
+                sharers = holders_of[meeting]
                 piece = _piece(param, block, tile, position, box, start, shape)
                 # The owner needs no wire; else senders take turns, so that none carries all.
                 sender = owner if owner in sharers else sharers[_turn(entry, len(sharers))]

@@ -78,10 +78,10 @@ class ReplicaChecksums:
 
 
 def check_checksums(
-    copies: Sequence[ReplicaChecksums], process_groups: ProcessGroups, consensus: Consensus
+    checksums: Sequence[ReplicaChecksums], process_groups: ProcessGroups, consensus: Consensus
 ) -> None:
     """Raises ReplicaMismatchError on all ranks if two of one team hold different bits."""
-    errors = [held.compare(process_groups.group(held.team).live()) for held in copies]
+    errors = [held.compare(process_groups.group(held.team).live()) for held in checksums]
     error = next((error for error in errors if error is not None), None)
     # Not raised here: the teams that found nothing must hear of it.
     if consensus.confirm(OK if error is None else FAILED) != OK:

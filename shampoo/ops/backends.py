@@ -84,6 +84,8 @@ def _check(op: str, row: Mapping[str, Any]) -> None:
 
 
 def _check_kernel(op: str, kernel: str, device: str) -> None:
+    if op not in OPS:
+        raise ValueError(f"no op is named {op!r}: write the table again. Must be one of {(*OPS,)}")
     known = (*kinds_of(op, device), REFERENCE)
     if kernel not in known:
         raise ValueError(f"kernel={kernel!r} for {op}. Must be one of {known}")

@@ -162,7 +162,7 @@ def _all_to_all(blocks: _Blocks) -> _Exchange:
     """Gradients to owners, directions to the holders of rows
     (:mod:`shampoo.distributed.all_to_all`).
 
-    Not counted: the word that each rank sends to every other in both exchanges, one element.
+    Not counted: the status that each rank sends to every other in both exchanges, one element.
     A rank's shard is its rank modulo the shards: replicas of HSDP are the outer mesh dimension.
     """
     setting, replicas = blocks.setting, blocks.setting.owners // blocks.setting.shards
@@ -202,29 +202,29 @@ def _all_to_all(blocks: _Blocks) -> _Exchange:
     )
 
 
-def _slot_seconds(blocks: _Blocks, frequency: int) -> tuple[StepSeconds, int]:
-    """Compute of a step when refreshes are staggered, and how many slots of a period are used."""
+def _phase_seconds(blocks: _Blocks, frequency: int) -> tuple[StepSeconds, int]:
+    """Compute of a step when refreshes are staggered, and how many phases of a period are used."""
     refreshed: list[list[tuple[int, int]]] = [[] for _ in range(blocks.setting.owners)]
     for block, owner in zip(blocks.each, blocks.owners, strict=True):
         refreshed[owner] += block.refreshed
     for owned in refreshed:
         owned.sort(reverse=True)
-    slots = aligned_phases([[side**3 for side, _ in owned] for owned in refreshed], frequency)
+    phases = aligned_phases([[side**3 for side, _ in owned] for owned in refreshed], frequency)
     seconds = {
         each: blocks.setting.cost_model.root_seconds(*each)
         for owned in refreshed
         for each in set(owned)
     }
     ordinary = blocks.per_owner("ordinary")
-    # A rank without a root in a slot still takes its ordinary step.
+    # A rank without a root in a phase still takes its ordinary step.
     longest = [max(ordinary)] * frequency
     for start, owned in zip(ordinary, refreshed, strict=True):
         refreshing: dict[int, float] = {}
-        for each, slot in zip(owned, slots, strict=False):
-            refreshing[slot] = refreshing.get(slot, start) + seconds[each]
-        for slot, taken in refreshing.items():
-            longest[slot] = max(longest[slot], taken)
-    return StepSeconds(sum(longest) / frequency, max(longest)), len(set(slots))
+        for each, phase in zip(owned, phases, strict=False):
+            refreshing[phase] = refreshing.get(phase, start) + seconds[each]
+        for phase, taken in refreshing.items():
+            longest[phase] = max(longest[phase], taken)
+    return StepSeconds(sum(longest) / frequency, max(longest)), len(set(phases))
 
 
 def forecast(groups: Groups, setting: Setting) -> PlanReport:
@@ -238,7 +238,7 @@ def forecast(groups: Groups, setting: Setting) -> PlanReport:
     wire = max(distributor.received) / setting.bandwidth
     refresh = max(map(sum, zip(ordinary, refreshes, strict=True)))
     together = (max(ordinary) * (frequency - 1) + refresh) / frequency
-    staggered, slots = _slot_seconds(blocks, frequency)
+    staggered, phases = _phase_seconds(blocks, frequency)
     steps = _STEP_BYTES * len(blocks.tensors)
     return PlanReport(
         layout=setting.layout,
@@ -263,7 +263,7 @@ def forecast(groups: Groups, setting: Setting) -> PlanReport:
         exchange_seconds=wire,
         together=StepSeconds(together + update + wire, refresh + update + wire),
         staggered=StepSeconds(staggered.mean + update + wire, staggered.worst + update + wire),
-        refresh_slots=slots,
+        refresh_slots=phases,
         recommended_block=values.geometry.max_preconditioner_dim,
         recommended_group=setting.owners,
         cost_model=setting.cost_model.machine,

@@ -40,7 +40,7 @@ def fillable_state(
     Args:
         groups: the optimizer's parameter groups.
         state: the optimizer's; what is not ours in it is handed out as it is.
-        workers: who shares the work.
+        process_groups: who shares the work.
         kept: owners of blocks that are decided already.
         on_host: make blanks in host memory, where torch has been told to keep all values.
         brought: what the file has of each parameter, where this rank has the file.

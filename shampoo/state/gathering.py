@@ -83,6 +83,7 @@ def consolidate(
         coming = [list(entries) for entries in manifests]
         coming[ranks.index(me)] = []
         with deferred:
+            # Asked for in vain if something has failed, and then given back.
             whole = _room(params, state, coming, on_host=to is not None)
     buffer: Tensor | None = None
     with deferred:

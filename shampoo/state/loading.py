@@ -69,7 +69,7 @@ def match(
         groups: the optimizer's parameter groups; their parameters are matched in order.
         defaults: values of hyper-parameters that the checkpoint does not have.
         state_dict: what ``state_dict()`` returned when it was saved.
-        workers: who shares the work now; blocks of other owners are not looked for.
+        process_groups: who shares the work now; blocks of other owners are not looked for.
         kept: owners of blocks that are decided already.
         strict: refuse a checkpoint without blocks that this rank owns. If not, parameters of which
             the checkpoint lacks a block, whoever owns it, start anew: all ranks decide alike if
@@ -277,7 +277,7 @@ class _Beginnings:
         groups: with the hyper-parameters of the checkpoint.
         members: the planned parameters.
         found: the state of the checkpoint.
-        holders: the ranks that hold the parameters.
+        stepping_ranks: the ranks that hold the parameters.
     """
 
     def __init__(

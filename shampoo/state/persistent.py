@@ -22,6 +22,8 @@ from shampoo.blocks.publication import TakenIn
 from shampoo.blocks.state_keys import MOMENTS, is_own, parse
 from shampoo.distributed.consensus import DeferredError
 from shampoo.distributed.process_groups import ProcessGroups
+from shampoo.errors import BlockGridMismatchError
+from shampoo.preconditioner import KINDS
 from shampoo.state.fillable import Blank, fillable_state
 from shampoo.state.gathering import Whole, consolidate
 from shampoo.state.inquiry import inquiry
@@ -43,6 +45,7 @@ class Persistent(Optimizer):
     # On the class, so that an unpickled or copied optimizer, which has none, starts without.
     _plan: BlockPlan | None = None
     _kept: dict[Tensor, Owners] | None = None  # owners of blocks in a plan that is no more
+    _kinds: dict[Tensor, str] | None = None  # that its state was made by
     _distributors: Distributors | None = None  # buffers of the plan
     _on_device: capture.DeviceState | None = None  # of the plan, if it is capturable
     _incoming: dict[Tensor, dict[str, Any]] | None = None
@@ -85,12 +88,13 @@ class Persistent(Optimizer):
         """A plan of what is there, in place of the one before."""
         check_distinct(self.param_groups)  # frameworks write into the lists
         self._settle_skipped()
-        before = dict(self.state)
+        before, made_by = dict(self.state), self._made_by() or {}
         plan = BlockPlan(self.param_groups, self.state, self._process_groups, kept=self._owners())
         try:
+            _check_kinds(plan, made_by, before)
             is_counted = is_capturable and bool(plan.arenas)
             self._on_device = capture.DeviceState(plan) if is_counted else None
-        except ValueError:
+        except (BlockGridMismatchError, ValueError):
             self.state.clear()  # of what the plan has put in place of the entries before
             self.state.update(before)
             raise
@@ -140,6 +144,10 @@ class Persistent(Optimizer):
             self._distributors = None
         elif self._taken is not None:
             self._taken.undo(self.state)
+
+    def _made_by(self) -> dict[Tensor, str] | None:
+        """The kinds of preconditioner that have made the state."""
+        return self._kinds if self._plan is None else self._plan.kinds()
 
     def _owners(self) -> dict[Tensor, Owners] | None:
         """Who owns the blocks that have state, on this rank or another."""
@@ -193,6 +201,7 @@ class Persistent(Optimizer):
         self._settle_skipped()
         state = super().__getstate__()
         state["_process_groups"], state["_kept"] = self._process_groups, self._owners()
+        state["_kinds"] = self._made_by()
         # A defaultdict as torch has it, for wrappers that fill the entries of a copy.
         state["state"] = defaultdict(
             dict, {param: _apart(entries) for param, entries in self.state.items()}
@@ -364,6 +373,8 @@ class Persistent(Optimizer):
         self._fill_groups()
         if "_process_groups" not in self.__dict__:
             self._process_groups = ProcessGroups()  # a pickle of a version before there were any
+        # A checkpoint that is loaded has been looked at, and brings its kinds.
+        self._kinds = self._made_by() if self._incoming is None else None
         self._kept = self._owners()
         self._plan = self._distributors = self._on_device = self._consolidated = None
         self._damage = ""
@@ -372,6 +383,27 @@ class Persistent(Optimizer):
                 self.state[param] = {**entries, **self.state.get(param, {})}
             if self._incoming:
                 self._current_plan()
+
+
+def _check_kinds(
+    plan: BlockPlan, made_by: Mapping[Tensor, str], state: Mapping[Any, Any]
+) -> None:
+    """Refuses state that another kind of preconditioner has made, though it may look alike.
+
+    Args:
+        plan: a new one.
+        made_by: the kinds of the one before, by parameter.
+        state: what it was made of.
+    """
+    for member, param in zip(plan.members, plan.planned, strict=True):
+        was, now = made_by.get(param, member.layout.kind), member.layout.kind
+        is_other = was != now and KINDS[was].preconditions and KINDS[now].preconditions
+        if is_other and any(map(is_own, state.get(param) or ())):
+            raise BlockGridMismatchError(
+                f"{member.name} has state of preconditioner={was!r}, and its group says {now!r} now."
+                " It cannot change once training has begun: set it back, or clear"
+                " optimizer.state[parameter] to start the parameter anew."
+            )
 
 
 def _apart(entries: Any) -> Any:

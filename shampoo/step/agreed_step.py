@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -81,12 +82,10 @@ class AgreedStep:
         self._consensus = consensus
         self._ridges = ridges
         self._steps: list[ArenaStep | None] = [None] * len(plan.arenas)
-        self._precision = [full_precision(device) for device in distributors.devices]
+        self._precision = ExitStack()
         self._is_capturing = capture.is_capturing()
 
     def __enter__(self) -> "AgreedStep":
-        for each in self._precision:
-            each.__enter__()
         return self
 
     def __exit__(
@@ -95,8 +94,7 @@ class AgreedStep:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for each in reversed(self._precision):
-            each.__exit__(kind, error, trace)
+        self._precision.close()
         # Also of a step that failed midway: it may have moved some of them.
         mark_moved(self.plan.planned, self._inputs)
         for distributor in self._by_team.values():
@@ -115,6 +113,8 @@ class AgreedStep:
             plan.count_step(inputs.present)  # now: a rank that fails must not fall a step behind
         plan.present = inputs.present
         with self.deferred:
+            for device in self._distributors.devices:
+                self._precision.enter_context(full_precision(device))
             for distributor in self._by_team.values():
                 distributor.open(inputs)
         for distributor in self._by_team.values():
@@ -135,7 +135,7 @@ class AgreedStep:
             step = self._steps[index]
             if step is not None and self.deferred.error is None:
                 yield step
-                if step.due:
+                if step.due and self.deferred.error is None:
                     with self.deferred:
                         self._ridges.look(
                             arena, step.due, step.hyper, step.scalars, self.plan.members
@@ -184,7 +184,7 @@ class AgreedStep:
                     distributor.apply_direction(arena, segment, step.hyper, scalars)
 
     def finish(self) -> None:
-        """Directions travel, with word of what has failed; then W <- W - lr D, or all raise.
+        """Directions travel, with the status of this rank; then W <- W - lr D, or all raise.
 
         Raises:
             ShampooDistributedError: on all ranks, if one of them has failed.

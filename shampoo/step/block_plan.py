@@ -50,7 +50,7 @@ class BlockPlan:
         groups: ``optimizer.param_groups``.
         state: ``optimizer.state``. What it holds for a planned parameter is copied into the arenas,
             and replaced by views of them.
-        workers: who shares the work.
+        process_groups: who shares the work.
         kept: owners of blocks in the plan that this one replaces (:meth:`owners`).
         device: where to put state instead of beside the parameters; ``"meta"`` makes a plan whose
             views have shapes and dtypes only.
@@ -74,7 +74,7 @@ class BlockPlan:
         self._replicas = process_groups.replicas()
         self._workspaces: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._segments: list[list[Segment]] | None = None  # by arena
-        self._selections: PatternCache[list[ActiveBlocks]] = PatternCache()
+        self._actives: PatternCache[list[ActiveBlocks]] = PatternCache()
         self.present: Pattern = ()  # of the last step
         # Of the hyper-parameters that were found to suit, and for which all has been made.
         self._checked = self._followed = -1
@@ -112,6 +112,11 @@ class BlockPlan:
         self._publication = Publication(params, names, list(views_of.values()))
         # Only now, when all of it is known to fit: a plan that cannot be built leaves no trace.
         self._publication.publish(state)
+
+    def kinds(self) -> dict[Tensor, str]:
+        """The kind of preconditioner that moves each planned parameter."""
+        kinds = [member.layout.kind for member in self.members]
+        return dict(zip(self.planned, kinds, strict=True))
 
     def owners(self) -> dict[Tensor, Owners]:
         """Who owns the blocks of every planned parameter."""
@@ -236,9 +241,9 @@ class BlockPlan:
                 factors.mark_ready()
 
     def _forget_segments(self) -> None:
-        """Lets segments be made anew: memory, roots or slots are others."""
+        """Lets segments be made anew: memory, roots or phases are others."""
         self._segments = None
-        self._selections.clear()
+        self._actives.clear()
 
     @property
     def step(self) -> int:
@@ -403,7 +408,7 @@ class BlockPlan:
             if arena.is_staggered and arena.period != period:
                 arena.assign_phases(period, arenas_by_rank)
                 groups[arena.group]["extra"]["refresh_period"] = period
-                self._selections.clear()
+                self._actives.clear()
 
     def select(self, present: Pattern) -> list[ActiveBlocks]:
         """The segments of every arena, narrowed to parameters that have a gradient."""
@@ -421,11 +426,11 @@ class BlockPlan:
                 for arena, whole in zip(self.arenas, segments, strict=True)
             ]
 
-        return self._selections.get(present, make)
+        return self._actives.get(present, make)
 
     def has_selected(self, present: Pattern) -> bool:
         """Whether the segments for these gradients are there."""
-        return present in self._selections
+        return present in self._actives
 
     def geometry(self, member: PlannedParam) -> Geometry:
         """What decides how a parameter is cut."""

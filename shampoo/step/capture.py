@@ -156,7 +156,10 @@ class DeviceState:
 
         Raises:
             RuntimeError: if a step is captured whose like has not been taken before.
+            ValueError: if ``lr`` or a beta is a tensor elsewhere.
         """
+        for values in hyper:
+            self._check_devices(values)
         pattern = tuple(grad is not None for grad in grads)
         check_warm(pattern in self._limits)
 
@@ -175,22 +178,7 @@ class DeviceState:
         self._has_stepped |= accepted
         return accepted
 
-    def keep(self, actives: Sequence[ActiveBlocks], squares: Sequence[Tensor | None]) -> None:
-        """Keeps what a step that is being captured works on as long as this lives.
-
-        Args:
-            selections: the blocks that move, by arena.
-            squares: what LARS and LAMB add up, by arena.
-        """
-        if is_capturing():
-            self._captured.append((actives, squares, self._limits.latest))
-
-    def scalars(self, hyper: Hyperparameters, active: ActiveBlocks, accepted: Tensor) -> Scalars:
-        """Counts a step of an arena; its numbers, float64 on the device, 0-d or by parameter.
-
-        Raises:
-            ValueError: if ``lr`` or a beta is a tensor elsewhere.
-        """
+    def _check_devices(self, hyper: Hyperparameters) -> None:
         for name, number in (
             ("lr", hyper.lr),
             ("betas[0]", hyper.beta1),
@@ -201,6 +189,19 @@ class DeviceState:
                     f"Invalid {name} on {number.device}. Must be on {self.device}, as the"
                     " parameters are: a graph cannot follow it elsewhere."
                 )
+
+    def keep(self, actives: Sequence[ActiveBlocks], squares: Sequence[Tensor | None]) -> None:
+        """Keeps what a step that is being captured works on as long as this lives.
+
+        Args:
+            actives: the blocks that move, by arena.
+            squares: what LARS and LAMB add up, by arena.
+        """
+        if is_capturing():
+            self._captured.append((actives, squares, self._limits.latest))
+
+    def scalars(self, hyper: Hyperparameters, active: ActiveBlocks, accepted: Tensor) -> Scalars:
+        """Counts a step of an arena; its numbers, float64 on the device, 0-d or by parameter."""
         arena = active.arena
         is_whole = all(active.present)
         arena.taken += accepted if is_whole else active.is_here & accepted

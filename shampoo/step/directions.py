@@ -1,4 +1,4 @@
-"""Factors, roots and search directions of segments (algorithm.md 1.3, steps 1 to 7)."""
+"""Factors, roots and search directions of segments (algorithm.md 1.3, steps 1 to 6)."""
 
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
@@ -79,7 +79,7 @@ def factor_correction(factors: FactorRows, scalars: Scalars) -> Number:
 def accumulate(
     kind: Preconditioner, segment: Segment, hyper: Hyperparameters, scalars: Scalars
 ) -> None:
-    """Moves the statistics of all blocks by the raw gradient (step 4)."""
+    """Moves the statistics of all blocks by the raw gradient (step 3)."""
     if not kind.preconditions:
         return
     for part in segment.parts:
@@ -94,7 +94,7 @@ def accumulate(
 def refresh(
     kind: Preconditioner, due: Sequence[FactorRows], hyper: Hyperparameters, scalars: Scalars
 ) -> None:
-    """Renews what is due (step 5)."""
+    """Renews what is due (step 4)."""
     for rows in due:
         own = scalars if scalars.counted is None else scalars.at(rows.owners)
         taken = rows.taken()

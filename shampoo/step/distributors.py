@@ -55,8 +55,8 @@ class Distributors:
 
     Args:
         params: the planned parameters, DTensors as they are.
-        workers: whose process groups exist by now (:func:`join_groups`): nothing here communicates,
-            so that a rank that fails can say so to those that have not.
+        process_groups: which exist by now (:func:`join_groups`): nothing here communicates, so that
+            a rank that fails can say so to those that have not.
 
     Attributes:
         revision: of hyper-parameters with which the key is known to agree.
@@ -89,7 +89,8 @@ class Distributors:
             revision: of the hyper-parameters.
         """
         own = None if self.key.world is None else self.key.world()
-        return plan is self.key.plan and own is world and revision == self.revision
+        is_same_world = own is world and (self.key.world is None) == (world is None)
+        return plan is self.key.plan and is_same_world and revision == self.revision
 
 
 def join_groups(plan: BlockPlan, process_groups: ProcessGroups) -> None:
@@ -145,8 +146,8 @@ def _distributors_of(
             # them in another order on each rank, and hang.
             overlap = process_groups.overlap and len(all_arenas) == 1
             overlap = overlap and not any(arena.is_layerwise for arena in arenas)
-            # One rank alone among others has nobody to send to, but must wait for their word before
-            # it moves a parameter, and so keeps its directions in a buffer too.
+            # One rank alone among others has nobody to send to, but must wait for their status
+            # before it moves a parameter, and so keeps its directions in a buffer too.
             group = None if team.is_alone else process_groups.group(team)
             distributors[team] = AllGatherDistributor(all_arenas[team], group, dtype, overlap)
     return distributors

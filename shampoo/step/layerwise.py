@@ -25,7 +25,7 @@ def measure(
     Args:
         squares: [2, blocks] float64, of |W| and |P|: written at the places of the segments' blocks.
         segments: all segments of an arena, each with a workspace of its own.
-        exchange: what knows the weights.
+        distributor: what knows the weights.
         weight_decay: decoupled; 0 if it is coupled, and so already in P.
     """
     for segment in segments:

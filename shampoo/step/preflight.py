@@ -26,11 +26,11 @@ class Preflight:
     Attributes:
         inputs: what it would take.
         key: of the distributors that it needs.
-        verdict: this rank's.
+        vote: this rank's.
         complaint: why the step is to be skipped.
         error: why it is refused.
-        topics: what must be alike on all ranks.
-        copies: checksums to be compared in this step.
+        must_agree: what must be alike on all ranks.
+        checksums: of replicas, to be compared in this step.
         accepted: whether it is to change anything, 0-d bool, where only the device may know.
     """
 
@@ -41,7 +41,7 @@ class Preflight:
     complaint: str = "the gradients of another rank are not finite, or too large to square"
     error: Exception | None = None
     must_agree: Sequence[MustAgree] = ()
-    copies: Sequence[ReplicaChecksums] = ()
+    checksums: Sequence[ReplicaChecksums] = ()
     accepted: Tensor | None = None
 
     def add_items(self, terms: Mapping[str, str]) -> None:

@@ -3,7 +3,7 @@
 A backward pass through a graph made before a step would use weights that are no longer there. torch
 refuses it if the counter of a saved tensor has changed, and what its own functions write in place
 they count. Our kernels write through pointers, below all of that, so a step counts for them: once,
-whichever kernels and exchanges have moved the parameters.
+whichever kernels and distributors have moved the parameters.
 """
 
 from collections.abc import Sequence

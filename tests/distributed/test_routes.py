@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shampoo.blocks.blocking import MERGE_MODES, cut, merge_dims, merge_groups
 from shampoo.blocks.ownership import assign_owners
-from shampoo.distributed.pieces import Piece, Routes, ShardedParam, routes_of, spans
+from shampoo.distributed.pieces import Piece, PiecesByPeer, ShardedParam, pieces_of, spans
 from shampoo.distributed.shard_regions import Box, Region, region_of
 
 
@@ -21,7 +21,7 @@ class Case:
     sharded: list[ShardedParam]
     whole: list[Tensor]  # merged; elements differ
     local: list[list[Tensor]]  # by parameter and rank, merged
-    routes: list[Routes]
+    routes: list[PiecesByPeer]
 
 
 def shard(tensor: Tensor, mesh: tuple[int, ...], cuts: tuple[int | None, ...], rank: int) -> Tensor:
@@ -70,7 +70,7 @@ def make(
         case.whole.append(values.reshape(merged))
         case.local.append(local)
         first += values.numel()
-    case.routes = [routes_of(case.sharded, me, size) for me in range(size)]
+    case.routes = [pieces_of(case.sharded, me, size) for me in range(size)]
     return case
 
 

@@ -283,3 +283,25 @@ def test_a_kind_is_consistent(kind):
         3 * kind.preconditions
     )
     assert (kind.name in declared.choices()) == kind.preconditions
+
+
+@pytest.mark.parametrize("names", [("shampoo", "kl_shampoo"), ("kl_shampoo", "shampoo")])
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_kind_cannot_change_while_its_state_stands(names, copied):
+    """Both keep the same tensors, but their roots are other powers of other statistics."""
+    params = random_params((6, 4), (5,), dtype=torch.float32)
+    opt = Shampoo(params, preconditioner=names[0], precondition_frequency=2)
+    for grads in random_grads(params, 3):
+        apply(opt, params, grads)
+    if copied:
+        params, opt = copy.deepcopy((params, opt))
+    opt.param_groups[0]["preconditioner"] = names[1]
+    before = [param.detach().clone() for param in params]
+    state = {param: dict(entries) for param, entries in opt.state.items()}
+    with pytest.raises(BlockGridMismatchError, match=f"has state of preconditioner='{names[0]}'"):
+        apply(opt, params, [torch.ones_like(param) for param in params])
+    assert all(param.equal(old) for param, old in zip(params, before, strict=True))
+    assert all(opt.state[param] == entries for param, entries in state.items())
+    opt.state.clear()
+    apply(opt, params, [torch.ones_like(param) for param in params])
+    assert all(entries["step"] == 1 for entries in opt.state.values())
