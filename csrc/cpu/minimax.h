@@ -1,4 +1,4 @@
-// Inverse roots by the coupled iteration of kernels/minimax.py.
+// Inverse roots by the coupled iteration of kernels/reference/minimax.py.
 #pragma once
 
 #include <cstdint>

@@ -17,7 +17,7 @@ namespace shampoo::cuda {
 
 using Stream = CUstream_st*;
 
-// The polynomials of kernels/minimax.py, T = c0 I + c1 M + c2 M^2.
+// The polynomials of kernels/reference/minimax.py, T = c0 I + c1 M + c2 M^2.
 struct MinimaxSchedule {
   static constexpr int kMaxSteps = 16;
   int32_t steps;

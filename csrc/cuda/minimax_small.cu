@@ -1,4 +1,4 @@
-// Replaces the chain of batched products of kernels/minimax.py for small matrices: one block keeps
+// Replaces the chain of batched products of kernels/reference/minimax.py for small matrices: one block keeps
 // one matrix in shared memory and registers for the whole iteration.
 //
 // T = c0 I + c1 M + c2 M^2;  X <- X T;  M <- T^p M. M and T lie in shared memory as planes of halves

@@ -371,7 +371,6 @@ def momentum_direction(
         weight_decay: Decoupled from the gradient.
         mu: Decay of M.
         nesterov: Whether the step looks ahead by ``mu M``.
-
     """
     if weight is not None:
         move = move + weight_decay * weight

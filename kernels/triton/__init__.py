@@ -1,1 +1,1 @@
-"""The ops that have kernels in Triton."""
+"""Kernels in Triton, and what plans and launches them; each is judged against its reference."""

@@ -27,7 +27,8 @@ FULL, DIAGONAL, NONE = "full", "diagonal", "none"
 class ModeState:
     """One tensor a mode: ``[K, *shape(d)]`` in a stack, published as ``block{k}.{name}{m}``.
 
-    Of the tensors of a mode, the first is the statistic to which a ridge is added.
+    Of the tensors of a mode, the first is the statistic to which a ridge is added: ``[d, d]``, if
+    the mode is refreshed.
 
     Attributes:
         name: lower-case letters and underscores.

@@ -15,7 +15,9 @@ from shampoo.blocks.declared import BLOCK_STATE, MODE_STATE
 
 COUNTS = ("step", "calls")  # of a parameter
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum")  # elementwise, of blocks of any kind
-PHASE = "slot"  # of a mode that is refreshed, in a staggered schedule
+# Of a mode that is refreshed, its phase in a staggered schedule. The key is older than the word,
+# and checkpoints know it.
+PHASE = "slot"
 
 _MAY_BEGIN = ("exp_avg", "momentum")  # at zero, when they are called for
 

@@ -1,6 +1,6 @@
 """Where the rows of sharded parameters lie, so that what must travel can be counted.
 
-The router (:mod:`shampoo.distributed.pieces`) lists every piece of one rank. Counting needs no
+The pieces (:mod:`shampoo.distributed.pieces`) are listed for one rank. Counting needs no
 pieces: a rank receives its blocks but for what it holds of them, and the directions of its rows but
 for those of its own blocks. That takes constant time a block, for all ranks at once.
 """

@@ -1,1 +1,1 @@
-"""How state is kept, loaded and gathered."""
+"""What outlives a step: ``optimizer.state`` copied, pickled, loaded, and gathered to be saved."""

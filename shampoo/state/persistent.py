@@ -147,7 +147,11 @@ class Persistent(Optimizer):
 
     def _made_by(self) -> dict[Tensor, str] | None:
         """The kinds of preconditioner that have made the state."""
-        return self._kinds if self._plan is None else self._plan.kinds()
+        plan = self._plan
+        if plan is None:
+            return self._kinds
+        kinds = [member.layout.kind for member in plan.members]
+        return dict(zip(plan.planned, kinds, strict=True))
 
     def _owners(self) -> dict[Tensor, Owners] | None:
         """Who owns the blocks that have state, on this rank or another."""
@@ -385,9 +389,7 @@ class Persistent(Optimizer):
                 self._current_plan()
 
 
-def _check_kinds(
-    plan: BlockPlan, made_by: Mapping[Tensor, str], state: Mapping[Any, Any]
-) -> None:
+def _check_kinds(plan: BlockPlan, made_by: Mapping[Tensor, str], state: Mapping[Any, Any]) -> None:
     """Refuses state that another kind of preconditioner has made, though it may look alike.
 
     Args:
@@ -400,8 +402,8 @@ def _check_kinds(
         is_other = was != now and KINDS[was].preconditions and KINDS[now].preconditions
         if is_other and any(map(is_own, state.get(param) or ())):
             raise BlockGridMismatchError(
-                f"{member.name} has state of preconditioner={was!r}, and its group says {now!r} now."
-                " It cannot change once training has begun: set it back, or clear"
+                f"{member.name} has state of preconditioner={was!r}, and its group says {now!r}"
+                " now. It cannot change once training has begun: set it back, or clear"
                 " optimizer.state[parameter] to start the parameter anew."
             )
 

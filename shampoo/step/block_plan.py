@@ -113,11 +113,6 @@ class BlockPlan:
         # Only now, when all of it is known to fit: a plan that cannot be built leaves no trace.
         self._publication.publish(state)
 
-    def kinds(self) -> dict[Tensor, str]:
-        """The kind of preconditioner that moves each planned parameter."""
-        kinds = [member.layout.kind for member in self.members]
-        return dict(zip(self.planned, kinds, strict=True))
-
     def owners(self) -> dict[Tensor, Owners]:
         """Who owns the blocks of every planned parameter."""
         return {

@@ -12,10 +12,24 @@ import torch
 from ranks import Ranks
 from torch import Tensor
 from torch.nn import Parameter
-from trajectory import apply, assert_same_bits, snapshot, state_tensors
+from trajectory import (
+    apply,
+    assert_same_bits,
+    random_grads,
+    random_params,
+    snapshot,
+    state_tensors,
+)
 
 import shampoo
-from shampoo import IncompleteCheckpointError, RootFailureError, Shampoo, ops, plan
+from shampoo import (
+    BlockGridMismatchError,
+    IncompleteCheckpointError,
+    RootFailureError,
+    Shampoo,
+    ops,
+    plan,
+)
 from shampoo.blocks import declared
 from shampoo.blocks.cost import Cost
 from shampoo.blocks.declared import FULL, NONE, BlockState, ModeState
@@ -279,10 +293,12 @@ def test_a_kind_is_consistent(kind):
     assert 0 <= kind.stream < declared.STREAMS
     assert (kind.stream == 0) == kind.preconditions
     assert kind.cost(extent, modes).numel == 105
-    assert kind.mode_numbers(extent, diagonal) == 2 * (25 + 49) * kind.preconditions + (
-        3 * kind.preconditions
-    )
     assert (kind.name in declared.choices()) == kind.preconditions
+
+
+@pytest.mark.parametrize("name", ["shampoo", "kl_shampoo"])
+def test_factors_and_roots_are_counted(name):
+    assert KINDS[name].mode_numbers((5, 3, 7), (False, True, False)) == 2 * (25 + 49) + 3
 
 
 @pytest.mark.parametrize("names", [("shampoo", "kl_shampoo"), ("kl_shampoo", "shampoo")])
