@@ -212,7 +212,7 @@ class Hyperparameters:
 
     @functools.cached_property
     def decoupled_decay(self) -> float:
-        """The weight decay that joins the direction."""
+        """The decoupled weight decay, 0 if it is coupled."""
         return self.weight_decay if self.decoupled_weight_decay else 0.0
 
     @functools.cached_property

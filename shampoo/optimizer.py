@@ -320,29 +320,30 @@ class Shampoo(Persistent):
             if step is None:
                 return loss
             with step:
+                # 0: t <- t + 1
                 step.open(self.param_groups, self.state, self._reader.revision)
                 for arena, kind, segments, hyper, scalars, due, distributor in step.arenas():
                     with step.deferred:  # others may wait for this rank in the next collective
                         is_ahead = refresh_ahead(kind, segments, due, hyper, scalars, distributor)
                         for segment in segments:
-                            s = scalars.at(segment.owners)
-                            # 1, 2: G <- sign G (+ weight_decay W), from the owners of its pieces
+                            s = scalars.at(segment.param_index)
+                            # 1, 2: where G = sign grad (+ weight_decay W) lies
                             G = gradients(segment, hyper, s, distributor)
-                            # 5: M <- beta1 M + (1 - beta1) G; v, and the graft's length |D|
+                            # 5: M1 <- beta1 M1 + (1 - beta1) G; v of 3 and |D_g| of 6 with it
                             graft(kind, segment, G, s)
                             if not is_ahead:
                                 # 3: A_k <- beta2 A_k + (1 - beta2) mat_k(G) mat_k(G)^T
                                 accumulate(kind, segment, hyper, s)
                                 # 4: X_k <- (A_k / c2 + ridge I)^(-1/p), where it is due
                                 refresh(kind, due, hyper, scalars)
-                            # 6: P <- M x_1 X_1 ... x_o X_o, |P| <- |D|
+                            # 6: P <- M1 x_1 X_1 ... x_o X_o, |P| <- |D_g|
                             precondition(kind, segment, hyper, s)
-                            # 8 to 10: P <- P + weight_decay W, M' <- mu M' + P, W <- W - lr M';
-                            # or what W is moved by goes to those who hold it
+                            # 8 to 10: P <- P + weight_decay W, M <- mu M + P, W <- W - lr M; or M
+                            # on its way to those who hold W. LARS and LAMB come in arenas().
                             if not arena.is_layerwise:
                                 distributor.apply_direction(arena, segment, hyper, s)
                 try:
-                    step.finish()  # W <- W - lr P by what has come from others
+                    step.finish()  # 10: W <- W - lr D, where D is what travelled
                 finally:
                     self._damage = step.damage
         return loss

@@ -132,22 +132,22 @@ class Scalars(NamedTuple):
         counted = Counted.of(hyper, kind, counts, distinct, plain.moment, device)
         return plain._replace(counted=counted)
 
-    def at(self, owners: Tensor) -> "Scalars":
+    def at(self, param_index: Tensor) -> "Scalars":
         """The numbers of some blocks, each of which may have its own.
 
         Args:
-            owners: [R], of every block the parameter, by its place in the arena.
+            param_index: [R], of every block the parameter, by its place in the arena.
         """
         if self.counted is None:
             return self
-        first, second, moment, step = self.counted.numbers.index_select(1, owners).unbind()
+        first, second, moment, step = self.counted.numbers.index_select(1, param_index).unbind()
         started = self.counted.started
         return self._replace(
             correction1=first,
             correction2=second,
             moment=self.moment._replace(correction=moment),
             step=step,
-            started=started[owners] if isinstance(started, Tensor) else started,
+            started=started[param_index] if isinstance(started, Tensor) else started,
             counted=None,
         )
 

@@ -131,7 +131,7 @@ def _runs(rows: Tensor) -> list[tuple[int, tuple[int, int]]]:
 class BlockIndex:
     """What the B blocks of a segment belong to."""
 
-    owners: Tensor  # [B], the parameter by its place in the arena
+    param_index: Tensor  # [B], the parameter by its place in the arena
     places: Tensor  # [B], the place among the blocks of all of the arena's parameters
     members: Tensor  # [B] on the host, the parameter as the segment's ``tiles`` number it
 
@@ -171,9 +171,9 @@ class Segment:
         return self.whole or self
 
     @functools.cached_property
-    def owners(self) -> Tensor:
+    def param_index(self) -> Tensor:
         """[R], for every active block its parameter, by its place in the arena."""
-        return take(self.blocks.owners, self._active_rows)
+        return take(self.blocks.param_index, self._active_rows)
 
     @functools.cached_property
     def places(self) -> Tensor:
@@ -254,10 +254,10 @@ class FactorRows:
     where: slice | Tensor  # ascending; a tensor, [R] int64, is on the host
 
     @functools.cached_property
-    def owners(self) -> Tensor:
+    def param_index(self) -> Tensor:
         """[R], the parameters of the factors, by their places in the arena."""
-        owners = self.stack.row_owners[self.where]
-        return owners.to(self.stack.ready.device, non_blocking=True)
+        param_index = self.stack.row_params[self.where]
+        return param_index.to(self.stack.ready.device, non_blocking=True)
 
     @functools.cached_property
     def rows(self) -> Tensor:
@@ -315,7 +315,7 @@ class ActiveBlocks:
     segments: list[Segment]
     _rows: dict[int, list[FactorRows]] = field(default_factory=dict)  # by phase
     # By phases. For ever, if capturable: a graph may read the tables of any of them.
-    _rows_by_owner: dict[Phases, list[FactorRows]] = field(default_factory=dict)
+    _rows_by_param: dict[Phases, list[FactorRows]] = field(default_factory=dict)
 
     @functools.cached_property
     def ranks(self) -> list[int]:
@@ -334,29 +334,29 @@ class ActiveBlocks:
             self._rows[phase] = [
                 rows
                 for stack in self.arena.refreshed_stacks()
-                for rows in _factor_rows(stack, active[stack.row_owners] & (stack.phase == phase))
+                for rows in _factor_rows(stack, active[stack.row_params] & (stack.phase == phase))
             ]
         return self._rows[phase]
 
-    def rows_by_owner(self, phases: Phases) -> list[FactorRows]:
+    def rows_by_param(self, phases: Phases) -> list[FactorRows]:
         """The factors that are refreshed where parameters differ in how many steps they have taken.
 
         Args:
             phases: for every parameter of the arena, the one that is due, None if there is none or
                 the parameter has no gradient.
         """
-        if phases not in self._rows_by_owner:
+        if phases not in self._rows_by_param:
             if not self.arena.is_capturable:
-                self._rows_by_owner.clear()  # they hardly come again
-            self._rows_by_owner[phases] = self._rows_of(phases)
-        return self._rows_by_owner[phases]
+                self._rows_by_param.clear()  # they hardly come again
+            self._rows_by_param[phases] = self._rows_of(phases)
+        return self._rows_by_param[phases]
 
     def _rows_of(self, phases: Phases) -> list[FactorRows]:
         due = torch.tensor([-1 if phase is None else phase for phase in phases], device="cpu")
         return [
             rows
             for stack in self.arena.refreshed_stacks()
-            for rows in _factor_rows(stack, due[stack.row_owners] == stack.phase)
+            for rows in _factor_rows(stack, due[stack.row_params] == stack.phase)
         ]
 
 
@@ -419,20 +419,20 @@ def _segment(
     order = max(len(stack.extent) for stack, _ in run)
     ranks = {member: rank for rank, member in enumerate(arena.members)}
     rows: list[list[int]] = []
-    owners: list[int] = []
+    param_index: list[int] = []
     places: list[int] = []
     block_members: list[int] = []
     parts: list[Part] = []
     for stack, tiles in _by_stack(run):
-        before = len(owners)
+        before = len(param_index)
         for placed in tiles:
             blocks, number = placed.tile.blocks, numbers[placed.member]
             rows.append(placed.tile.row(number, placed.element - start, order))
-            owners += [ranks[placed.member]] * blocks
+            param_index += [ranks[placed.member]] * blocks
             block_members += [number] * blocks
             base = arena.first[placed.member]
             places += [base + index for index in placed.tile.block_indices()]
-        count = len(owners) - before
+        count = len(param_index) - before
         size, at = tiles[0].tile.block_numel, tiles[0].element - start
         elements = slice(at, at + count * size)
         shape = (count, *stack.extent)
@@ -458,7 +458,7 @@ def _segment(
                 readiness=readiness,
             )
         )
-    norm = torch.zeros(len(owners), dtype=arena.dtype, device=arena.device)
+    norm = torch.zeros(len(param_index), dtype=arena.dtype, device=arena.device)
     return Segment(
         start,
         tuple(placed for _, placed in run),
@@ -471,7 +471,7 @@ def _segment(
         moments,
         parts,
         BlockIndex(
-            torch.tensor(owners, dtype=torch.int64, device=arena.device),
+            torch.tensor(param_index, dtype=torch.int64, device=arena.device),
             torch.tensor(places, dtype=torch.int64, device=arena.device),
             torch.tensor(block_members, dtype=torch.int64, device="cpu"),
         ),

@@ -33,8 +33,8 @@ class FactorStack:
         state: by name, [K, *shape(d)], as the kind declares it.
         ready: [K] bool, whether each has been refreshed; derived from the state.
         phase: [K] int32 on the host, when in a period each is refreshed.
-        owners: [K], the parameter by its place in the arena.
-        row_owners: the same on the host.
+        param_index: [K], the parameter by its place in the arena.
+        row_params: the same on the host.
         declared: what is kept for each mode; there is something.
         is_refreshed: whether there is something to refresh, and so flags and phases.
         memory: what the kind remembers between refreshes and no checkpoint holds.
@@ -48,8 +48,8 @@ class FactorStack:
     state: dict[str, Tensor] = field(default_factory=dict)
     ready: Tensor = field(init=False)
     phase: Tensor = field(init=False)
-    owners: list[int] = field(default_factory=list)
-    row_owners: Tensor = field(init=False)
+    param_index: list[int] = field(default_factory=list)
+    row_params: Tensor = field(init=False)
     memory: object = None
     declared: tuple[ModeState, ...] = field(init=False)
     is_refreshed: bool = field(init=False)
@@ -75,7 +75,7 @@ class FactorStack:
         if self.is_refreshed:
             self.ready = torch.zeros(self.count, dtype=torch.bool, device=device)
             self.phase = torch.zeros(self.count, dtype=torch.int32, device="cpu")
-            self.row_owners = torch.tensor(self.owners, dtype=torch.int64, device="cpu")
+            self.row_params = torch.tensor(self.param_index, dtype=torch.int64, device="cpu")
             deciding = [self.state[each.name] for each in self.declared if each.decides_ready]
             self.memory = self.kind.memory(self.count)
             self._watched = (*deciding, self.phase)
@@ -251,7 +251,7 @@ class Arena:
                 stack.factors.append((factors, factors.count))
                 factors.count += stack.count
                 for member, tile in stack.tiles:
-                    factors.owners += [ranks[member]] * tile.blocks
+                    factors.param_index += [ranks[member]] * tile.blocks
         self.numel = element
         self.factor_stacks = list(by_size.values())
 

@@ -37,7 +37,7 @@ class StepInputs(NamedTuple):
 _NO_INPUTS = StepInputs((), (), (), ())
 
 
-def applied_decay(arena: Arena, hyper: Hyperparameters) -> float:
+def decay_of_move(arena: Arena, hyper: Hyperparameters) -> float:
     """The decoupled decay of ``W <- (1 - lr weight_decay) W``, which acts where weights are moved.
 
     With momentum, and for LARS and LAMB, it is part of the direction instead.
@@ -111,7 +111,7 @@ class Distributor(ABC):
             ones.to(direction.dtype),
             tiles,
             hyper.lr,
-            applied_decay(arena, hyper),
+            decay_of_move(arena, hyper),
             0.0,
             False,
         )

@@ -216,7 +216,7 @@ def _attempt(
 def _warn(failed: int, count: int) -> None:
     if failed:
         logger.warning(
-            "%d of %d inverse roots failed the probe with every solver (factor not finite, or "
+            "%d of %d inverse roots failed the root check with every solver (factor not finite, or "
             "far from positive definite): they keep their previous root.",
             failed,
             count,

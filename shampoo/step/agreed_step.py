@@ -180,7 +180,7 @@ class AgreedStep:
             if step is not None and deferred.error is None:
                 layerwise.rescale(squares, arena, step.segments)
                 for segment in step.segments:
-                    scalars = step.scalars.at(segment.owners)
+                    scalars = step.scalars.at(segment.param_index)
                     distributor.apply_direction(arena, segment, step.hyper, scalars)
 
     def finish(self) -> None:

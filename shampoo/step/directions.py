@@ -26,17 +26,20 @@ def refresh_ahead(
     scalars: Scalars,
     distributor: Distributor,
 ) -> bool:
-    """Moves all factors, and refreshes roots, before any direction; False if that can wait.
+    """Moves all factors and refreshes the roots, where several segments have roots that are due.
 
-    Roots see the factors of all blocks. Segments share a workspace: if there are several, their
-    gradients are gathered again afterwards. If there is one, moments move before the roots are
-    refreshed, which do not depend on each other.
+    Every factor must have moved before a root is taken. Segments share a workspace, so that their
+    gradients are gathered again afterwards.
+
+    Returns:
+        False, with nothing done, where there is one segment, or nothing due: the loop over segments
+        does both then, and moments may move first.
     """
     if not due or len(segments) == 1:
         return False
     for segment in segments:
         ops.gather_blocks_(segment.grad, *gradients(segment, hyper, scalars, distributor))
-        accumulate(kind, segment, hyper, scalars.at(segment.owners))
+        accumulate(kind, segment, hyper, scalars.at(segment.param_index))
     refresh(kind, due, hyper, scalars)
     return True
 
@@ -61,7 +64,7 @@ def due_rows(
     phases = {count: hyper.due_phase(count + is_capturing) for count in distinct}
     if set(phases.values()) == {None}:
         return []
-    return active.rows_by_owner(
+    return active.rows_by_param(
         tuple(
             phases[count] if is_here else None
             for count, is_here in zip(counts, active.present, strict=True)
@@ -73,7 +76,7 @@ def factor_correction(factors: FactorRows, scalars: Scalars) -> Number:
     """c2 of some factors, [R] where their parameters differ in how many steps they have taken."""
     if scalars.counted is None:
         return scalars.correction2
-    return scalars.at(factors.owners).correction2
+    return scalars.at(factors.param_index).correction2
 
 
 def accumulate(
@@ -96,7 +99,7 @@ def refresh(
 ) -> None:
     """Renews what is due (step 4)."""
     for rows in due:
-        own = scalars if scalars.counted is None else scalars.at(rows.owners)
+        own = scalars if scalars.counted is None else scalars.at(rows.param_index)
         taken = rows.taken()
         kind.refresh(taken, hyper, own)
         rows.put_back(taken)

@@ -55,7 +55,7 @@ def rescale(squares: Tensor, arena: Arena, segments: Sequence[Segment]) -> None:
     is_ratio = (weight_norm > 0) & (norm > 0) & weight_norm.isfinite() & norm.isfinite()
     ratio = torch.where(is_ratio, weight_norm / norm, 1.0).clamp_(max=torch.finfo(arena.dtype).max)
     for segment in segments:
-        segment.scale.copy_(ratio[segment.owners])
+        segment.scale.copy_(ratio[segment.param_index])
 
 
 def _block_squares(flat: Tensor, segment: Segment) -> Tensor:
