@@ -89,10 +89,11 @@ class Shampoo(Persistent):
             formula with ``betas[1]`` and ``eps``).
         precondition: False lets a whole group follow the grafted method, e.g. for embeddings.
         preconditioner: ``"shampoo"``, or ``"kl_shampoo"`` (arXiv 2509.03378): before a mode's
-            factor takes a gradient in, the roots of all other modes whiten it, and p is 2. It can
-            do without a graft (``grafting="none"``), costs one more product a step for every mode
-            and other mode, and has no use for ``exponent_override`` and ``exponent_multiplier``.
-            Cannot change once training has begun.
+            factor takes a gradient in, the roots of all other modes whiten it, and p is 2. It costs
+            one more product a step for every mode and other mode, and has no use for
+            ``exponent_override`` and ``exponent_multiplier``. Without a graft
+            (``grafting="none"``) roots of factors that have seen few gradients make long steps: let
+            ``start_preconditioning_step`` come later. Cannot change once training has begun.
         exponent_override: the root p of every factor instead of twice the order of the block; an
             int, or a list indexed by order (0 or missing: the default).
         exponent_multiplier: every factor is raised to ``-exponent_multiplier / p``.
