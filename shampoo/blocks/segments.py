@@ -318,9 +318,9 @@ class ActiveBlocks:
     _rows_by_param: dict[Phases, list[FactorRows]] = field(default_factory=dict)
 
     @functools.cached_property
-    def ranks(self) -> list[int]:
+    def present_params(self) -> list[int]:
         """The parameters with a gradient, by their places in the arena."""
-        return [rank for rank, is_here in enumerate(self.present) if is_here]
+        return [index for index, is_here in enumerate(self.present) if is_here]
 
     @functools.cached_property
     def is_here(self) -> Tensor:
@@ -417,7 +417,7 @@ def _segment(
     members = sorted({placed.member for _, placed in run})
     numbers = {member: number for number, member in enumerate(members)}
     order = max(len(stack.extent) for stack, _ in run)
-    ranks = {member: rank for rank, member in enumerate(arena.members)}
+    index_of = {member: index for index, member in enumerate(arena.members)}
     rows: list[list[int]] = []
     param_index: list[int] = []
     places: list[int] = []
@@ -428,7 +428,7 @@ def _segment(
         for placed in tiles:
             blocks, number = placed.tile.blocks, numbers[placed.member]
             rows.append(placed.tile.row(number, placed.element - start, order))
-            param_index += [ranks[placed.member]] * blocks
+            param_index += [index_of[placed.member]] * blocks
             block_members += [number] * blocks
             base = arena.first[placed.member]
             places += [base + index for index in placed.tile.block_indices()]

@@ -233,7 +233,7 @@ class Arena:
     def place(self) -> None:
         """Lays out all blocks, once they are added."""
         by_size: dict[tuple[int, int, str], FactorStack] = {}
-        ranks = {member: rank for rank, member in enumerate(self.first)}
+        places = {member: place for place, member in enumerate(self.first)}
         element = 0
         for stack in self.stacks:
             row = 0
@@ -251,7 +251,7 @@ class Arena:
                 stack.factors.append((factors, factors.count))
                 factors.count += stack.count
                 for member, tile in stack.tiles:
-                    factors.param_index += [ranks[member]] * tile.blocks
+                    factors.param_index += [places[member]] * tile.blocks
         self.numel = element
         self.factor_stacks = list(by_size.values())
 

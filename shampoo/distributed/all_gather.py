@@ -181,7 +181,7 @@ class AllGatherDistributor(Distributor):
     def _rows_of(self, index: int) -> list[Tensor]:
         """The tiles of an arena's blocks in each part of the buffer, by the places of members."""
         arenas_by_rank = self._all_arenas[index]
-        ranks = {member: rank for rank, member in enumerate(arenas_by_rank[0].first)}
+        places = {member: place for place, member in enumerate(arenas_by_rank[0].first)}
         placed = [
             (position, placement)
             for position, arena in enumerate(arenas_by_rank)
@@ -195,7 +195,7 @@ class AllGatherDistributor(Distributor):
             edges = self._edges[position]
             part = bisect.bisect_right(edges, start) - 1
             offset = position * self._buffers[part].shape[1] + _HEADER + start - edges[part]
-            rows[part].append(placement.tile.row(ranks[placement.member], offset, order))
+            rows[part].append(placement.tile.row(places[placement.member], offset, order))
         return [
             torch.tensor(part, dtype=torch.int64, device="cpu").view(-1, 2 + 4 * order)
             for part in rows

@@ -145,11 +145,11 @@ class AgreedStep:
 
     def _step_of(self, active: ActiveBlocks) -> ArenaStep | None:
         """What an arena does, by the numbers of the step that has just been counted."""
-        if not active.ranks:
+        if not active.present_params:
             return None
         arena, counts = active.arena, active.arena.counts()
         hyper = self._inputs.hyper[arena.group]
-        distinct = {counts[rank] for rank in active.ranks}
+        distinct = {counts[index] for index in active.present_params}
         if self._accepted is not None and self._on_device is not None:
             scalars = self._on_device.scalars(hyper, active, self._accepted)
         else:
