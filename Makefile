@@ -23,13 +23,18 @@ CLEAN := $(abspath $(VENV))/clean
 WHEELS := $(abspath $(VENV))/wheels
 SOURCES := shampoo kernels tests benchmarks examples tools setup.py
 
-.PHONY: test slow bench lint types pytest wheel clean
+.PHONY: test slow bench learning lint types pytest wheel clean
 
 test: lint pytest types
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python examples/digits.py
+
+# Trains every optimizer on every task, two runs at once; stopped, it goes on where it was.
+learning: $(VENV)/installed
+	$(BIN)/python -m benchmarks.data fashion-mnist king-james cpython
+	$(BIN)/python -m benchmarks.learning
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check $(SOURCES)

@@ -231,6 +231,9 @@ class Hyperparameters:
             return None
         if self.is_staggered:
             return int(step - start) % frequency
+        if start <= step < frequency:  # refreshed whenever the steps have doubled
+            doubled = step // int(start)
+            return 0 if step % int(start) == 0 and doubled & (doubled - 1) == 0 else None
         return 0 if step == start or step % frequency == 0 else None
 
     @functools.cached_property
@@ -396,11 +399,10 @@ def _start(group: dict[str, Any]) -> float:
     is_number = isinstance(start, Real) and not isinstance(start, bool)
     is_step = is_number and (start == math.inf or (start <= MOST_STEPS and start % 1 == 0))
     _require(
-        is_step and start >= frequency,
+        is_step and start >= 1,
         "start_preconditioning_step",
         start,
-        f"-1 (means precondition_frequency), math.inf, or an integer >="
-        f" precondition_frequency={frequency} and <= {MOST_STEPS}",
+        f"-1 (means precondition_frequency), math.inf, or an integer >= 1 and <= {MOST_STEPS}",
     )
     return float(start)
 

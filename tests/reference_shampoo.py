@@ -268,7 +268,10 @@ class ReferenceShampoo:
             unfolded = unfold(G, mode)
             C = unfolded @ unfolded.T if A.ndim == 2 else (unfolded**2).sum(1)
             block.factors[mode] = A + C if beta2 == 1 else beta2 * A + (1 - beta2) * C
-        if (t % h["precondition_frequency"] == 0 and t > self.start) or t == self.start:
+        f, doublings = h["precondition_frequency"], [self.start]
+        while 2 * doublings[-1] < f:
+            doublings.append(2 * doublings[-1])
+        if (t % f == 0 and t > self.start) or t in doublings:
             for mode, A in enumerate(block.factors):
                 if A.ndim == 2:
                     power = self.exponent(G.ndim)

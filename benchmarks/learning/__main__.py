@@ -1,0 +1,128 @@
+"""Trains every optimizer on every task, each at its best settings, and writes what came out.
+
+    python -m benchmarks.learning                                    # goes on where it was stopped
+    python -m benchmarks.learning --tasks cpython-64 --optimizers adamw shampoo
+    python -m benchmarks.learning --report                           # tables and plots alone
+    python -m benchmarks.learning --quick --out FOLDER               # digits, in some minutes
+
+Runs lie in benchmarks/results/learning, a JSON line each; what is there is not run again. Tables go
+into docs/evidence.md, plots into docs/figures. One thread a run, two runs at once.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import data
+from benchmarks.learning import plots, studies, tables
+from benchmarks.learning.optimizers import ROWS, why_absent
+from benchmarks.learning.pool import Missing, execute
+from benchmarks.learning.protocol import FRESH, Search
+from benchmarks.learning.records import RESULTS, Records
+from benchmarks.learning.trial import Trial
+from benchmarks.tasks import TASKS
+
+EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence.md"
+STUDIES = ("main", "exponents", "transfer", "ablations", "further")
+QUICK = ("adamw", "muon", "shampoo")
+
+
+def _searches(searches: Sequence[Search], fresh: Sequence[int] = FRESH) -> Missing:
+    return lambda records: studies.missing_of_searches(searches, records, fresh)
+
+
+def plans(
+    chosen: Sequence[str], tasks: Sequence[str] | None, optimizers: Sequence[str]
+) -> dict[str, Missing]:
+    """What each study still lacks, by its name."""
+
+    def picked(names: Sequence[str]) -> list[str]:
+        return [name for name in names if tasks is None or name in tasks]
+
+    def rows(names: Sequence[str]) -> list[str]:
+        return [name for name in names if name in optimizers]
+
+    def cells(records: Records) -> list[Trial]:
+        return studies.missing_of_cells(studies.cells(picked(studies.TABLE_TASKS)), records)
+
+    def ablations(records: Records) -> list[Trial]:
+        return studies.missing_of_ablations(picked(studies.ABLATION_TASKS), records)
+
+    table_tasks = picked(studies.TABLE_TASKS) if tasks is None else list(tasks)
+    further_tasks = picked(studies.FURTHER_TASKS) if tasks is None else list(tasks)
+    widths = [
+        studies.transfer(width, has_transfer)
+        for width in studies.WIDTHS
+        for has_transfer in (False, True)
+    ]
+    found: dict[str, Missing] = {
+        "main": _searches(studies.table(table_tasks, rows(studies.MAIN))),
+        "exponents": cells,
+        "transfer": _searches(widths, fresh=()),
+        "ablations": ablations,
+        "further": _searches(studies.table(further_tasks, rows(studies.FURTHER))),
+    }
+    return {name: found[name] for name in chosen}
+
+
+def main() -> None:
+    """Runs what is missing, then reports."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--study", nargs="+", choices=STUDIES, default=STUDIES, metavar="STUDY")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
+    parser.add_argument(
+        "--optimizers", nargs="+", choices=ROWS, default=ROWS, metavar="ROW", help=", ".join(ROWS)
+    )
+    parser.add_argument("--budget", type=float, default=3 * 3600, help="seconds of runs (3 h)")
+    parser.add_argument("--workers", type=int, default=2, help="runs at once (2)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the runs")
+    parser.add_argument("--quick", action="store_true", help="digits alone, two fresh seeds")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    options = parser.parse_args()
+    console = Console()
+    present = [name for name in options.optimizers if not (why := why_absent(name)) or print(why)]
+    records = Records(options.out)
+    if options.quick:
+        searches = studies.table(("digits",), [name for name in QUICK if name in present])
+        planned = {"quick": _searches(searches, FRESH[:2])}
+    else:
+        planned = plans(options.study, options.tasks, present)
+    if not options.report:
+        wanted = {t.task for missing in planned.values() for t in missing(records)}
+        for source in sorted({s for task in wanted if (s := TASKS[task].source)}):
+            data.files(source)  # before anything has been trained
+
+        def missing(found: Records) -> list[Trial]:
+            return [trial for plan in planned.values() for trial in plan(found)]
+
+        done = execute(missing, records, console, workers=options.workers, seconds=options.budget)
+        console.print("everything is there" if done else "the time is over: run it again to go on")
+    report(records, console, is_published=options.out == RESULTS)
+
+
+def report(records: Records, console: Console, is_published: bool) -> None:
+    """Prints the tables that say most; where these are the published runs, writes the document."""
+    for name, build in tables.TABLES.items():
+        head, *rows = build(records)
+        if not rows or name == "rates":
+            continue
+        shown = Table(title=name)
+        for column in head:
+            shown.add_column(column)
+        for row in rows:
+            shown.add_row(*row)
+        console.print(shown)
+    if is_published:
+        EVIDENCE.write_text(tables.fill(EVIDENCE, records), encoding="utf-8")
+        made = plots.draw(records)
+    else:
+        made = plots.draw(records, records.folder)
+    console.print(f"{len(records)} runs; plots: {', '.join(path.name for path in made)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""One run: a task, an optimizer, a rate and a seed, and the curve that comes of them."""
+
+import hashlib
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks.learning.optimizers import ROWS
+from benchmarks.tasks import TASKS, Split
+from benchmarks.tasks.base import multiplier
+
+Point = tuple[int, float, float | None, float, float]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What defines a run.
+
+    Attributes:
+        task: a name of ``TASKS``.
+        optimizer: a name of ``ROWS``.
+        rate: the learning rate at its highest.
+        seed: of the weights and the batches.
+        split: the part of what is held out that judges.
+        arguments: of the optimizer, beside those of its row.
+        weight_decay: None for the task's.
+        warmup: steps, None for the task's.
+    """
+
+    task: str
+    optimizer: str
+    rate: float
+    seed: int
+    split: Split = "tuning"
+    arguments: dict[str, Any] = field(default_factory=dict)
+    weight_decay: float | None = None
+    warmup: int | None = None
+
+    def key(self) -> str:
+        """Names the run: equal trials have equal ones."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def run(trial: Trial) -> dict[str, Any]:
+    """Trains, and returns what is recorded of it, as JSON-like values.
+
+    ``curve`` holds ``(step, loss, accuracy or None, training loss, CPU seconds)`` at each
+    evaluation; seconds are those of this process, without evaluations. A run is ``diverged`` whose
+    loss is not finite, or after a third of the steps above that of the first evaluation.
+    """
+    task, row = TASKS[trial.task], ROWS[trial.optimizer]
+    torch.manual_seed(trial.seed)
+    model = task.model()
+    decay = task.weight_decay if trial.weight_decay is None else trial.weight_decay
+    warmup = task.warmup if trial.warmup is None else trial.warmup
+    arguments = {**row.arguments, **trial.arguments}
+    optimizer = row.build(model, trial.rate, decay, arguments)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: multiplier(step, task.steps, warmup)
+    )
+    batches = task.batches(trial.seed)
+    curve: list[Point] = []
+    seconds = stepping = train_loss = 0.0
+    since, diverged = 0, False
+    for step in range(1, task.steps + 1):
+        start = time.process_time()
+        loss = task.loss(model, next(batches))
+        loss.backward()
+        middle = time.process_time()
+        optimizer.step()
+        end = time.process_time()
+        model.zero_grad()  # an optimizer of views would miss the parameters
+        scheduler.step()
+        seconds += time.process_time() - start
+        stepping += end - middle
+        train_loss, since = train_loss + loss.item(), since + 1
+        if step % task.every == 0 or step == task.steps:
+            model.eval()
+            with torch.no_grad():
+                held, accuracy = task.judge(model, trial.split)
+            model.train()
+            curve.append((step, held, accuracy, train_loss / since, seconds))
+            train_loss, since = 0.0, 0
+            is_late = 3 * step > task.steps
+            if not math.isfinite(held) or (is_late and held > 1.05 * curve[0][1]):
+                diverged = (
+                    True  # a third of the steps have made it worse: the rest is not waited for
+                )
+                break
+    return {
+        **asdict(trial),
+        "key": trial.key(),
+        "diverged": diverged,
+        "loss": None if diverged else curve[-1][1],
+        "accuracy": curve[-1][2],
+        "seconds": seconds,
+        "optimizer_seconds": stepping,
+        "curve": [[s, *(_short(x) for x in rest)] for s, *rest in curve],
+    }
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.5g}")
