@@ -91,7 +91,7 @@ class RoundedRoots(Shampoo):
 
 
 def shampoo(model: nn.Module, rate: float, decay: float, more: Mapping[str, Any]) -> Any:
-    """This package. ``embeddings`` and ``bfloat16_roots`` are no arguments of it, but of a study."""
+    """This package; ``embeddings`` and ``bfloat16_roots`` are arguments of studies alone."""
     arguments = dict(more)
     found = groups(model)
     if arguments.pop("embeddings", False):
