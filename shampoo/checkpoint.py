@@ -31,9 +31,9 @@ from torch.optim import Optimizer
 
 from shampoo.blocks.layout import AUTO, Geometry
 from shampoo.blocks.state_keys import is_own, may_begin
-from shampoo.hyperparameters import FORMER_DEFAULTS
 from shampoo.optimizer import Shampoo
 from shampoo.preconditioner.choice import layout_of
+from shampoo.state.former import FORMER_DEFAULTS, FORMER_NAMES, is_automatic
 from shampoo.state.loading import check_blocks
 
 _MARKER = "complete"
@@ -161,15 +161,16 @@ def load(
     groups: list[dict[str, Any]] = []
     former: dict[str, Any] = {}
     if isinstance(optimizer, Shampoo):
-        former = _former_values(place)
-        methods = _check_blocks(optimizer, states["optimizer"]["param_groups"], place, former)
-        if _adopt(optimizer, methods):
+        former, names = _former_values(place)
+        cuts = _check_blocks(optimizer, states["optimizer"]["param_groups"], place, former)
+        if _adopt(optimizer, cuts):
             states = _states(model, optimizer)
         _ask_for_what_is_saved(optimizer, states["optimizer"], place)
         groups = states["optimizer"]["param_groups"]
         for group in groups:
             for name in former:
                 del group[name]
+            group.update(dict.fromkeys(names))  # DCP puts what was saved there
     _transfer(state_dict_loader.load, states, place)
     for group in groups:
         group.update(former)
@@ -184,11 +185,15 @@ def load(
     return _step_of(place)
 
 
-def _former_values(place: Path) -> dict[str, Any]:
-    """With what a checkpoint was trained of which it says nothing, since there was one way only."""
+def _former_values(place: Path) -> tuple[dict[str, Any], list[str]]:
+    """With what a checkpoint was trained of which it says nothing, since there was one way only.
+
+    Beside it the names in the checkpoint of arguments that are no more.
+    """
     paths = (FileSystemReader(place).read_metadata().planner_data or {}).values()
     named = {path[-1] for path in paths if path[:2] == ("optimizer", "param_groups")}
-    return {name: value for name, value in FORMER_DEFAULTS.items() if name not in named}
+    former = {name: value for name, value in FORMER_DEFAULTS.items() if name not in named}
+    return former, [name for name in FORMER_NAMES if name in named]
 
 
 def _check_blocks(
@@ -196,7 +201,7 @@ def _check_blocks(
     named: Sequence[Mapping[str, Any]],
     place: Path,
     former: Mapping[str, Any],
-) -> list[str]:
+) -> list[dict[str, Any]]:
     """Compares what decides the shapes of blocks; DCP could only say that some size differs.
 
     Args:
@@ -204,7 +209,7 @@ def _check_blocks(
         former: values for what the checkpoint does not say.
 
     Returns:
-        For every group the ``large_dim_method`` with which to load.
+        For every group what it takes from the checkpoint, since nobody has named another.
     """
     # DCP replaces what it finds in these by what was saved.
     saved: list[dict[str, Any]] = [
@@ -217,33 +222,35 @@ def _check_blocks(
     _transfer(state_dict_loader.load, {"optimizer": {"param_groups": saved}}, place)
     saved = [{**group, **former} for group in saved]
     group_of = {name: group for group in saved for name in group["params"]}
-    methods = []
+    cuts = []
     for group, names in zip(
         optimizer.param_groups, (each["params"] for each in named), strict=True
     ):
-        method = group["large_dim_method"]
-        if method == AUTO:
-            first = next((group_of[name] for name in names if name in group_of), group)
-            method = first["large_dim_method"]
-        methods.append(method)
-        group = {**group, "large_dim_method": method}
+        first = next((group_of[name] for name in names if name in group_of), group)
+        cut = {}
+        if group["large_dim_method"] == AUTO:
+            cut["large_dim_method"] = first["large_dim_method"]
+        if is_automatic(group, optimizer.defaults):
+            cut["max_preconditioner_dim"] = first["max_preconditioner_dim"]
+        cuts.append(cut)
+        group = {**group, **cut}
         for param, name in zip(group["params"], names, strict=True):
             if name in group_of:  # if not, DCP says so
                 alone = {**group, "params": [param], "param_names": [name]}
-                check_blocks([alone], [group_of[name]], optimizer.state)
-    return methods
+                check_blocks([alone], optimizer.defaults, [group_of[name]], optimizer.state)
+    return cuts
 
 
-def _adopt(optimizer: Shampoo, methods: Sequence[str]) -> bool:
-    """Gives groups the methods of a checkpoint; whether that cuts parameters otherwise.
+def _adopt(optimizer: Shampoo, cuts: Sequence[Mapping[str, Any]]) -> bool:
+    """Gives groups these values of a checkpoint; whether that cuts parameters otherwise.
 
     DCP reads into the tensors that it finds. Where these are of other blocks the state is dropped,
     and the inert step of :func:`_states` makes it anew.
     """
     is_cut_otherwise = False
-    for group, method in zip(optimizer.param_groups, methods, strict=True):
+    for group, cut in zip(optimizer.param_groups, cuts, strict=True):
         before = Geometry.of(group)
-        group["large_dim_method"] = method
+        group.update(cut)
         is_cut_otherwise |= any(
             layout_of(param.shape, before) != layout_of(param.shape, Geometry.of(group))
             for param in group["params"]

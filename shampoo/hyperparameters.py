@@ -13,7 +13,7 @@ import torch
 
 from shampoo.blocks.blocking import MERGE_MODES
 from shampoo.blocks.declared import choices as preconditioners
-from shampoo.blocks.layout import DTYPES, LARGE_DIM_METHODS, Geometry
+from shampoo.blocks.layout import DTYPES, LARGE_DIM_METHODS, Geometry, automatic_dim, is_auto
 from shampoo.errors import shown, warn_outside
 from shampoo.grafting import GRAFTING, SecondMoment, weight_of
 from shampoo.ops import Number
@@ -24,13 +24,24 @@ NONFINITE = ("skip", "raise")
 REFRESH_SCHEDULES = ("together", "staggered")
 MOST_STEPS = 1 << 53  # up to which a float, as which steps are counted, holds every integer
 
-# What a group without the value was trained with: the defaults of today need not be that.
-FORMER_DEFAULTS = {"large_dim_method": "blocking", "preconditioner": "shampoo"}
+EXPONENTS = ("covariance", "paper")  # by name: p is 2, or twice the order
+
+# Of what a root must not be older than, as a part of the steps that a factor remembers, which are
+# 1 / (1 - beta2). Above one half, roots are of another factor than the one they are used beside.
+_OLDEST_ROOT = 0.5
 
 
 def dtype_name(dtype: Any) -> Any:
     """``torch.float32 -> "float32"``: groups hold JSON-like values, so that they load safely."""
     return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+
+
+def settle(group: dict[str, Any]) -> dict[str, Any]:
+    """Puts into a group what is saved of it, a dtype's name, a number for "auto"; returns it."""
+    group["preconditioner_dtype"] = dtype_name(group["preconditioner_dtype"])
+    if is_auto(group["max_preconditioner_dim"]):
+        group["max_preconditioner_dim"] = automatic_dim(group)
+    return group
 
 
 def _require(valid: bool, name: str, value: Any, bound: str) -> None:
@@ -94,7 +105,7 @@ class Hyperparameters:
     nesterov: bool
     precondition_frequency: int
     start_preconditioning_step: float  # resolved: -1 has become precondition_frequency
-    exponent_override: int | Sequence[int]
+    exponent: str | float | Sequence[float]
     exponent_multiplier: float
     bias_correction: bool
     grafting_beta2: Number
@@ -132,7 +143,7 @@ class Hyperparameters:
             nesterov=group["nesterov"],
             precondition_frequency=group["precondition_frequency"],
             start_preconditioning_step=_start(group),
-            exponent_override=group["exponent_override"],
+            exponent=group["exponent"],
             exponent_multiplier=_number(group, "exponent_multiplier"),
             bias_correction=group["bias_correction"],
             grafting_beta2=1.0 if plain_sum else grafting_beta2,
@@ -184,6 +195,20 @@ class Hyperparameters:
             f'"eigh" or "auto" when exponent_multiplier={self.exponent_multiplier} is not 1.0:'
             " an iteration needs an integer root",
         )
+        _require(
+            _is_integer(self.exponent) or not self.geometry.capturable,
+            "exponent",
+            self.exponent,
+            "a name or an integer when capturable=True: other exponents need"
+            ' root_method="eigh", which waits for the device',
+        )
+        _require(
+            _is_integer(self.exponent) or self.root_method in ("auto", "eigh"),
+            "root_method",
+            self.root_method,
+            f'"eigh" or "auto" when exponent={shown(self.exponent)} is not an integer: an iteration'
+            " needs an integer root",
+        )
         if not isinstance(self.grafting_beta2, torch.Tensor):
             _require(
                 0.0 < self.grafting_beta2 <= 1.0,
@@ -200,10 +225,23 @@ class Hyperparameters:
 
     def root_power(self, order: int) -> float:
         """p such that every factor of a block of this order is raised to ``-1/p`` (2.2)."""
-        override = self.exponent_override
-        if not isinstance(override, int):
-            override = override[order - 1] if order <= len(override) else 0
-        return (override or 2 * order) / self.exponent_multiplier
+        exponent = self.exponent
+        if isinstance(exponent, Sequence) and not isinstance(exponent, str):
+            exponent = (exponent[order - 1] if order <= len(exponent) else 0) or "paper"
+        if isinstance(exponent, str):
+            exponent = 2 if exponent == "covariance" else 2 * order
+        return exponent / self.exponent_multiplier
+
+    @property
+    def roots_outlive_factors(self) -> bool:
+        """Whether roots are used that are older than what the factors remember."""
+        if isinstance(self.beta2, torch.Tensor) or not self.geometry.precondition:
+            return False
+        if self.start_preconditioning_step == math.inf:
+            return False
+        forgotten = self.precondition_frequency * (1.0 - self.beta2)
+        is_rounding = math.isclose(forgotten, _OLDEST_ROOT)  # 10 * (1 - 0.95) is 0.5000000000000004
+        return forgotten > _OLDEST_ROOT and not is_rounding
 
     @functools.cached_property
     def coupled_decay(self) -> float:
@@ -365,11 +403,12 @@ def _check_choices(group: dict[str, Any]) -> None:
         ("preconditioner_dtype", tuple(DTYPES)),
     ):
         _require(group[name] in choices, name, group[name], f"one of {', '.join(choices)}")
-    for name in ("max_preconditioner_dim", "precondition_frequency"):
+    for name, other in (("max_preconditioner_dim", ', or "auto"'), ("precondition_frequency", "")):
         value = group[name]
         is_count = isinstance(value, Integral) and not isinstance(value, bool)
         is_count = is_count and 1 <= int(value) <= MOST_STEPS
-        _require(is_count, name, value, f"an integer >= 1 and <= {MOST_STEPS}")
+        is_count |= bool(other) and is_auto(value)
+        _require(is_count, name, value, f"an integer >= 1 and <= {MOST_STEPS}{other}")
     most = group["max_root_failures"]
     is_bound = isinstance(most, int) and not isinstance(most, bool) and 0 <= most <= MOST_STEPS
     _require(
@@ -378,18 +417,40 @@ def _check_choices(group: dict[str, Any]) -> None:
         most,
         f"None or an integer >= 0 and <= {MOST_STEPS}",
     )
-    override = group["exponent_override"]
-    powers = [override] if isinstance(override, int) else override
-    is_list = isinstance(powers, (list, tuple)) and all(
-        isinstance(power, int) and not isinstance(power, bool) and 0 <= power <= MOST_POWER
-        for power in powers
+    _check_exponent(group)
+
+
+def _check_exponent(group: dict[str, Any]) -> None:
+    bound = (
+        f'"covariance" (p = 2), "paper" (p = 2 * order), a number > 0 and <= {MOST_POWER}, or a'
+        " list of such numbers by order, 0 for the paper's"
     )
-    _require(
-        is_list,
-        "exponent_override",
-        override,
-        f"an integer >= 0 and <= {MOST_POWER}, or a list of them by order",
-    )
+    if "exponent_override" in group:
+        value = shown(group["exponent_override"])
+        raise ValueError(
+            f"Invalid exponent_override={value}. Must be given as exponent: {bound}; what"
+            ' exponent_override=0 was is exponent="paper".'
+        )
+    exponent = group["exponent"]
+    if isinstance(exponent, (list, tuple)):
+        is_exponent = all(_is_real(power) and 0 <= power <= MOST_POWER for power in exponent)
+    elif isinstance(exponent, str):
+        is_exponent = exponent in EXPONENTS
+    else:
+        is_exponent = _is_real(exponent) and 0 < exponent <= MOST_POWER
+    _require(is_exponent, "exponent", exponent, bound)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_integer(exponent: str | float | Sequence[float]) -> bool:
+    """Whether p is an integer for blocks of every order."""
+    if isinstance(exponent, str):
+        return True
+    powers = exponent if isinstance(exponent, Sequence) else [exponent]
+    return all(power % 1 == 0 for power in powers)
 
 
 def _start(group: dict[str, Any]) -> float:
@@ -411,3 +472,15 @@ def warn_about(group: dict[str, Any]) -> None:
     """Says once, when a group is made, what has no effect, at the line outside that made it."""
     if group["nesterov"] and _number(group, "momentum") == 0.0:
         warn_outside("nesterov=True has no effect with momentum=0.0.")
+
+
+def warn_of_old_roots(values: Hyperparameters) -> None:
+    """Says what stale roots do, at the line outside that asked for them."""
+    frequency, beta2 = values.precondition_frequency, float(values.beta2)
+    most = max(1, int(_OLDEST_ROOT / (1.0 - beta2) + 1e-9))
+    least = math.ceil(1e4 * (1.0 - _OLDEST_ROOT / frequency)) / 1e4
+    warn_outside(
+        f"shampoo: precondition_frequency={frequency} uses a root for more than half of the"
+        f" {1.0 / (1.0 - beta2):.3g} steps that a factor remembers with betas[1]={beta2}: stale"
+        f" roots learn worse. Choose precondition_frequency <= {most}, or betas[1] >= {least}."
+    )

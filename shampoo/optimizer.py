@@ -18,8 +18,9 @@ from shampoo.distributed.process_groups import ProcessGroups
 from shampoo.distributed.replica_checksums import check_checksums, checksums_of
 from shampoo.distributed.shard_regions import local_tensor
 from shampoo.errors import ShampooDistributedError
-from shampoo.hyperparameters import FORMER_DEFAULTS, Hyperparameters, dtype_name, warn_about
+from shampoo.hyperparameters import Hyperparameters, dtype_name, settle, warn_about
 from shampoo.preconditioner.choice import kind_of, layout_of
+from shampoo.state.former import complete, translate
 from shampoo.state.persistent import Persistent
 from shampoo.step import capture, tracing
 from shampoo.step.agreed_step import AgreedStep
@@ -54,7 +55,7 @@ class Shampoo(Persistent):
     .. math::
         L \leftarrow \beta_2 L + (1 - \beta_2) G G^T, \quad
         R \leftarrow \beta_2 R + (1 - \beta_2) G^T G, \quad
-        W \leftarrow W - \alpha\, s\, L^{-1/4} M R^{-1/4}
+        W \leftarrow W - \alpha\, s\, L^{-1/2} M R^{-1/2}
 
     with M the bias-corrected average of gradients and s the factor that gives the direction the
     norm of the grafted method's. With the defaults, the learning rate, betas and weight decay of
@@ -78,7 +79,9 @@ class Shampoo(Persistent):
         momentum: in [0, 1), of the search direction, without dampening.
         nesterov: use Nesterov's form of it.
         max_preconditioner_dim: the largest side of a block, and the bound up to which small
-            dimensions are merged.
+            dimensions are merged. ``"auto"`` is as long as roots cost little on the device of a
+            group's first parameter: 256 on a CPU, 1024 elsewhere. The group holds the number, and a
+            checkpoint loaded under ``"auto"`` brings its own.
         precondition_frequency: steps between refreshes of the roots; factors move every step.
         start_preconditioning_step: the first step that uses Shampoo, the grafted method alone
             before it. -1 means ``precondition_frequency``; ``math.inf`` never starts.
@@ -89,13 +92,13 @@ class Shampoo(Persistent):
             formula with ``betas[1]`` and ``eps``).
         precondition: False lets a whole group follow the grafted method, e.g. for embeddings.
         preconditioner: ``"shampoo"``, or ``"kl_shampoo"`` (arXiv 2509.03378): before a mode's
-            factor takes a gradient in, the roots of all other modes whiten it, and p is 2. It costs
-            one more product a step for every mode and other mode, and has no use for
-            ``exponent_override`` and ``exponent_multiplier``. Without a graft
+            factor takes a gradient in, the roots of all other modes whiten it. It costs one more
+            product a step for every mode and other mode, and takes p = 2 alone. Without a graft
             (``grafting="none"``) roots of factors that have seen few gradients make long steps: let
             ``start_preconditioning_step`` come later. Cannot change once training has begun.
-        exponent_override: the root p of every factor instead of twice the order of the block; an
-            int, or a list indexed by order (0 or missing: the default).
+        exponent: the root p of every factor: ``"covariance"``, 2 for blocks of every order;
+            ``"paper"``, twice the order; a number > 0, of which fractions need ``root_method``
+            ``"eigh"`` or ``"auto"``; or a list by order (0 or missing: the paper's).
         exponent_multiplier: every factor is raised to ``-exponent_multiplier / p``.
         bias_correction: of the gradient average and the factors.
         grafting: whose step length is used: ``"none"``, ``"sgd"``, ``"adagrad"``, ``"rmsprop"``,
@@ -209,14 +212,14 @@ class Shampoo(Persistent):
         decoupled_weight_decay: bool = True,
         momentum: float = 0.0,
         nesterov: bool = False,
-        max_preconditioner_dim: int = 1024,
+        max_preconditioner_dim: int | str = AUTO,
         precondition_frequency: int = 10,
         start_preconditioning_step: float = -1,
         merge_dims: str = "matrix",
         precondition_1d: bool = False,
         precondition: bool = True,
         preconditioner: str = "shampoo",
-        exponent_override: int | Sequence[int] = 0,
+        exponent: str | float | Sequence[float] = "covariance",
         exponent_multiplier: float = 1.0,
         bias_correction: bool = True,
         grafting: str = "adam",
@@ -276,10 +279,10 @@ class Shampoo(Persistent):
 
     def _check_group(self, index: int) -> None:
         group = self.param_groups[index]
-        group["preconditioner_dtype"] = dtype_name(group["preconditioner_dtype"])
+        values = Hyperparameters.read(settle(group))
         group["extra"] = dict(_EXTRA)
-        values = Hyperparameters.read(group)
         warn_about(group)
+        self._reader.look_at_roots(values)
         for position, param in enumerate(group["params"]):
             check_parameter(param, parameter_name(group, index, position))
             if param.numel() > 0:
@@ -472,12 +475,9 @@ class Shampoo(Persistent):
     def _fill_groups(self) -> None:
         # A pickle of an older version has none of the arguments that came after it, not even in
         # its defaults.
-        self.defaults = {**_DEFAULTS, **self.defaults}
+        self.defaults = {**_DEFAULTS, **translate(self.defaults)}
         for group in self.param_groups:
-            for name, value in {**self.defaults, **FORMER_DEFAULTS}.items():
-                group.setdefault(name, value)
-            group["preconditioner_dtype"] = dtype_name(group["preconditioner_dtype"])
-            extra = group.get("extra", {})
+            extra = complete(group, self.defaults).get("extra", {})
             group["extra"] = {name: extra.get(name, value) for name, value in _EXTRA.items()}
         ops.load_kernels()
         tracing.run_eagerly(type(self))

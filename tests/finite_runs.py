@@ -14,7 +14,7 @@ from shampoo import Shampoo
 POWERS = (-19.0, -19.0, 0.0, 17.0, 14.0, 30.0, -42.0, 0.0, -30.0, 10.0, 0.0, 0.0)
 # Gradients of 1e-19 at first: roots of 1e38, which a gradient of 1 then meets.
 NO_GRAFT = {
-    "grafting": "none", "exponent_override": 1, "eps": 1e-38, "relative_eps": 0.0, "betas": (0, 0.9)
+    "grafting": "none", "exponent": 1, "eps": 1e-38, "relative_eps": 0.0, "betas": (0, 0.9)
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "no graft": NO_GRAFT,

@@ -98,14 +98,14 @@ LIVE: dict[str, list[Any]] = {
     "grafting_beta2": [None, 0.9, 1.0],
     "grafting_eps": [1e-8, 1e-3, 1e-30],
     "maximize": [True, False],
-    "exponent_override": [0, 2, [0, 4, 0, 0]],
+    "exponent": ["covariance", "paper", 3, [0, 4, 0, 0]],
 }
 BAD: list[tuple[str, Any]] = [
     *(("lr", -1.0), ("lr", math.nan), ("lr", "fast"), ("betas", (1.0, 0.9)), ("betas", 0.9)),
     *(("eps", -1.0), ("relative_eps", math.inf), ("weight_decay", -0.1), ("momentum", 1.0)),
     *(("nesterov", 1), ("precondition_frequency", 0), ("grafting", "adamax")),
     *(("eps", None), ("grafting_eps", 0.0), ("root_method", "svd")),
-    *(("max_preconditioner_dim", 0), ("nonfinite", "ignore"), ("exponent_override", -1)),
+    *(("max_preconditioner_dim", 0), ("nonfinite", "ignore"), ("exponent", -1)),
     *(("merge_dims", "all"), ("maximize", None), ("start_preconditioning_step", -7)),
 ]
 GEOMETRY: list[tuple[str, Any]] = [
@@ -181,7 +181,7 @@ def programs(draw: st.DrawFn) -> Program:
             hyper.pop(name, None)
     if hyper.get("capturable") or hyper.get("exponent_multiplier", 1.0) != 1.0:
         hyper.pop("root_method", None)
-    if hyper.get("exponent_override"):
+    if not isinstance(hyper.get("exponent", ""), str):
         hyper.pop("exponent_multiplier", None)
     ops = draw(st.lists(st.one_of(steps, steps, edits), min_size=3, max_size=12))
     return Program(draw(st.lists(weights, min_size=1, max_size=4)), hyper, ops)

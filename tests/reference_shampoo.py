@@ -26,13 +26,13 @@ DEFAULTS: dict[str, Any] = {
     "decoupled_weight_decay": True,
     "momentum": 0.0,
     "nesterov": False,
-    "max_preconditioner_dim": 1024,
+    "max_preconditioner_dim": 256,  # of "auto", on a CPU
     "precondition_frequency": 10,
     "start_preconditioning_step": -1,
     "merge_dims": "matrix",
     "precondition_1d": False,
     "precondition": True,
-    "exponent_override": 0,
+    "exponent": "covariance",
     "exponent_multiplier": 1.0,
     "bias_correction": True,
     "grafting": "adam",
@@ -255,10 +255,11 @@ class ReferenceShampoo:
         return self.hyper["precondition_frequency"] if start == -1 else start
 
     def exponent(self, order: int) -> float:
-        override = self.hyper["exponent_override"]
-        if isinstance(override, (list, tuple)):
-            override = override[order - 1] if order <= len(override) else 0
-        return -self.hyper["exponent_multiplier"] / (override or 2 * order)
+        p = self.hyper["exponent"]
+        if isinstance(p, (list, tuple)):
+            p = p[order - 1] if order <= len(p) else 0
+        p = {"covariance": 2, "paper": 2 * order, 0: 2 * order}.get(p, p)
+        return -self.hyper["exponent_multiplier"] / p
 
     def _update_factors(
         self, G: Tensor, block: BlockState, beta2: float, c2: float, t: int

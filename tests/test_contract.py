@@ -47,7 +47,7 @@ def twins_of(params: list[Parameter]) -> list[Parameter]:
         {"nesterov": True},
         {"precondition_frequency": 3},
         {"start_preconditioning_step": 8},
-        {"exponent_override": 3},
+        {"exponent": 3},
         {"exponent_multiplier": 1.5},
         {"bias_correction": False},
         {"grafting": "rmsprop"},
@@ -107,7 +107,7 @@ def test_k2_equal_shapes_in_different_groups_do_not_mix():
         {},
         {"lr": 0.3, "betas": (0.5, 0.8), "weight_decay": 0.0, "momentum": 0.9},
         {"eps": 0.1, "relative_eps": 1e-2, "grafting_eps": 1e-2, "nesterov": True},
-        {"exponent_override": 2, "precondition_frequency": 3, "bias_correction": False},
+        {"exponent": "paper", "precondition_frequency": 3, "bias_correction": False},
         {"betas": (0.9, 1.0), "decoupled_weight_decay": False, "start_preconditioning_step": 5},
     ]
     groups = [{"params": [p], **hyper} for p, hyper in zip(params, own, strict=True)]

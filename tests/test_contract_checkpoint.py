@@ -88,7 +88,7 @@ def test_k6_a_resumed_run_has_the_bits_of_a_straight_one(dtype, steps, into):
         {"grafting": "lamb", "nesterov": True},
         {"large_dim_method": "diagonal"},
         {"large_dim_method": "adagrad"},
-        {"merge_dims": "none", "exponent_override": [2, 4, 6]},
+        {"merge_dims": "none", "exponent": [2, 4, 6]},
         {"preconditioner_dtype": torch.float64},
         {"start_preconditioning_step": float("inf")},
     ],

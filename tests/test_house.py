@@ -29,7 +29,7 @@ IMPORTS = {
     "state": "errors blocks hyperparameters preconditioner distributed step",
     "optimizer": "errors ops blocks hyperparameters preconditioner distributed step state",
     "replay": "blocks optimizer",
-    "checkpoint": "blocks hyperparameters preconditioner state optimizer",
+    "checkpoint": "blocks preconditioner state optimizer",
     "planner": "blocks grafting hyperparameters preconditioner distributed step optimizer",
     "__init__": "errors roots optimizer replay planner",
     "__main__": "ops blocks grafting hyperparameters distributed planner",

@@ -35,7 +35,7 @@ def mixture(pick: random.Random) -> dict[str, Any]:
         "merge_dims": pick.choice(["matrix", "full", "none"]),
         "precondition_1d": pick.choice([True, False]),
         "precondition": pick.random() < 0.85,
-        "exponent_override": pick.choice([0, 0, 2, [1, 3], [0, 0, 5]]),
+        "exponent": pick.choice(["covariance", "paper", 1.5, [1, 3], [0, 0, 5]]),
         "exponent_multiplier": pick.choice([1.0, 1.0, 0.7]),
         "bias_correction": pick.choice([True, False]),
         "grafting": pick.choice(GRAFTS),

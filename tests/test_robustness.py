@@ -250,7 +250,7 @@ def test_a_power_without_a_schedule_is_refused_before_anything_moves():
     params = params_of((6, 5))
     opt = Shampoo(params, **HYPER, root_method="minimax")
     step(params, opt, 0)
-    opt.param_groups[0]["exponent_override"] = 9
+    opt.param_groups[0]["exponent"] = 9
     kept = {key: value.clone() for key, value in opt.state[params[0]].items()}
     with pytest.raises(ValueError, match=r"p=9.*minimax.*Must be one of"):
         step(params, opt, 1)

@@ -83,7 +83,7 @@ def shampoo_inputs(device: Any, dtype: Any = None) -> list[OptimizerInput]:
         "a late start": {"start_preconditioning_step": 5, **few},
         "no start": {"start_preconditioning_step": math.inf, **few},
         "staggered": {"refresh_schedule": "staggered", "max_preconditioner_dim": 2, **few},
-        "exponents by order": {"exponent_override": [0, 3, 0], **few},
+        "exponents by order": {"exponent": [0, 3, 0], **few},
         "exponent multiplier": {"exponent_multiplier": 1.5, **few},
         "eigh": {"root_method": "eigh", **few},
         "coupled_newton": {"root_method": "coupled_newton", **few},
@@ -136,7 +136,7 @@ def shampoo_refusals(device: Any, dtype: Any) -> list[ErrorOptimizerInput]:
         ({"nonfinite": "ignore"}, r"Invalid nonfinite='ignore'"),
         ({"preconditioner_dtype": torch.float16}, r"Invalid preconditioner_dtype='float16'"),
         ({"max_root_failures": -1}, r"Invalid max_root_failures=-1"),
-        ({"exponent_override": -2}, r"Invalid exponent_override=-2"),
+        ({"exponent": -2}, r"Invalid exponent=-2"),
         ({"exponent_multiplier": 0.0}, r"Invalid exponent_multiplier=0.0"),
         (
             {"exponent_multiplier": 1.5, "root_method": "minimax"},

@@ -73,7 +73,9 @@ def directions(history: Sequence[Tensor], **hyper: Any) -> list[Tensor]:
 
 
 PURE: dict[str, Any] = {
-    # Shampoo and nothing else: no graft, no filter, plain sums, a root every step, full factors
+    # The paper's Shampoo and nothing else: no graft, no filter, plain sums, a root every step, full
+    # factors
+    "exponent": "paper",
     "grafting": "none",
     "betas": (0.0, 1.0),
     "precondition_frequency": 1,

@@ -13,15 +13,16 @@ factors. Everything is integer and float arithmetic in a fixed order, so equal m
 costs, to the bit, on every rank: ownership is decided from them.
 """
 
+import functools
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from shampoo.blocks.layout import Layout
+from shampoo.blocks.blocking import Tile
 
 # Seconds a unit of work by the side of the factor: (side, seconds), sides ascending. Linear in
 # between, constant outside.
@@ -34,6 +35,13 @@ _FLOP = 1 / 150e12  # seconds of a FLOP in the nominal model
 # group keeps them: betas may change while training, and owners must not change with them.
 _ELEMENT_NUMBERS = 7
 _NUMBER_BYTES = 4
+
+DEFAULT_FREQUENCY = 10  # of refreshes: the default of precondition_frequency
+
+# Between 10 and 17 every bound gives the same blocks, on the nominal accelerator and on a CPU,
+# nominal or measured: benchmarks/NOTES.md.
+_ROOTS_TO_ELEMENTWISE = 12
+_LONGEST_SIDE = 1 << 16  # of a machine whose roots cost nothing
 
 
 @dataclass(frozen=True)
@@ -131,16 +139,17 @@ class CostModel:
         """Seconds a step, refreshes spread over the ``frequency`` steps of their period."""
         return self.ordinary_seconds(cost) + self.refresh_seconds(cost) / frequency
 
-    def layout_seconds(
-        self, layout: Layout, frequency: int, cost_of: Callable[[tuple[int, ...]], Cost]
+    def grid_seconds(
+        self, tiles: Sequence[Tile], frequency: int, cost_of: Callable[[tuple[int, ...]], Cost]
     ) -> list[float]:
         """``block_seconds`` of every block of a tensor, in row-major order of its grid.
 
         Args:
+            tiles: of the tensor.
             cost_of: the work of a block, by its sides.
         """
-        costs = [0.0] * sum(tile.blocks for tile in layout.tiles)
-        for tile in layout.tiles:
+        costs = [0.0] * sum(tile.blocks for tile in tiles)
+        for tile in tiles:
             seconds = self.block_seconds(cost_of(tile.extent), frequency)
             for index in tile.block_indices():
                 costs[index] = seconds
@@ -165,6 +174,23 @@ class CostModel:
                 " Must be written by python -m benchmarks.calibrate."
             )
         return cls(**{name: _curve(value) for name, value in model.items()})
+
+    def affordable_side(self) -> int:
+        """The largest power of two that a block may have as its sides for ``"auto"``.
+
+        Roots of two such sides, refreshed every 10 steps, take a step at most 12 times as long as
+        an elementwise optimizer needs for the block, which moves its numbers through memory and no
+        more. Products are left out: they grow with the side as roots do, so that the ratio of the
+        two says nothing about a side.
+        """
+        side = 1
+        while side < _LONGEST_SIDE:
+            numel = (2 * side) ** 2
+            roots = self.root_seconds(2 * side, roots=2) / DEFAULT_FREQUENCY
+            if roots > _ROOTS_TO_ELEMENTWISE * self.ordinary_seconds(Cost(numel)):
+                break
+            side *= 2
+        return side
 
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON-like values."""
@@ -203,3 +229,26 @@ def _at(curve: Curve, side: int) -> float:
         if side <= right:
             return low + (high - low) * ((side - left) / (right - left))
     return curve[-1][1]
+
+
+ACCELERATOR = CostModel()
+
+# What python -m benchmarks.calibrate measures on two cores of a server, in round numbers.
+_CPU_FLOP = 1 / 200e9
+CPU = CostModel(
+    accumulate=((1, _CPU_FLOP),),
+    apply=((1, _CPU_FLOP),),
+    root=((1, 30 * _CPU_FLOP),),
+    byte=1 / 32e9,
+    machine="nominal CPU: 200 GFLOP/s, 32 GB/s, root = 30 d^3 FLOPs",
+)
+
+
+@functools.cache
+def default_side(device_type: str) -> int:
+    """What ``max_preconditioner_dim="auto"`` is on a device: arithmetic, alike on all ranks.
+
+    Args:
+        device_type: ``"cpu"``; every other, ``"meta"`` too, counts as the nominal accelerator.
+    """
+    return (CPU if device_type == "cpu" else ACCELERATOR).affordable_side()

@@ -74,6 +74,8 @@ class Kind:
         borrows: whether the second moment beside it is that of the group's ``grafting``; if not, it
             is moved by ``betas[1]`` and ``eps``, and nothing is rescaled.
         stream: of random numbers; other for kinds that may move blocks of one group.
+        former_exponent: the ``exponent`` that a group of it was trained with when that had no name
+            and nothing else was asked for.
     """
 
     name: ClassVar[str]
@@ -82,6 +84,7 @@ class Kind:
     preconditions: ClassVar[bool] = True
     borrows: ClassVar[bool] = True
     stream: ClassVar[int] = 0
+    former_exponent: ClassVar[str] = "paper"
 
     def modes(self, extent: Sequence[int], diagonal: Sequence[bool]) -> tuple[str, ...]:
         """What is kept for every mode of a block.

@@ -1,15 +1,16 @@
 """How one tensor is treated: its merged shape, its blocks, and the kind that moves them."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
 from shampoo.blocks.blocking import Tile, cut
+from shampoo.blocks.cost import default_side
 
-AUTO = "auto"  # of large_dim_method: nobody has named one
+AUTO = "auto"  # of large_dim_method and max_preconditioner_dim: nobody has named one
 LARGE_DIM_METHODS = (AUTO, "blocking", "adagrad", "diagonal")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -22,6 +23,20 @@ AFFORDABLE = 8
 # sides' factors are worth much: with them, 3x3 convolutions learn as they do in whole blocks. But a
 # matrix of 8 rows would have hundreds of blocks.
 SHORTER = 8
+
+
+def is_auto(value: Any) -> bool:
+    """Whether a value is "auto"; there are values that cannot be compared with a word."""
+    return isinstance(value, str) and value == AUTO
+
+
+def automatic_dim(group: Mapping[str, Any]) -> int:
+    """What ``max_preconditioner_dim="auto"`` is in a group: its first parameter says the device.
+
+    Without a parameter, as in a plan of shapes, the nominal accelerator is meant.
+    """
+    tensors = (each for each in group.get("params", ()) if isinstance(each, torch.Tensor))
+    return default_side(next((each.device.type for each in tensors), "meta"))
 
 
 @dataclass(frozen=True)
@@ -44,8 +59,11 @@ class Geometry:
 
     @classmethod
     def of(cls, group: dict[str, Any]) -> "Geometry":
-        """The geometry a group asks for, unchecked."""
-        return cls(*(group[field.name] for field in fields(cls)))
+        """The geometry a group asks for, unchecked, with a number in the place of "auto"."""
+        values = cls(*(group[field.name] for field in fields(cls)))
+        if not is_auto(values.max_preconditioner_dim):
+            return values
+        return replace(values, max_preconditioner_dim=automatic_dim(group))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from shampoo.blocks.cost import Cost, CostModel
+from shampoo.blocks.cost import ACCELERATOR, Cost
 from shampoo.blocks.layout import Layout
 
 # Nominal, not this machine's: ranks must decide alike, and a checkpoint must find its owners again
 # on another machine.
-_COSTS = CostModel()
+_COSTS = ACCELERATOR
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def divide(shares: Sequence[Share], kept: Mapping[Tensor, Owners] | None = None)
     """
     loads: dict[Team, list[float]] = {}
     costs = [
-        _COSTS.layout_seconds(share.layout, share.frequency, share.cost_of) for share in shares
+        _COSTS.grid_seconds(share.layout.tiles, share.frequency, share.cost_of) for share in shares
     ]
     owners: list[list[int]] = [[0] * len(cost) for cost in costs]
     pending: dict[tuple[int, Team], list[int]] = {}

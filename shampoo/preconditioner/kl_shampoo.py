@@ -20,6 +20,7 @@ class KLShampoo(Shampoo):
     """Shampoo by gradients that the roots of all other modes have whitened, and p = 2."""
 
     name = "kl_shampoo"
+    former_exponent = "covariance"
 
     def power(self, hyper: Hyperparameters, order: int) -> float:
         """2, whatever the order: the Kronecker product of the factors estimates E[g g^T] itself."""
@@ -27,12 +28,12 @@ class KLShampoo(Shampoo):
 
     def check(self, hyper: Hyperparameters, order: int) -> None:
         """Refuses other powers, and a root that the group's method does not find."""
-        override, multiplier = hyper.exponent_override, hyper.exponent_multiplier
-        if override != 0 or multiplier != 1.0:
+        if hyper.root_power(order) != self.power(hyper, order):
             raise ValueError(
-                f"Invalid exponent_override={override}, exponent_multiplier={multiplier}. Must be 0"
-                f' and 1.0 with preconditioner="{self.name}", whose factors have the power -1/2. Or'
-                ' choose preconditioner="shampoo".'
+                f"Invalid exponent={hyper.exponent!r},"
+                f" exponent_multiplier={hyper.exponent_multiplier}. Must be"
+                f' "covariance" and 1.0 with preconditioner="{self.name}", whose factors have the'
+                ' power -1/2. Or choose preconditioner="shampoo".'
             )
         super().check(hyper, order)
 

@@ -35,9 +35,10 @@ from shampoo.errors import (
     ForeignCheckpointError,
     IncompleteCheckpointError,
 )
-from shampoo.hyperparameters import FORMER_DEFAULTS, Hyperparameters
+from shampoo.hyperparameters import Hyperparameters
 from shampoo.preconditioner.choice import layout_of
 from shampoo.state.fillable import Blank
+from shampoo.state.former import FORMER_DEFAULTS, complete, is_automatic, translate
 from shampoo.step.block_plan import BlockPlan
 from shampoo.step.param_plan import PlannedParam
 from shampoo.step.parameters import parameter_name
@@ -101,8 +102,9 @@ def match(
             unknown += [f"{key} of {name}" for key in entries if is_unknown(key)]
             if own:
                 found[param] = own
+    saved_groups = [translate(dict(saved)) for saved in saved_groups]
     trial = [
-        {**defaults, **FORMER_DEFAULTS, **saved, "params": group["params"]}
+        complete({**saved, "params": group["params"]}, defaults)
         for group, saved in zip(groups, saved_groups, strict=True)
     ]
     for group in trial:
@@ -118,7 +120,7 @@ def match(
             *(len(unknown), _first(unknown)),
         )
     if found:
-        check_blocks(groups, trial, found)
+        check_blocks(groups, defaults, trial, found)
         _check_complete(trial, found, process_groups, kept, strict, is_full)
     return found
 
@@ -184,6 +186,7 @@ def check_origin(
 
 def check_blocks(
     groups: Sequence[dict[str, Any]],
+    defaults: Mapping[str, Any],
     saved_groups: Sequence[dict[str, Any]],
     params: Container[Tensor],
 ) -> None:
@@ -191,6 +194,7 @@ def check_blocks(
 
     Args:
         groups: the optimizer's parameter groups.
+        defaults: its defaults.
         saved_groups: as many of the checkpoint; what a :class:`Geometry` has is looked at.
         params: those that have state in the checkpoint.
 
@@ -199,8 +203,11 @@ def check_blocks(
     """
     for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         ours, theirs = Geometry.of(group), Geometry.of(saved)
-        if ours.large_dim_method == AUTO:  # nobody named one: it comes with the other values
+        # What nobody has named comes with the other values.
+        if ours.large_dim_method == AUTO:
             ours = replace(ours, large_dim_method=theirs.large_dim_method)
+        if is_automatic(group, defaults):
+            ours = replace(ours, max_preconditioner_dim=theirs.max_preconditioner_dim)
         if ours == theirs:
             continue
         for position, param in enumerate(group["params"]):

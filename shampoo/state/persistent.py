@@ -25,8 +25,9 @@ from shampoo.distributed.process_groups import ProcessGroups
 from shampoo.errors import BlockGridMismatchError
 from shampoo.preconditioner import KINDS
 from shampoo.state.fillable import Blank, fillable_state
+from shampoo.state.former import named_in, to_be_laid_under
 from shampoo.state.gathering import Whole, consolidate
-from shampoo.state.inquiry import inquiry
+from shampoo.state.inquiry import flattened_file, inquiry
 from shampoo.state.loading import check_origin, foreign_state, match, signed
 from shampoo.step import capture
 from shampoo.step.block_plan import BlockPlan
@@ -54,6 +55,20 @@ class Persistent(Optimizer):
     _has_warned: bool = False  # of a state that holds some blocks only
     _taken: TakenIn | None = None  # by a step that may still be refused
     _process_groups: ProcessGroups
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The parameter groups; to torch, which takes a flattened file apart, what that names."""
+        try:
+            groups: list[dict[str, Any]] = self.__dict__["param_groups"]
+        except KeyError as error:
+            raise AttributeError("param_groups") from error
+        file = flattened_file()
+        return groups if file is None else named_in(file, groups)
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.__dict__["param_groups"] = groups
 
     def _fill_groups(self) -> None:
         """Gives groups that an older version saved what they lack."""
@@ -235,14 +250,18 @@ class Persistent(Optimizer):
             published = self._gather(stepping_ranks, 0 if inquirer.on_first_rank else None)
         elif self._consolidated is None and not inquirer.is_by_checkpoint:
             self._warn_of_a_part(stepping_ranks)
+        rank = stepping_ranks.ranks[stepping_ranks.me]
         if published is None:
-            return signed(super().state_dict(), stepping_ranks.ranks[stepping_ranks.me], ranks)
+            return signed(super().state_dict(), rank, ranks)
         own = self.state
         self.state = defaultdict(dict, {**own, **published})
         try:
-            return signed(super().state_dict(), stepping_ranks.ranks[stepping_ranks.me], 1)
+            found = signed(super().state_dict(), rank, 1)
         finally:
             self.state = own
+        if inquirer.is_to_fill:
+            to_be_laid_under(inquirer.file, found["param_groups"])
+        return found
 
     def _all_params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]

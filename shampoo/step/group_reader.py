@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from shampoo.blocks.layout import Geometry
-from shampoo.hyperparameters import Hyperparameters
+from shampoo.hyperparameters import Hyperparameters, settle, warn_of_old_roots
 
 
 class GroupReader:
@@ -28,6 +28,7 @@ class GroupReader:
         self._values: list[Hyperparameters] = []
         # Of every group its learning rate, and the rest; None for one that is read at every step.
         self._seen: list[tuple[Any, _Rest] | None] = []
+        self._has_warned = False  # of old roots
 
     def read(self, groups: Sequence[dict[str, Any]]) -> list[Hyperparameters]:
         """The values of the groups; the same list as last time if none has changed.
@@ -42,7 +43,9 @@ class GroupReader:
         for index, (group, known) in enumerate(zip(groups, list(seen), strict=True)):
             lr = group["lr"]
             if known is None or not known[1].still(group) or isinstance(lr, torch.Tensor):
+                settle(group)
                 values[index : index + 1] = [Hyperparameters.read(group)]
+                self.look_at_roots(values[index])
                 rest = None if isinstance(lr, torch.Tensor) else _Rest.of(group)
                 seen[index] = None if rest is None else (lr, rest)
                 revision = self.revision + 1
@@ -56,12 +59,18 @@ class GroupReader:
             self._values, self._seen, self.revision = values[: len(groups)], seen, revision
         return self._values
 
+    def look_at_roots(self, values: Hyperparameters) -> None:
+        """Warns, once, of a group whose roots are older than what its factors remember."""
+        if values.roots_outlive_factors and not self._has_warned:
+            self._has_warned = True
+            warn_of_old_roots(values)
+
 
 # All that a group is read for but the learning rate. What can change inside stands first.
 _OTHERS = {"foreach", "fused", "differentiable"}  # which are checked, and no more
 _OTHERS |= {field.name for kind in (Geometry, Hyperparameters) for field in fields(kind)}
-_OTHERS -= {"lr", "beta1", "beta2", "geometry", "exponent_override"}
-_REST = ("betas", "exponent_override", *sorted(_OTHERS))
+_OTHERS -= {"lr", "beta1", "beta2", "geometry", "exponent"}
+_REST = ("betas", "exponent", *sorted(_OTHERS))
 _rest_of = operator.itemgetter(*_REST)
 
 
@@ -93,6 +102,6 @@ class _Rest:
     @staticmethod
     def _copied(rest: tuple[Any, ...]) -> tuple[Any, ...]:
         """What lists hold: a list equals itself, whatever was written into it since."""
-        betas, override = rest[:2]
-        held = tuple(betas) if isinstance(override, int) else (*betas, *override)
+        betas, exponent = rest[:2]
+        held = (*betas, *exponent) if isinstance(exponent, (list, tuple)) else tuple(betas)
         return (*map(type, held), *held)

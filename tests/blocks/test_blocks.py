@@ -51,7 +51,7 @@ def test_g2_blocks_are_independent_optimizers(shape, grafting):
     history = [randn(*shape) for _ in range(5)]
     hyper = {
         **{"grafting": grafting, "precondition_frequency": 2, "betas": (0.9, 0.95)},
-        **{"merge_dims": "none", "precondition_1d": True, "exponent_override": 2 * order},
+        **{"merge_dims": "none", "precondition_1d": True, "exponent": "paper"},
         "large_dim_method": "blocking",
     }
     found = directions(history, max_preconditioner_dim=limit, **hyper)
@@ -310,7 +310,7 @@ def test_g4_two_diagonal_modes_are_applied_fresh_from_the_start_on():
 
 
 @pytest.mark.parametrize("betas", [(0.0, 0.99), (0.9, 1.0)])
-@pytest.mark.parametrize("exponent", [{}, {"exponent_override": 2}, {"exponent_multiplier": 1.5}])
+@pytest.mark.parametrize("exponent", [{}, {"exponent": "paper"}, {"exponent_multiplier": 1.5}])
 def test_g4_the_exponent_of_a_diagonal_mode(betas, exponent):
     compare(
         [(7, 3), (2, 6, 3)],

@@ -29,7 +29,7 @@ def share(
 
 def seconds(layout: Layout, frequency: int) -> list[float]:
     """What the blocks of a tensor cost, by the nominal model."""
-    return CostModel().layout_seconds(layout, frequency, partial(cost_of, layout))
+    return CostModel().grid_seconds(layout.tiles, frequency, partial(cost_of, layout))
 
 
 def loads(shares: Sequence[Share], owners: Sequence[Sequence[int]], ranks: int) -> list[float]:

@@ -168,7 +168,7 @@ def test_costs_of_a_tensor_come_in_the_order_of_its_blocks():
     layout = layout_of((7, 10), geometry(4))
     sides = [(m, n) for m in (4, 3) for n in (4, 4, 2)]
     expected = [PRODUCTS.block_seconds(work(side), 3) for side in sides]
-    assert PRODUCTS.layout_seconds(layout, 3, partial(cost_of, layout)) == expected
+    assert PRODUCTS.grid_seconds(layout.tiles, 3, partial(cost_of, layout)) == expected
 
 
 def test_a_model_survives_its_file(tmp_path):

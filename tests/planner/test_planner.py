@@ -243,7 +243,7 @@ def test_sharded_traffic_is_what_counting_elements_gives(shards, replicas):
     received, costs, everything = [0] * ranks, [], []
     for shape in SHAPES:
         layout, blocks = blocks_of(shape, limit)
-        costs += model.layout_seconds(layout, 10, partial(cost_of, layout))
+        costs += model.grid_seconds(layout.tiles, 10, partial(cost_of, layout))
         everything += [(block, shards_of(shape, shards)) for block in blocks]
     owners = assign_owners(costs, ranks, [0.0] * ranks)
     on_owner = on_best = holders = 0
@@ -274,7 +274,7 @@ def test_gathered_slices_are_padded_to_the_longest():
     ranks, costs, numels = 3, [], []
     for shape in SHAPES:
         layout, blocks = blocks_of(shape, 4)
-        costs += CostModel().layout_seconds(layout, 10, partial(cost_of, layout))
+        costs += CostModel().grid_seconds(layout.tiles, 10, partial(cost_of, layout))
         numels += map(len, blocks)
     slices = [0] * ranks
     for owner, numel in zip(assign_owners(costs, ranks, [0.0] * ranks), numels, strict=True):

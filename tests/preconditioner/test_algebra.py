@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from trajectory import PURE, apply, assert_relative, compare, directions, double_shampoo
 
+COVARIANCE = {"exponent": "covariance"}
+
 
 def randn(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
@@ -74,7 +76,7 @@ def test_a3_the_first_step_of_a_matrix_is_its_polar_factor(shape):
 
 def test_a3_with_exponent_one_half_singular_values_are_inverted():
     U, S, V = well_conditioned(4, 4)
-    (found,) = directions([(U * S) @ V.T], eps=1e-14, exponent_override=2, **PURE)
+    (found,) = directions([(U * S) @ V.T], eps=1e-14, **{**PURE, "exponent": 2})
     assert_relative(found, (U / S) @ V.T, 1e-8)
 
 
@@ -188,7 +190,7 @@ def test_a6_permuting_the_modes_permutes_the_update(order):
 
 def test_a7_the_worked_example_of_square_roots():
     param = Parameter(torch.zeros(2, 3, dtype=torch.float64))
-    opt = double_shampoo([param], eps=1e-14, exponent_override=2, **PURE)
+    opt = double_shampoo([param], eps=1e-14, **{**PURE, "exponent": 2})
     apply(opt, [param], [torch.tensor([[1, 0, 0], [0, 1, 0]]).double()])
     apply(opt, [param], [torch.tensor([[0, 0, 0], [0, 0, 2]]).double()])
     state = opt.state[param]
@@ -200,6 +202,10 @@ def test_a7_the_worked_example_of_square_roots():
 @pytest.mark.parametrize(
     ("shape", "hyper", "expected"),
     [
+        ((4,), COVARIANCE, -1 / 2),
+        ((4, 3), COVARIANCE, -1 / 2),
+        ((2, 3, 2), {**COVARIANCE, "merge_dims": "none"}, -1 / 2),
+        ((2, 3, 2, 2), {**COVARIANCE, "merge_dims": "none"}, -1 / 2),
         ((4,), {}, -1 / 2),
         ((4, 3), {}, -1 / 4),
         ((2, 3, 2), {"merge_dims": "none"}, -1 / 6),
@@ -207,15 +213,18 @@ def test_a7_the_worked_example_of_square_roots():
         ((2, 3, 2), {"merge_dims": "full"}, -1 / 2),
         ((4, 1, 3), {"merge_dims": "none"}, -1 / 4),  # a size-1 dimension is no mode
         ((2, 3, 2, 2), {"merge_dims": "none"}, -1 / 8),
-        ((4, 3), {"exponent_override": 2}, -1 / 2),
-        ((2, 3, 2), {"exponent_override": 3, "merge_dims": "none"}, -1 / 3),
-        ((4,), {"exponent_override": [1, 3, 5]}, -1 / 1),
-        ((4, 3), {"exponent_override": [1, 3, 5]}, -1 / 3),
-        ((2, 3, 2), {"exponent_override": [1, 3, 5], "merge_dims": "none"}, -1 / 5),
-        ((2, 3, 2, 2), {"exponent_override": [1, 3, 5], "merge_dims": "none"}, -1 / 8),
-        ((4, 3), {"exponent_override": [1, 0, 5]}, -1 / 4),  # zero means the default
+        ((4, 3), {"exponent": 2}, -1 / 2),
+        ((2, 3, 2), {"exponent": 3, "merge_dims": "none"}, -1 / 3),
+        ((4,), {"exponent": [1, 3, 5]}, -1 / 1),
+        ((4, 3), {"exponent": [1, 3, 5]}, -1 / 3),
+        ((2, 3, 2), {"exponent": [1, 3, 5], "merge_dims": "none"}, -1 / 5),
+        ((2, 3, 2, 2), {"exponent": [1, 3, 5], "merge_dims": "none"}, -1 / 8),
+        ((4, 3), {"exponent": [1, 0, 5]}, -1 / 4),  # zero means the paper's
+        ((4, 3), {"exponent": 1.5}, -2 / 3),
+        ((2, 3, 2), {"exponent": [0, 0, 2.5], "merge_dims": "none"}, -1 / 2.5),
+        ((4, 3), {**COVARIANCE, "exponent_multiplier": 1.82}, -0.91),
         ((4, 3), {"exponent_multiplier": 1.82}, -0.455),
-        ((4, 3), {"exponent_override": 3, "exponent_multiplier": 0.5}, -1 / 6),
+        ((4, 3), {"exponent": 3, "exponent_multiplier": 0.5}, -1 / 6),
         ((5, 3), {"max_preconditioner_dim": 4}, -1 / 4),  # a ragged block keeps its order
     ],
 )

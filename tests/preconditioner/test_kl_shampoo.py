@@ -44,6 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "decay": {"weight_decay": 0.1, "momentum": 0.5, "decoupled_weight_decay": False},
     "large eps": {"eps": 1e-2, "relative_eps": 0.0},
 }
+REFUSED = r'Must be "covariance" and 1\.0 with preconditioner="kl_shampoo"'
 SMALL = {"max_preconditioner_dim": 4, "precondition_frequency": 3, "large_dim_method": "blocking"}
 
 
@@ -221,11 +222,13 @@ def test_a_kind_that_there_is_not_is_named(name):
         opt.step()
 
 
-@pytest.mark.parametrize("hyper", [{"exponent_override": 4}, {"exponent_multiplier": 2.0}])
+@pytest.mark.parametrize(
+    "hyper", [{"exponent": "paper"}, {"exponent": 4}, {"exponent_multiplier": 2.0}]
+)
 def test_other_powers_are_refused(hyper):
-    with pytest.raises(ValueError, match=r'Must be 0 and 1\.0 with preconditioner="kl_shampoo"'):
+    with pytest.raises(ValueError, match=REFUSED):
         make(**hyper)
-    with pytest.raises(ValueError, match=r'Must be 0 and 1\.0 with preconditioner="kl_shampoo"'):
+    with pytest.raises(ValueError, match=REFUSED):
         plan(SHAPES, 1, **KL, **hyper)
     make(preconditioner="shampoo", **hyper)
 

@@ -31,7 +31,7 @@ OTHER: dict[str, Any] = {
     "precondition_1d": True,
     "precondition": False,
     "preconditioner": "kl_shampoo",
-    "exponent_override": [0, 3],
+    "exponent": [0, 3],
     "exponent_multiplier": 2.0,
     "bias_correction": False,
     "grafting": "sgd",
@@ -97,9 +97,9 @@ def test_a_bad_value_is_refused_however_equal(name, value):
     assert reader.read(found) == before
 
 
-@pytest.mark.parametrize("name", ["betas", "exponent_override"])
+@pytest.mark.parametrize("name", ["betas", "exponent"])
 def test_what_is_written_into_a_list_is_seen(name):
-    found, reader = groups(betas=[0.9, 0.999], exponent_override=[2, 4]), GroupReader()
+    found, reader = groups(betas=[0.9, 0.999], exponent=[2, 4]), GroupReader()
     reader.read(found)
     found[0][name][0] = 0
     assert reader.read(found) == [Hyperparameters.read(found[0])]
