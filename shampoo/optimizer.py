@@ -6,13 +6,14 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from shampoo import ops
 from shampoo.agreement import Agreeing
 from shampoo.blocks.layout import AUTO
 from shampoo.distributed.process_groups import ProcessGroups
+from shampoo.groups import groups
 from shampoo.hyperparameters import FORMER_DEFAULTS, Hyperparameters, dtype_name, warn_about
 from shampoo.preconditioner.choice import kind_of, layout_of
 from shampoo.step import capture, tracing
@@ -24,6 +25,8 @@ from shampoo.step.directions import (
     refresh,
     refresh_ahead,
 )
+from shampoo.step.explanation import Explanation, explain
+from shampoo.step.long_sides import warn_of_long_sides
 from shampoo.step.parameters import check_distinct, check_parameter, parameter_name
 from shampoo.step.thin import warn_of_thin
 
@@ -50,7 +53,10 @@ class Shampoo(Agreeing):
     AdamW carry over: the update has Adam's size and Shampoo's direction.
 
     Args:
-        params: parameters, groups, or named parameters, as for any ``torch.optim`` optimizer.
+        params: a model, which :func:`shampoo.groups` then divides into groups: embeddings, output
+            heads and positional tables follow the grafted method. Or parameters, groups, or named
+            parameters, as for any ``torch.optim`` optimizer; one warning names what has a side of
+            more than 10,000 in a group that does not say ``precondition``.
         lr: learning rate, a float or a tensor of one element, >= 0.
         betas: ``beta1`` in [0, 1) averages the gradient before preconditioning (0: off, no
             buffer); ``beta2`` in (0, 1] averages the factors (1: plain sums, as in AdaGrad).
@@ -185,6 +191,7 @@ class Shampoo(Agreeing):
     """
 
     _is_being_built = False  # while it is, one warning is to come for all groups
+    _unasked: tuple[int, ...] = ()  # indices of groups that have not said whether to precondition
 
     def __init__(
         self,
@@ -234,10 +241,15 @@ class Shampoo(Agreeing):
         defaults = {name: given[name] for name in _DEFAULTS}
         defaults["preconditioner_dtype"] = dtype_name(preconditioner_dtype)
         Hyperparameters.read(defaults)
+        if isinstance(params, nn.Module):
+            params = groups(params)
+            for group in params:  # an argument of False is for all of the model
+                group["precondition"] = group["precondition"] and precondition
         self._is_being_built = True
         super().__init__(params, defaults)
         self._is_being_built = False
         warn_of_thin(self.param_groups)
+        warn_of_long_sides(self.param_groups, self._unasked)
         ops.load_kernels(required=fused is True)
         tracing.run_eagerly(type(self))
 
@@ -253,6 +265,7 @@ class Shampoo(Agreeing):
         if params is not None and not isinstance(params, (Tensor, set)):  # as torch takes them
             param_group["params"] = list(params)
             check_distinct([param_group], len(self.param_groups))
+        is_asked = isinstance(param_group, dict) and "precondition" in param_group
         super().add_param_group(param_group)
         try:
             self._check_group(len(self.param_groups) - 1)
@@ -260,8 +273,12 @@ class Shampoo(Agreeing):
         except Exception:
             self.param_groups.pop()
             raise
-        if not self._is_being_built:
+        unasked = () if is_asked else (len(self.param_groups) - 1,)
+        if self._is_being_built:
+            self._unasked += unasked
+        else:
             warn_of_thin(self.param_groups, len(self.param_groups) - 1)
+            warn_of_long_sides(self.param_groups, unasked)
 
     def _check_group(self, index: int) -> None:
         group = self.param_groups[index]
@@ -337,6 +354,18 @@ class Shampoo(Agreeing):
                 finally:
                     self._damage = step.damage
         return loss
+
+    def explain(self) -> Explanation:
+        """What is done with every parameter, and what that takes: print it, or read its rows.
+
+        Before the first step as after it, on ``meta`` too. Does not communicate, and changes
+        nothing: any rank may ask alone.
+
+        Returns:
+            :class:`~shampoo.step.explanation.Explanation`: a row for each tensor, one for each
+            group, and totals.
+        """
+        return explain(self.param_groups, self.state, self._process_groups, self._owners())
 
     def coming_refresh(self) -> tuple[Hashable, ...]:
         """Names the roots that the next step refreshes: what a graph of it can be used for again.
