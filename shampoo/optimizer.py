@@ -82,7 +82,8 @@ class Shampoo(Agreeing):
         precondition_1d: give tensors with at most one dimension larger than 1 a factor too; if
             not, they follow the grafted method alone (or, with ``grafting="none"``, AdaGrad's
             formula with ``betas[1]`` and ``eps``).
-        precondition: False lets a whole group follow the grafted method, e.g. for embeddings.
+        precondition: False lets a whole group follow the grafted method, e.g. for embeddings; with
+            a model, all of it.
         preconditioner: ``"shampoo"``, or ``"kl_shampoo"`` (arXiv 2509.03378): before a mode's
             factor takes a gradient in, the roots of all other modes whiten it, and p is 2. It costs
             one more product a step for every mode and other mode, and has no use for

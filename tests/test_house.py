@@ -26,7 +26,8 @@ IMPORTS = {
     "scalars": "ops blocks grafting hyperparameters",
     "preconditioner": "kernels ops roots blocks grafting hyperparameters scalars",
     "distributed": "errors kernels ops blocks hyperparameters scalars",
-    "step": "errors groups ops roots blocks grafting hyperparameters scalars preconditioner distributed",
+    "step": "errors groups ops roots blocks grafting hyperparameters scalars preconditioner"
+    " distributed",
     "state": "errors blocks hyperparameters preconditioner distributed step",
     "agreement": "errors blocks hyperparameters distributed step state",
     "optimizer": "groups ops blocks hyperparameters preconditioner distributed step agreement",

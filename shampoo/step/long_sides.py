@@ -81,7 +81,7 @@ def describe(found: Sequence[LongSided]) -> str:
     return (
         f"a side of more than {LONG_SIDE:,} is preconditioned, and no group says that it should be:"
         f" {named}{more}. It takes {held:,} bytes of state instead of {plain:,}, and"
-        f" {roots:,} root{'s' if roots > 1 else ''} every {frequency:,} steps. Embeddings and output"
+        f" {roots:,} root{'s' * (roots > 1)} every {frequency:,} steps. Embeddings and output"
         " heads are commonly left to the grafted method: pass the model, Shampoo(model, ...), or"
         " shampoo.groups(model), which do so; or give these tensors a group of their own with"
         ' "precondition": False, or True to keep it as it is.'
