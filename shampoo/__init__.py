@@ -11,6 +11,7 @@ from shampoo.errors import (
     ShampooDistributedError,
     ShampooError,
 )
+from shampoo.groups import groups
 from shampoo.optimizer import Shampoo
 from shampoo.planner import plan
 from shampoo.replay import Replay
@@ -29,6 +30,7 @@ __all__ = [
     "Shampoo",
     "ShampooDistributedError",
     "ShampooError",
+    "groups",
     "inverse_root",
     "plan",
 ]

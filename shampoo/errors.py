@@ -60,6 +60,15 @@ def shown(value: Any) -> str:
     return repr(value)
 
 
+def shown_bytes(number: float) -> str:
+    """A number of bytes in the unit that suits it, to four digits."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if number < 1024:
+            return f"{number:.4g} {unit}"
+        number /= 1024
+    return f"{number:.4g} TiB"
+
+
 def warn_outside(message: str) -> None:
     """Warns at the innermost line that is neither of the package nor of torch."""
     frame, depth = sys._getframe(), 1

@@ -6,25 +6,18 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from shampoo import ops
+from shampoo.agreement import Agreeing
 from shampoo.blocks.layout import AUTO
-from shampoo.blocks.ownership import Team
-from shampoo.distributed.consensus import FAILED, OK, SKIPPED, DeferredError, Vote
-from shampoo.distributed.distributor import StepInputs
 from shampoo.distributed.process_groups import ProcessGroups
-from shampoo.distributed.replica_checksums import check_checksums, checksums_of
-from shampoo.distributed.shard_regions import local_tensor
-from shampoo.errors import ShampooDistributedError
+from shampoo.groups import groups
 from shampoo.hyperparameters import Hyperparameters, dtype_name, settle, warn_about
 from shampoo.preconditioner.choice import kind_of, layout_of
 from shampoo.state.former import complete, translate
-from shampoo.state.persistent import Persistent
 from shampoo.step import capture, tracing
-from shampoo.step.agreed_step import AgreedStep
-from shampoo.step.block_plan import BlockPlan
 from shampoo.step.directions import (
     accumulate,
     gradients,
@@ -33,10 +26,9 @@ from shampoo.step.directions import (
     refresh,
     refresh_ahead,
 )
-from shampoo.step.distributors import Distributors, DistributorsKey, join_groups
-from shampoo.step.gradients import are_ordinary, check_gradients
+from shampoo.step.explanation import Explanation, explain
+from shampoo.step.long_sides import warn_of_long_sides
 from shampoo.step.parameters import check_distinct, check_parameter, parameter_name
-from shampoo.step.preflight import Preflight, look
 from shampoo.step.thin import warn_of_thin
 
 logger = logging.getLogger(__name__)
@@ -46,7 +38,7 @@ logger = logging.getLogger(__name__)
 _EXTRA = {"skipped_steps": 0, "refresh_period": 0}
 
 
-class Shampoo(Persistent):
+class Shampoo(Agreeing):
     r"""Distributed Shampoo (arXiv 2309.06497): block-diagonal Kronecker-factored preconditioning.
 
     Every parameter is merged to a matrix, cut into blocks of at most ``max_preconditioner_dim`` a
@@ -62,7 +54,10 @@ class Shampoo(Persistent):
     AdamW carry over: the update has Adam's size and Shampoo's direction.
 
     Args:
-        params: parameters, groups, or named parameters, as for any ``torch.optim`` optimizer.
+        params: a model, which :func:`shampoo.groups` then divides into groups: embeddings, output
+            heads and positional tables follow the grafted method. Or parameters, groups, or named
+            parameters, as for any ``torch.optim`` optimizer; one warning names what has a side of
+            more than 10,000 in a group that does not say ``precondition``.
         lr: learning rate, a float or a tensor of one element, >= 0.
         betas: ``beta1`` in [0, 1) averages the gradient before preconditioning (0: off, no
             buffer); ``beta2`` in (0, 1] averages the factors (1: plain sums, as in AdaGrad).
@@ -90,7 +85,8 @@ class Shampoo(Persistent):
         precondition_1d: give tensors with at most one dimension larger than 1 a factor too; if
             not, they follow the grafted method alone (or, with ``grafting="none"``, AdaGrad's
             formula with ``betas[1]`` and ``eps``).
-        precondition: False lets a whole group follow the grafted method, e.g. for embeddings.
+        precondition: False lets a whole group follow the grafted method, e.g. for embeddings; with
+            a model, all of it.
         preconditioner: ``"shampoo"``, or ``"kl_shampoo"`` (arXiv 2509.03378): before a mode's
             factor takes a gradient in, the roots of all other modes whiten it. It costs one more
             product a step for every mode and other mode, and takes p = 2 alone. Without a graft
@@ -199,6 +195,7 @@ class Shampoo(Persistent):
     """
 
     _is_being_built = False  # while it is, one warning is to come for all groups
+    _unasked: tuple[int, ...] = ()  # indices of groups that have not said whether to precondition
 
     def __init__(
         self,
@@ -248,10 +245,15 @@ class Shampoo(Persistent):
         defaults = {name: given[name] for name in _DEFAULTS}
         defaults["preconditioner_dtype"] = dtype_name(preconditioner_dtype)
         Hyperparameters.read(defaults)
+        if isinstance(params, nn.Module):
+            params = groups(params)
+            for group in params:  # an argument of False is for all of the model
+                group["precondition"] = group["precondition"] and precondition
         self._is_being_built = True
         super().__init__(params, defaults)
         self._is_being_built = False
         warn_of_thin(self.param_groups)
+        warn_of_long_sides(self.param_groups, self._unasked)
         ops.load_kernels(required=fused is True)
         tracing.run_eagerly(type(self))
 
@@ -267,6 +269,7 @@ class Shampoo(Persistent):
         if params is not None and not isinstance(params, (Tensor, set)):  # as torch takes them
             param_group["params"] = list(params)
             check_distinct([param_group], len(self.param_groups))
+        is_asked = isinstance(param_group, dict) and "precondition" in param_group
         super().add_param_group(param_group)
         try:
             self._check_group(len(self.param_groups) - 1)
@@ -274,8 +277,12 @@ class Shampoo(Persistent):
         except Exception:
             self.param_groups.pop()
             raise
-        if not self._is_being_built:
+        unasked = () if is_asked else (len(self.param_groups) - 1,)
+        if self._is_being_built:
+            self._unasked += unasked
+        else:
             warn_of_thin(self.param_groups, len(self.param_groups) - 1)
+            warn_of_long_sides(self.param_groups, unasked)
 
     def _check_group(self, index: int) -> None:
         group = self.param_groups[index]
@@ -352,114 +359,17 @@ class Shampoo(Persistent):
                     self._damage = step.damage
         return loss
 
-    def _begin(self, params: Sequence[Tensor]) -> AgreedStep | None:
-        """A step that all ranks that must step alike can take, ready to be taken."""
-        capture.check_health(self)
-        self._consolidated = None
-        before = dict(self.state), self._plan, self._on_device
-        self._taken = None
-        try:
-            preflight = self._agree(params)
-        except Exception:
-            self._take_back(*before)
-            raise
-        finally:
-            self._taken = None
-        if preflight is None:
-            return None
-        assert self._distributors is not None
-        ranks, consensus = preflight.plan.stepping_ranks, None
-        if not ranks.is_alone:
-            device = preflight.plan.arenas[0].device
-            consensus = self._process_groups.consensus(ranks, device)
-        return AgreedStep(
-            preflight.plan,
-            preflight.inputs,
-            preflight.accepted,
-            self._distributors,
-            self._on_device,
-            consensus,
-            self._ridges,
-        )
+    def explain(self) -> Explanation:
+        """What is done with every parameter, and what that takes: print it, or read its rows.
 
-    def _agree(self, params: Sequence[Tensor]) -> Preflight | None:
-        """What to do in this step, if all ranks that must step alike can do it."""
-        ranks = self._process_groups.stepping_ranks(params)
-        preflight, deferred = None, DeferredError(is_shared=not ranks.is_alone)
-        with deferred:
-            preflight = self._preflight(ranks)
-        vote = Vote(FAILED, False, False) if preflight is None else preflight.vote
-        error = deferred.error if preflight is None else preflight.error
-        if not ranks.is_alone:
-            consensus = self._process_groups.consensus(ranks, params[0].device)
-            must_agree = () if preflight is None else preflight.must_agree
-            vote = consensus.settle(vote, must_agree, error)
-            if preflight is not None and preflight.checksums:
-                check_checksums(preflight.checksums, self._process_groups, consensus)
-        elif error is not None:
-            raise error
-        assert preflight is not None
-        if vote.status == SKIPPED:
-            self._count_skipped(preflight.complaint)
-        # The step that torch.distributed.checkpoint makes to fill an empty state is inert.
-        is_step = vote.is_nonzero or preflight.plan.step > 0
-        if not is_step or vote.status != OK or True not in preflight.inputs.present:
-            return None
-        if not vote.is_prepared:
-            self._prepare(preflight)
-        return preflight
+        Before the first step as after it, on ``meta`` too. Does not communicate, and changes
+        nothing: any rank may ask alone.
 
-    def _preflight(self, ranks: Team) -> Preflight:
-        """Looks at this rank's part of the parameters and gradients; makes the plan, if need be."""
-        if self._damage:
-            raise ShampooDistributedError(f"{self._damage} Load the last checkpoint.")
-        hyper, plan, groups = self._reader.read(self.param_groups), self._plan, self._process_groups
-        geometries = [values.geometry for values in hyper]
-        is_current = plan is not None and plan.is_current(self.param_groups, geometries, groups)
-        if not is_current:
-            check_gradients(self.param_groups)  # before there is a plan for them
-        plan = self._current_plan(is_current)
-        plan.check(hyper, self._reader.revision)
-        params, grads = plan.planned, [param.grad for param in plan.planned]
-        present = tuple([grad is not None for grad in grads])
-        if not are_ordinary(grads, present, plan.forms):
-            check_gradients(self.param_groups)
-            params = [local_tensor(param) for param in params]
-            grads = [None if grad is None else local_tensor(grad) for grad in grads]
-        key, is_prepared = self._distributors_key(plan, hyper)
-        inputs = StepInputs(params, grads, present, hyper)
-        preflight = look(plan, inputs, key, is_prepared, self._on_device)
-        if not ranks.is_alone:
-            preflight.add_items(groups.terms())
-            period = groups.check_replicas_every
-            if period and plan.step % period == 0:
-                names = [member.name for member in plan.members]
-                preflight.checksums = checksums_of(names, plan.planned, groups.replicas())
-        return preflight
-
-    def _distributors_key(
-        self, plan: BlockPlan, hyper: Sequence[Hyperparameters]
-    ) -> tuple[DistributorsKey, bool]:
-        """What a step needs of distributors, and whether they are there."""
-        held, revision = self._distributors, self._reader.revision
-        if held is not None and held.is_for(plan, self._process_groups.world(), revision):
-            return held.key, True
-        key = DistributorsKey.of(plan, hyper, self._process_groups)
-        if held is None or held.key != key:
-            return key, False
-        held.revision = revision
-        return key, True
-
-    def _prepare(self, preflight: Preflight) -> None:
-        """Makes process groups and buffers; all ranks do in the step in which one needs them."""
-        plan, groups = preflight.plan, self._process_groups
-        join_groups(plan, groups)
-        deferred = DeferredError(is_shared=not plan.stepping_ranks.is_alone)
-        self._distributors = None  # its buffers are free before new ones are asked for
-        with deferred:
-            self._distributors = Distributors(preflight.key, plan.planned, groups)
-        if not plan.stepping_ranks.is_alone:
-            groups.consensus(plan.stepping_ranks, plan.arenas[0].device).check(deferred)
+        Returns:
+            :class:`~shampoo.step.explanation.Explanation`: a row for each tensor, one for each
+            group, and totals.
+        """
+        return explain(self.param_groups, self.state, self._process_groups, self._owners())
 
     def coming_refresh(self) -> tuple[Hashable, ...]:
         """Names the roots that the next step refreshes: what a graph of it can be used for again.

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 # stand in order, from the ground up, and nothing imports upwards.
 IMPORTS = {
     "errors": "",
+    "groups": "errors",
     "kernels": "",
     "ops": "kernels",
     "roots": "errors kernels ops",
@@ -25,13 +26,16 @@ IMPORTS = {
     "scalars": "ops blocks grafting hyperparameters",
     "preconditioner": "kernels ops roots blocks grafting hyperparameters scalars",
     "distributed": "errors kernels ops blocks hyperparameters scalars",
-    "step": "errors ops roots blocks grafting hyperparameters scalars preconditioner distributed",
+    "step": "errors groups ops roots blocks grafting hyperparameters scalars preconditioner"
+    " distributed",
     "state": "errors blocks hyperparameters preconditioner distributed step",
-    "optimizer": "errors ops blocks hyperparameters preconditioner distributed step state",
+    "agreement": "errors blocks hyperparameters distributed step state",
+    "optimizer": "groups ops blocks hyperparameters preconditioner distributed step state"
+    " agreement",
     "replay": "blocks optimizer",
     "checkpoint": "blocks preconditioner state optimizer",
-    "planner": "blocks grafting hyperparameters preconditioner distributed step optimizer",
-    "__init__": "errors roots optimizer replay planner",
+    "planner": "errors blocks grafting hyperparameters preconditioner distributed step optimizer",
+    "__init__": "errors groups roots optimizer replay planner",
     "__main__": "ops blocks grafting hyperparameters distributed planner",
 }
 MODULES = [path for path in sorted((ROOT / "shampoo").rglob("*.py")) if ".egg" not in str(path)]

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from shampoo.errors import shown_bytes
+
 
 @dataclass(frozen=True)
 class StepSeconds:
@@ -85,9 +87,9 @@ class PlanReport:
                 f" {self.factored_blocks:,} with factors"
                 + f", {self.diagonal_blocks:,} diagonal in a side" * (self.diagonal_blocks > 0),
             ),
-            ("state", _spread(self.state_bytes, _bytes, self.state_imbalance)),
+            ("state", _spread(self.state_bytes, shown_bytes, self.state_imbalance)),
             ("compute", _spread(self.compute_seconds, _seconds, self.compute_imbalance)),
-            ("received", f"{_spread(self.traffic_bytes, _bytes)}, a step"),
+            ("received", f"{_spread(self.traffic_bytes, shown_bytes)}, a step"),
             ("buffers", self._buffers()),
             ("other time", f"exchange {_seconds(self.exchange_seconds)},"
              f" parameter update {_seconds(self.update_seconds)}"),
@@ -106,10 +108,10 @@ class PlanReport:
 
     def _buffers(self) -> str:
         if self.locality is None:
-            return f"{_bytes(self.buffer_bytes)}, padding {self.padding:.2f}"
+            return f"{shown_bytes(self.buffer_bytes)}, padding {self.padding:.2f}"
         return (
-            f"{_bytes(self.buffer_bytes)}; {self.locality:.0%} of the elements lie on their owner"
-            f" (at best {self.best_locality:.0%}), a block on {self.holders:.1f} shards"
+            f"{shown_bytes(self.buffer_bytes)}; {self.locality:.0%} of the elements lie on their"
+            f" owner (at best {self.best_locality:.0%}), a block on {self.holders:.1f} shards"
         )
 
 
@@ -129,14 +131,6 @@ def _step(seconds: StepSeconds) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _bytes(number: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if number < 1024:
-            return f"{number:.4g} {unit}"
-        number /= 1024
-    return f"{number:.4g} TiB"
 
 
 def _seconds(number: float) -> str:

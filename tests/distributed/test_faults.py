@@ -62,7 +62,7 @@ def test_1_a_rank_vanishes_inside_a_step(ranks: Ranks) -> None:
 # Row 2: wherever a rank fails, all raise in that step, and can go on after it.
 
 BEFORE = {  # anything has changed
-    "looking at gradients": "shampoo.optimizer:look",
+    "looking at gradients": "shampoo.agreement:look",
     "the digest": "shampoo.step.preflight:digest",
 }
 REDUNDANT = (  # teams that work out the same; of the last, since there are few plain blocks
@@ -147,7 +147,7 @@ def test_2_a_rank_fails_between_the_two_halves_of_lamb(ranks: Ranks, layout: str
 def _fail_to_prepare(rank: int, layout: str) -> Any:
     run = Run(layout)
     run.feed(1)
-    with broken("shampoo.optimizer:Distributors", rank == 1):
+    with broken("shampoo.agreement:Distributors", rank == 1):
         said = said_by(run.opt.step)
     wait_for_all("prepared")
     run.step(1, 2)
@@ -155,7 +155,7 @@ def _fail_to_prepare(rank: int, layout: str) -> Any:
     run.opt.param_groups[0]["weight_decay"] = 0.1
     run.opt.param_groups[0]["momentum"] = 0.9
     run.feed(3)
-    with broken("shampoo.optimizer:Distributors", rank == 1):
+    with broken("shampoo.agreement:Distributors", rank == 1):
         again = said_by(run.opt.step)
     wait_for_all("prepared again")
     run.step(3, 4)
