@@ -39,8 +39,8 @@ class Row:
 def _parts(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """The matrices that matrix methods are for, and all the rest."""
     found = groups(model)
-    matrices = [p for g in found if g["name"] == "matrices" for p in g["params"]]
-    return matrices, [p for g in found if g["name"] != "matrices" for p in g["params"]]
+    matrices = [p for g in found if g["name"] == "matrices" for _, p in g["params"]]
+    return matrices, [p for g in found if g["name"] != "matrices" for _, p in g["params"]]
 
 
 def adamw(model: nn.Module, rate: float, decay: float, more: Mapping[str, Any]) -> Any:
