@@ -50,31 +50,32 @@ TUNING_SEEDS = (100, 101, 102)
 SEEDS = (0, 1, 2)
 WEIGHT_DECAY = 0.01
 
-Parameters = list[nn.Parameter]
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
 class Choice(NamedTuple):
     """An optimizer, the learning rates it may choose from, and its colour in the plot."""
 
-    build: Callable[[Parameters, float], torch.optim.Optimizer]
+    build: Callable[[nn.Module, float], torch.optim.Optimizer]
     rates: tuple[float, ...]
     color: str
 
 
-def shampoo(params: Parameters, lr: float) -> torch.optim.Optimizer:
+def shampoo(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """Defaults but for what AdamW gets too."""
-    return Shampoo(params, lr=lr, weight_decay=WEIGHT_DECAY)
+    return Shampoo(model, lr=lr, weight_decay=WEIGHT_DECAY)
 
 
-def adamw(params: Parameters, lr: float) -> torch.optim.Optimizer:
+def adamw(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """Defaults; its weight decay of 0.01 is torch's default."""
-    return torch.optim.AdamW(params, lr=lr, weight_decay=WEIGHT_DECAY)
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=WEIGHT_DECAY)
 
 
-def sgd_nesterov(params: Parameters, lr: float) -> torch.optim.Optimizer:
+def sgd_nesterov(model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """The usual momentum and weight decay."""
-    return torch.optim.SGD(params, lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    return torch.optim.SGD(
+        model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
 
 
 ADAM_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -139,7 +140,7 @@ def train(choice: Choice, lr: float, seed: int, data: Data, judge: Data, every: 
     """One run of ``STEPS`` steps, judged on ``judge`` every few."""
     torch.manual_seed(seed)
     model = network()
-    optimizer = choice.build(list(model.parameters()), lr)
+    optimizer = choice.build(model, lr)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     curve, seconds = Curve([], [], []), 0.0
     batches: list[Tensor] = []

@@ -105,7 +105,7 @@ def end(mesh: DeviceMesh | None = None) -> None:
 
 def optimizer_of(model: nn.Module) -> Shampoo:
     """The same line whether parameters are replicated or sharded."""
-    return Shampoo(model.named_parameters(), lr=3e-3, weight_decay=0.01, max_preconditioner_dim=64)
+    return Shampoo(model, lr=3e-3, weight_decay=0.01, max_preconditioner_dim=64)
 
 
 def train(
