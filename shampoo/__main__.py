@@ -87,7 +87,7 @@ def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--layout", choices=LAYOUTS, default="ddp")
     add("--group", type=int, default=-1, help="num_trainers_per_group; -1 chooses")
     add("--replicas", type=int, default=1, help="copies of the shards, under hsdp")
-    add("--block", type=int, default=1024, help="max_preconditioner_dim")
+    add("--block", type=int, default=1024, help='max_preconditioner_dim; "auto" is 256 on CPUs')
     add("--frequency", type=int, default=10, help="precondition_frequency")
     add("--preconditioner", choices=choices(), default="shampoo", help="the kind of it")
     add("--grafting", choices=tuple(GRAFTING), default="adam")

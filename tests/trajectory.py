@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from reference_shampoo import ReferenceShampoo
+from reference_shampoo import DEFAULTS, ReferenceShampoo
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -55,8 +55,9 @@ def apply(opt: torch.optim.Optimizer, params: Sequence[Tensor], grads: Grads) ->
 
 
 def double_shampoo(params: Any, **hyper: Any) -> Shampoo:
-    """The package at float64, the precision at which it is held to 1e-10."""
-    return Shampoo(params, **{"preconditioner_dtype": torch.float64, **hyper})
+    """The package at float64, at which it is held to 1e-10, with the betas of the reference."""
+    fixed = {"preconditioner_dtype": torch.float64, "betas": DEFAULTS["betas"]}
+    return Shampoo(params, **{**fixed, **hyper})
 
 
 def directions(history: Sequence[Tensor], **hyper: Any) -> list[Tensor]:

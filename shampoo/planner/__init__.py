@@ -77,7 +77,9 @@ def plan(
             (within 1.1), has four blocks an owner, and whose mean step is predicted to cost no more
             than the one asked for; failing that, the one with the shortest mean step. Empty
             recommends what was asked for.
-        **arguments: of :class:`~shampoo.Shampoo`, checked as it checks them.
+        **arguments: of :class:`~shampoo.Shampoo`, checked as it checks them. A
+            ``max_preconditioner_dim`` of ``"auto"``, its default, is that of an accelerator, 1024,
+            on whatever device a module is: for a plan of CPUs name 256.
 
     Raises:
         ValueError: for a value out of range, naming it, its bound and the remedy.

@@ -234,10 +234,10 @@ def test_no_warning_where_nothing_is_thin_frozen_or_named():
 
 
 def test_the_plan_says_what_the_optimizer_does():
-    model = Adapters(8)
-    report = plan(model, 1)
+    model, dim = Adapters(8), {"max_preconditioner_dim": 1024}
+    report = plan(model, 1, **dim)
     with pytest.warns(UserWarning, match="shampoo: ") as seen:
-        opt = Shampoo(model.named_parameters())
+        opt = Shampoo(model.named_parameters(), **dim)
     params = list(model.parameters())
     stepped(opt, params, 1)
     held = sum(value.nbytes for param in params for value in opt.state[param].values())
@@ -246,7 +246,7 @@ def test_the_plan_says_what_the_optimizer_does():
     assert f"shampoo: {report.notes[-1]}" == str(seen[0].message)
     assert report.notes[-1] in str(report)
     assert "2 diagonal in a side" in str(report)
-    full = plan(model, 1, large_dim_method="blocking")
+    full = plan(model, 1, **dim, large_dim_method="blocking")
     assert full.diagonal_blocks == 0
     assert not full.notes
     assert full.state_bytes[0] > 4 * held

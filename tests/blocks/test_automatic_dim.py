@@ -1,0 +1,157 @@
+"""``max_preconditioner_dim="auto"``: a number that follows from what roots cost on the device."""
+
+import copy
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.nn import Parameter
+from trajectory import apply, assert_same_bits, snapshot
+
+import shampoo
+from shampoo import Shampoo, checkpoint, plan
+from shampoo.blocks.cost import ACCELERATOR, CPU, DEFAULT_FREQUENCY, CostModel, default_side
+from shampoo.blocks.layout import Geometry
+
+NAME = "max_preconditioner_dim"
+MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "cost_amd_epyc_2_cores.json"
+
+
+def dim(optimizer: Shampoo, group: int = -1) -> Any:
+    return optimizer.param_groups[group][NAME]
+
+
+def test_it_is_256_on_a_cpu_and_1024_elsewhere():
+    assert {device: default_side(device) for device in ("cpu", "cuda", "meta", "xpu")} == {
+        **{"cpu": 256},
+        **dict.fromkeys(("cuda", "meta", "xpu"), 1024),
+    }
+    assert CostModel.load(MEASURED).affordable_side() == 256
+
+
+@pytest.mark.parametrize("model", [ACCELERATOR, CPU, CostModel.load(MEASURED)])
+def test_it_is_the_last_power_of_two_that_the_criterion_allows(model):
+    """Spelled out: two roots a period, against 28 bytes an element through memory."""
+
+    def ratio(side: int) -> float:
+        return 2 * model.root_seconds(side) / 10 / (28 * side**2 * model.byte)
+
+    side = model.affordable_side()
+    assert ratio(side) <= 12 < ratio(2 * side)
+    assert ratio(side) < 10, "the choice does not hang on the bound"
+    assert ratio(2 * side) > 16
+
+
+def test_a_machine_without_costs_has_an_end():
+    assert CostModel(root=((1, 0.0),)).affordable_side() == 1 << 16
+    assert CostModel(root=((1, 1.0),)).affordable_side() == 1
+
+
+def test_the_period_is_the_default_of_the_argument():
+    parameters = inspect.signature(Shampoo).parameters
+    assert parameters["precondition_frequency"].default == DEFAULT_FREQUENCY
+    assert parameters[NAME].default == "auto"
+
+
+def test_a_group_holds_the_number_of_its_first_parameter():
+    on_cpu, on_meta = Parameter(torch.ones(2, 2)), Parameter(torch.ones(2, 2, device="meta"))
+    assert dim(Shampoo([on_cpu])) == 256
+    assert dim(Shampoo([on_meta])) == 1024
+    assert dim(Shampoo([on_meta, on_cpu])) == 1024
+    optimizer = Shampoo([{"params": [on_cpu], NAME: 64}], max_preconditioner_dim="auto")
+    optimizer.add_param_group({"params": [on_meta]})
+    assert [group[NAME] for group in optimizer.param_groups] == [64, 1024]
+    assert optimizer.defaults[NAME] == "auto"
+    assert Geometry.of({**optimizer.param_groups[0], NAME: "auto"}).max_preconditioner_dim == 256
+
+
+def test_it_is_cut_by_the_number():
+    param = Parameter(torch.randn(300, 2))
+    optimizer = Shampoo([param], precondition=False)
+    apply(optimizer, [param], [torch.ones(300, 2)])
+    assert optimizer.state[param]["block0.exp_avg"].shape == (256, 2)
+
+
+def test_it_may_be_written_into_a_group_later():
+    param = Parameter(torch.randn(300, 2))
+    optimizer = Shampoo([param], precondition=False, max_preconditioner_dim=64)
+    optimizer.param_groups[0][NAME] = "auto"
+    apply(optimizer, [param], [torch.ones(300, 2)])
+    assert dim(optimizer) == 256
+    assert optimizer.state[param]["block0.exp_avg"].shape == (256, 2)
+    trained = Shampoo([param], precondition=False, max_preconditioner_dim=64)
+    apply(trained, [param], [torch.ones(300, 2)])
+    trained.param_groups[0][NAME] = "auto"
+    with pytest.raises(RuntimeError, match=NAME):
+        trained.step()
+
+
+def make(**hyper: Any) -> tuple[nn.Module, Shampoo]:
+    torch.manual_seed(0)
+    model = nn.Linear(2, 300, bias=False)
+    hyper = {"precondition_frequency": 2, "large_dim_method": "blocking", **hyper}
+    return model, Shampoo(model.parameters(), precondition=False, **hyper)
+
+
+def fit(model: nn.Module, optimizer: Shampoo, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        apply(optimizer, [model.weight], [torch.randn(300, 2, generator=generator)])
+    optimizer.zero_grad()
+
+
+def load(way: str, model: nn.Module, optimizer: Shampoo, folder: Path, **hyper: Any):
+    other_model, other = make(**hyper)
+    other_model.load_state_dict(model.state_dict())
+    if way == "state_dict":
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    elif way == "folder":
+        checkpoint.save(folder, model, optimizer, step=1)
+        checkpoint.load(folder, other_model, other)
+    else:
+        how = StateDictOptions(full_state_dict=way == "full")
+        if way == "flattened":
+            how = StateDictOptions(flatten_optimizer_state_dict=True)
+        state = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=how))
+        set_optimizer_state_dict(other_model, other, state, options=how)
+    return other_model, other
+
+
+# In a flattened file torch looks for the blocks that the optimizer has, and finds no others.
+WAYS = [(way, dim) for way in ("state_dict", "dcp", "full", "folder") for dim in (1024, 100)]
+
+
+@pytest.mark.parametrize(("way", "trained_with"), [*WAYS, ("flattened", 1024)])
+def test_a_checkpoint_keeps_its_own(way, trained_with, tmp_path):
+    """Blocks longer than those of today's default, and shorter ones; to the bit."""
+    model, optimizer = make(max_preconditioner_dim=trained_with)
+    fit(model, optimizer, range(3))
+    other_model, other = load(way, model, optimizer, tmp_path)
+    assert dim(other) == trained_with
+    assert_same_bits(snapshot(other), snapshot(optimizer))
+    fit(model, optimizer, range(3, 6))
+    fit(other_model, other, range(3, 6))
+    assert_same_bits(snapshot(other), snapshot(optimizer))
+
+
+@pytest.mark.parametrize("way", ["state_dict", "dcp", "full", "folder"])
+def test_a_number_that_was_named_is_held_to(way, tmp_path):
+    model, optimizer = make(max_preconditioner_dim=100)
+    fit(model, optimizer, range(3))
+    with pytest.raises(shampoo.BlockGridMismatchError, match=f"{NAME}=100, .* uses 256"):
+        load(way, model, optimizer, tmp_path, max_preconditioner_dim=256)
+
+
+def test_a_plan_is_one_for_an_accelerator():
+    shapes = {"w": (600, 600)}
+    assert plan(shapes, 1).max_preconditioner_dim == 1024
+    assert plan(shapes, 1, max_preconditioner_dim="auto") == plan(shapes, 1)
+    assert plan(shapes, 1, max_preconditioner_dim=256).blocks == 9
