@@ -129,7 +129,17 @@ def test_one_head_for_each_of_several_vocabularies():
 
 
 @pytest.mark.parametrize(
-    "name", ["pos", "pos_embed", "posEmbed", "wpe", "position_embeddings", "absolute_pos_2", "pe"]
+    "name",
+    [
+        "pos",
+        "pos_embed",
+        "posEmbed",
+        "wpe",
+        "position_embeddings",
+        "absolute_pos_2",
+        "posemb",
+        "pe",
+    ],
 )
 def test_positional_tables_are_known_by_their_names(name: str):
     model, table, layer = nn.Module(), nn.Module(), nn.Module()

@@ -101,10 +101,11 @@ def test_the_recipe_from_sgd_under_onecycle_keeps_its_momentum():
             param.grad = torch.randn(param.shape, generator=generator)
         opt.step()
         scheduler.step()
-        [group] = opt.param_groups
-        rates.append(group["lr"])
-        assert group["betas"] == (0.0, 0.999)
-        assert group["momentum"] == 0.9
+        assert len({group["lr"] for group in opt.param_groups}) == 1
+        for group in opt.param_groups:  # vectors, matrices
+            rates.append(group["lr"])
+            assert group["betas"] == (0.0, 0.999)
+            assert group["momentum"] == 0.9
     assert max(rates) > 10 * min(rates)
     assert not any(key.endswith("exp_avg") for state in opt.state.values() for key in state)
 
@@ -115,7 +116,8 @@ def test_the_recipe_from_sgd_under_onecycle_is_sgd_without_preconditioning():
     nets[1].load_state_dict(nets[0].state_dict())
     namespace = {"torch": torch, "Shampoo": Shampoo, "model": nets[0], "steps": 20}
     exec(recipe(), namespace)
-    namespace["optimizer"].param_groups[0]["start_preconditioning_step"] = math.inf
+    for group in namespace["optimizer"].param_groups:
+        group["start_preconditioning_step"] = math.inf
     sgd = torch.optim.SGD(nets[1].parameters(), lr=0.1, momentum=0.9, nesterov=True)
     cycle = torch.optim.lr_scheduler.OneCycleLR(
         sgd, max_lr=0.1, total_steps=20, cycle_momentum=False

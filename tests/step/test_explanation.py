@@ -168,7 +168,9 @@ def test_nothing_changes_by_asking():
     hyper: dict[str, Any] = {**SMALL, "refresh_schedule": "staggered", "lr": 0.01}
     opt, twin = Shampoo(asked, **hyper), Shampoo(other, **hyper)
     for _ in range(3):
+        groups = copy.deepcopy(opt.param_groups)
         opt.explain()
+        assert [group["extra"] for group in opt.param_groups] == [g["extra"] for g in groups]
         fit(asked, opt, 2)
         fit(other, twin, 2)
     for one, two in zip(asked.parameters(), other.parameters(), strict=True):

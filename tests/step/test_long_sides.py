@@ -81,3 +81,17 @@ def test_groups_that_say_so_models_and_what_is_not_preconditioned_are_silent():
             **HYPER,
         )
     assert len(seen) == 1
+
+
+def test_one_warning_is_for_all_groups():
+    names = r"parameter 0 of group 0, shape \S+ 600\), parameter 0 of group 2, shape"
+    with pytest.warns(UserWarning, match=names) as seen:
+        Shampoo(
+            [
+                {"params": [table()]},
+                {"params": [table()], "precondition": True},
+                {"params": [table()]},
+            ],
+            **HYPER,
+        )
+    assert len(seen) == 1
