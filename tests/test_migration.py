@@ -38,7 +38,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture, scale: float, **hyper: Any) ->
 
 def test_an_eps_that_outweighs_a_factor_is_said_once_with_the_remedy(caplog):
     [message] = warnings_of(caplog, 1e-4, eps=1e-8)
-    for part in ("eps=1e-08", "factor0 of second", "2.3e-08", "1e-12", "grafting_eps"):
+    for part in ("eps=1e-08", "factor0 of second", "2.2e-08", "1e-12", "grafting_eps"):
         assert part in message, f"{part!r} is not in {message!r}"
 
 
@@ -101,10 +101,11 @@ def test_the_recipe_from_sgd_under_onecycle_keeps_its_momentum():
             param.grad = torch.randn(param.shape, generator=generator)
         opt.step()
         scheduler.step()
-        [group] = opt.param_groups
-        rates.append(group["lr"])
-        assert group["betas"] == (0.0, 0.999)
-        assert group["momentum"] == 0.9
+        rates.append(opt.param_groups[0]["lr"])
+        for group in opt.param_groups:
+            assert group["lr"] == rates[-1]
+            assert group["betas"] == (0.0, 0.999)
+            assert group["momentum"] == 0.9
     assert max(rates) > 10 * min(rates)
     assert not any(key.endswith("exp_avg") for state in opt.state.values() for key in state)
 
@@ -115,7 +116,8 @@ def test_the_recipe_from_sgd_under_onecycle_is_sgd_without_preconditioning():
     nets[1].load_state_dict(nets[0].state_dict())
     namespace = {"torch": torch, "Shampoo": Shampoo, "model": nets[0], "steps": 20}
     exec(recipe(), namespace)
-    namespace["optimizer"].param_groups[0]["start_preconditioning_step"] = math.inf
+    for group in namespace["optimizer"].param_groups:
+        group["start_preconditioning_step"] = math.inf
     sgd = torch.optim.SGD(nets[1].parameters(), lr=0.1, momentum=0.9, nesterov=True)
     cycle = torch.optim.lr_scheduler.OneCycleLR(
         sgd, max_lr=0.1, total_steps=20, cycle_momentum=False
@@ -157,4 +159,4 @@ def test_the_first_step_of_rmsprop_is_as_much_longer_as_documented(suffix):
         param.grad = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
         opt.step()
         lengths.append(float(param.detach().norm()))
-    assert math.isclose(lengths[0] / lengths[1], 1 / math.sqrt(1 - 0.999), rel_tol=1e-4)
+    assert math.isclose(lengths[0] / lengths[1], 1 / math.sqrt(1 - 0.95), rel_tol=1e-4)
