@@ -37,6 +37,11 @@ BASELINES: dict[str, Factory] = {
 }
 
 
+def betas(refresh: int) -> tuple[float, float]:
+    """The default ones, or a beta2 under which no root outlives what its factor remembers."""
+    return 0.9, max(0.95, 1.0 - 0.5 / refresh)
+
+
 class Plan(NamedTuple):
     """How long to measure, and what.
 

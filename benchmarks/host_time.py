@@ -9,6 +9,7 @@ checkout of this repository, process by process in turns, and the ratio is print
 """
 
 import argparse
+import math
 import os
 import statistics
 import subprocess
@@ -41,10 +42,9 @@ def measure(rounds: int) -> list[float]:
             param.grad = torch.randn_like(param)
         return found
 
-    ordinary = 1 << 20  # a frequency at which no root is refreshed
+    rootless = {"start_preconditioning_step": math.inf}  # nor a refresh in what is measured
     adamw = torch.optim.AdamW(params(), foreach=True)
-    still = Shampoo(params(), precondition_frequency=ordinary)
-    moving = Shampoo(params(), precondition_frequency=ordinary)
+    still, moving = Shampoo(params(), **rootless), Shampoo(params(), **rootless)
 
     def moved() -> None:
         moving.param_groups[0]["lr"] *= 0.999

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.contest import Factory, Groups, adamw
+from benchmarks.contest import Factory, Groups, adamw, betas
 from shampoo import Shampoo
 
 
@@ -43,7 +43,8 @@ def beside_adamw(
 
 def shampoo(groups: Groups, *, block: int, refresh: int) -> torch.optim.Optimizer:
     """This package with its defaults."""
-    return Shampoo(groups, max_preconditioner_dim=block, precondition_frequency=refresh)
+    chosen = {"max_preconditioner_dim": block, "precondition_frequency": refresh}
+    return Shampoo(groups, betas=betas(refresh), **chosen)
 
 
 def muon(groups: Groups, *, block: int, refresh: int) -> torch.optim.Optimizer:

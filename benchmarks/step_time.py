@@ -82,6 +82,7 @@ def shampoo_factory(block: int, options: argparse.Namespace) -> contest.Factory:
     def build(groups: contest.Groups) -> torch.optim.Optimizer:
         return Shampoo(
             groups,
+            betas=contest.betas(options.refresh),
             max_preconditioner_dim=block,
             precondition_frequency=options.refresh,
             root_method=options.root_method,

@@ -46,7 +46,7 @@ def iteration(
 ) -> Callable[[], None]:
     """One call is one iteration in bf16 autocast (ResNet-50 in channels_last).
 
-    The optimizer is past its first root step, from which on Shampoo preconditions.
+    The optimizer is past its first period, in which it refreshes roots more often than later.
     """
     torch.manual_seed(0)
     model, inputs = build(name, batch, small, device)

@@ -261,7 +261,7 @@ class Hyperparameters:
     def due_phase(self, step: int) -> int | None:
         """The phase whose roots are refreshed at ``step``, None at an ordinary step.
 
-        Together, all factors are in phase 0 (1.3, step 4); staggered, phase r has its first root at
+        Together, all factors are in phase 0 (1.5); staggered, phase r has its first root at
         ``start_preconditioning_step + r`` and then one every ``precondition_frequency`` steps.
         """
         start, frequency = self.start_preconditioning_step, self.precondition_frequency
@@ -269,10 +269,22 @@ class Hyperparameters:
             return None
         if self.is_staggered:
             return int(step - start) % frequency
-        if start <= step < frequency:  # refreshed whenever the steps have doubled
-            doubled = step // int(start)
-            return 0 if step % int(start) == 0 and doubled & (doubled - 1) == 0 else None
-        return 0 if step == start or step % frequency == 0 else None
+        return 0 if step in self.early_refreshes or step % frequency == 0 else None
+
+    @functools.cached_property
+    def early_refreshes(self) -> tuple[int, ...]:
+        """The first steps that refresh all roots, the start and what doubles it, ascending.
+
+        Up to the first multiple of ``precondition_frequency``, from which on these count: so no
+        root is older than half of the steps that there have been. Empty where each root has its own
+        step, and where none is ever taken.
+        """
+        if self.is_staggered or self.start_preconditioning_step == math.inf:
+            return ()
+        early = [int(self.start_preconditioning_step)]
+        while 2 * early[-1] < self.precondition_frequency:
+            early.append(2 * early[-1])
+        return tuple(early)
 
     @functools.cached_property
     def has_exp_avg(self) -> bool:

@@ -50,8 +50,8 @@ class Shampoo(Agreeing):
         W \leftarrow W - \alpha\, s\, L^{-1/2} M R^{-1/2}
 
     with M the bias-corrected average of gradients and s the factor that gives the direction the
-    norm of the grafted method's. With the defaults, the learning rate, betas and weight decay of
-    AdamW carry over: the update has Adam's size and Shampoo's direction.
+    norm of the grafted method's. With the defaults, the learning rate and weight decay of AdamW
+    carry over: the update has Adam's size and Shampoo's direction, from the first step on.
 
     Args:
         params: a model, which :func:`shampoo.groups` then divides into groups: embeddings, output
@@ -60,7 +60,8 @@ class Shampoo(Agreeing):
             more than 10,000 in a group that does not say ``precondition``.
         lr: learning rate, a float or a tensor of one element, >= 0.
         betas: ``beta1`` in [0, 1) averages the gradient before preconditioning (0: off, no
-            buffer); ``beta2`` in (0, 1] averages the factors (1: plain sums, as in AdaGrad).
+            buffer); ``beta2`` in (0, 1] averages the factors (1: plain sums, as in AdaGrad), which
+            remember ``1 / (1 - beta2)`` steps: 20, twice the age of the oldest root.
         eps: absolute ridge added to a bias-corrected factor, which is a square of gradients. Not
             AdamW's, which is ``grafting_eps``: its 1e-8 turns preconditioning off where gradients
             are small, of which a warning tells once, at a refresh (on a GPU the next one; not with
@@ -77,9 +78,14 @@ class Shampoo(Agreeing):
             dimensions are merged. ``"auto"`` is as long as roots cost little on the device of a
             group's first parameter: 256 on a CPU, 1024 elsewhere. The group holds the number, and a
             checkpoint loaded under ``"auto"`` brings its own.
-        precondition_frequency: steps between refreshes of the roots; factors move every step.
+        precondition_frequency: steps between refreshes of the roots, the dearest part of a step;
+            factors move every step. One warning tells where a root outlives half of what its factor
+            remembers, ``precondition_frequency * (1 - beta2) > 0.5``: with 50, let beta2 be 0.99.
         start_preconditioning_step: the first step that uses Shampoo, the grafted method alone
-            before it. -1 means ``precondition_frequency``; ``math.inf`` never starts.
+            before it; at 1, no step goes without. A start before ``precondition_frequency``
+            refreshes roots whenever the steps have doubled since, until the frequency takes over
+            (1, 2, 4, 8, 10, 20, ...), since early factors soon change. -1 means
+            ``precondition_frequency``; ``math.inf`` never starts.
         merge_dims: ``"matrix"`` merges small dimensions but keeps two; ``"full"`` is the paper's
             rule, down to one; ``"none"`` only drops dimensions of size 1.
         precondition_1d: give tensors with at most one dimension larger than 1 a factor too; if
@@ -91,7 +97,7 @@ class Shampoo(Agreeing):
             factor takes a gradient in, the roots of all other modes whiten it. It costs one more
             product a step for every mode and other mode, and takes p = 2 alone. Without a graft
             (``grafting="none"``) roots of factors that have seen few gradients make long steps: let
-            ``start_preconditioning_step`` come later. Cannot change once training has begun.
+            ``start_preconditioning_step`` come later than 1. Cannot change once training has begun.
         exponent: the root p of every factor: ``"covariance"``, 2 for blocks of every order;
             ``"paper"``, twice the order; a number > 0, of which fractions need ``root_method``
             ``"eigh"`` or ``"auto"``; or a list by order (0 or missing: the paper's).
@@ -103,8 +109,9 @@ class Shampoo(Agreeing):
             gradient of every block scaled to norm 1: the step grows with the gradient, so ``lr`` is
             to be tuned as SGD's is, not as Adam's; and without a bias correction the first steps of
             ``"rmsprop_normalized"``, as of ``"rmsprop"``, are ``1 / sqrt(1 - grafting_beta2)``
-            times as long as the correction would make them, 32 times at 0.999.
-        grafting_beta2: of the grafted method, None for ``betas[1]``; AdaGrad kinds always sum.
+            times as long as the correction would make them, 4.5 times at 0.95.
+        grafting_beta2: of the grafted method, None for ``betas[1]``; AdaGrad kinds always sum. With
+            0.999, only its second moment remembers as long as AdamW's.
         grafting_eps: added to the root of its second moment, > 0.
         large_dim_method: for tensors with a dimension above ``max_preconditioner_dim``:
             ``"blocking"`` cuts it, ``"adagrad"`` moves the whole tensor by a diagonal method
@@ -133,7 +140,7 @@ class Shampoo(Agreeing):
         refresh_schedule: ``"together"`` refreshes all roots in the same step, as the paper does;
             ``"staggered"`` spreads them over the steps of a period by cost, so that the worst step
             is close to the mean. A block then follows the grafted method until its first root, at
-            most a period after ``start_preconditioning_step``.
+            most a period after ``start_preconditioning_step``, and has one root a period.
         maximize: ascend instead of descend.
         stochastic_rounding: round bfloat16 parameters up or down at random, so that steps too small
             for them are right on average. What is drawn depends on the step and on the place of a

@@ -93,7 +93,7 @@ LIVE: dict[str, list[Any]] = {
     "decoupled_weight_decay": [True, False],
     "momentum": [0.0, 0.9],
     "nesterov": [True, False],
-    "precondition_frequency": [1, 2, 3],
+    "precondition_frequency": [1, 2, 3, 7],
     "bias_correction": [True, False],
     "grafting_beta2": [None, 0.9, 1.0],
     "grafting_eps": [1e-8, 1e-3, 1e-30],
@@ -132,7 +132,7 @@ arguments = st.fixed_dictionaries(
         "exponent_multiplier": st.sampled_from([1.0, 1.0, 1.5]),
         "stochastic_rounding": st.booleans(),
         "capturable": st.booleans(),
-        "start_preconditioning_step": st.sampled_from([-1, 4, math.inf]),
+        "start_preconditioning_step": st.sampled_from([-1, 2, 4, math.inf]),
     },
 )
 some = st.integers(0, 5)  # an index of a parameter

@@ -19,7 +19,7 @@ from torch import Tensor
 
 DEFAULTS: dict[str, Any] = {
     "lr": 1e-3,
-    "betas": (0.9, 0.999),
+    "betas": (0.9, 0.95),
     "eps": 1e-12,
     "weight_decay": 0.0,
     "relative_eps": 1e-6,
@@ -28,7 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "nesterov": False,
     "max_preconditioner_dim": 256,  # of "auto", on a CPU
     "precondition_frequency": 10,
-    "start_preconditioning_step": -1,
+    "start_preconditioning_step": 1,
     "merge_dims": "matrix",
     "precondition_1d": False,
     "precondition": True,
@@ -254,6 +254,14 @@ class ReferenceShampoo:
         start = self.hyper["start_preconditioning_step"]
         return self.hyper["precondition_frequency"] if start == -1 else start
 
+    def is_due(self, t: int) -> bool:
+        """Whether roots are taken at a parameter's own step: multiples of f from the start on, and
+        before the first of them the start, twice the start, four times, ..."""
+        f, early = self.hyper["precondition_frequency"], [self.start]
+        while 2 * early[-1] < f:
+            early.append(2 * early[-1])
+        return t in early or (t > self.start and t % f == 0)
+
     def exponent(self, order: int) -> float:
         p = self.hyper["exponent"]
         if isinstance(p, (list, tuple)):
@@ -269,10 +277,7 @@ class ReferenceShampoo:
             unfolded = unfold(G, mode)
             C = unfolded @ unfolded.T if A.ndim == 2 else (unfolded**2).sum(1)
             block.factors[mode] = A + C if beta2 == 1 else beta2 * A + (1 - beta2) * C
-        f, doublings = h["precondition_frequency"], [self.start]
-        while 2 * doublings[-1] < f:
-            doublings.append(2 * doublings[-1])
-        if (t % f == 0 and t > self.start) or t in doublings:
+        if self.is_due(t):
             for mode, A in enumerate(block.factors):
                 if A.ndim == 2:
                     power = self.exponent(G.ndim)

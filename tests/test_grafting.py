@@ -114,11 +114,11 @@ def test_c2_a_start_that_never_comes_is_the_grafted_optimizer(twin, weight_decay
             torch.testing.assert_close(param, expected, rtol=tol, atol=tol)
 
 
-def test_c2_the_defaults_before_their_start_are_adamw():
+def test_c2_the_defaults_with_a_later_start_are_adamw_until_then():
     params = random_params(*SHAPES, dtype=torch.float32)
     twins = [Parameter(p.detach().clone()) for p in params]
-    ours = Shampoo(params, betas=(0.9, 0.999))  # torch's
-    theirs = torch.optim.AdamW(twins, weight_decay=0.0)
+    ours = Shampoo(params, start_preconditioning_step=-1)
+    theirs = torch.optim.AdamW(twins, betas=(0.9, 0.95), weight_decay=0.0)
     history = random_grads(params, 10)
     for grads in history[:9]:
         apply(ours, params, grads)

@@ -38,7 +38,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture, scale: float, **hyper: Any) ->
 
 def test_an_eps_that_outweighs_a_factor_is_said_once_with_the_remedy(caplog):
     [message] = warnings_of(caplog, 1e-4, eps=1e-8)
-    for part in ("eps=1e-08", "factor0 of second", "2.3e-08", "1e-12", "grafting_eps"):
+    for part in ("eps=1e-08", "factor0 of second", "2.2e-08", "1e-12", "grafting_eps"):
         assert part in message, f"{part!r} is not in {message!r}"
 
 
@@ -101,9 +101,9 @@ def test_the_recipe_from_sgd_under_onecycle_keeps_its_momentum():
             param.grad = torch.randn(param.shape, generator=generator)
         opt.step()
         scheduler.step()
-        assert len({group["lr"] for group in opt.param_groups}) == 1
-        for group in opt.param_groups:  # vectors, matrices
-            rates.append(group["lr"])
+        rates.append(opt.param_groups[0]["lr"])
+        for group in opt.param_groups:
+            assert group["lr"] == rates[-1]
             assert group["betas"] == (0.0, 0.999)
             assert group["momentum"] == 0.9
     assert max(rates) > 10 * min(rates)
@@ -160,4 +160,4 @@ def test_the_first_step_of_rmsprop_is_as_much_longer_as_documented(suffix):
         param.grad = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
         opt.step()
         lengths.append(float(param.detach().norm()))
-    assert math.isclose(lengths[0] / lengths[1], 1 / math.sqrt(1 - 0.999), rel_tol=1e-4)
+    assert math.isclose(lengths[0] / lengths[1], 1 / math.sqrt(1 - 0.95), rel_tol=1e-4)

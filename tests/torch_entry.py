@@ -81,6 +81,7 @@ def shampoo_inputs(device: Any, dtype: Any = None) -> list[OptimizerInput]:
         "no preconditioning": {"precondition": False},
         "a root at every step": {"precondition_frequency": 1},
         "a late start": {"start_preconditioning_step": 5, **few},
+        "a start at the frequency": {"start_preconditioning_step": -1, **few},
         "no start": {"start_preconditioning_step": math.inf, **few},
         "staggered": {"refresh_schedule": "staggered", "max_preconditioner_dim": 2, **few},
         "exponents by order": {"exponent": [0, 3, 0], **few},
@@ -123,8 +124,8 @@ def shampoo_refusals(device: Any, dtype: Any) -> list[ErrorOptimizerInput]:
         ({"max_preconditioner_dim": 0}, r"Invalid max_preconditioner_dim=0"),
         ({"precondition_frequency": 2.5}, r"Invalid precondition_frequency=2.5"),
         (
-            {"start_preconditioning_step": 2, "precondition_frequency": 3},
-            r"Invalid start_preconditioning_step=2.*precondition_frequency=3",
+            {"start_preconditioning_step": 0, "precondition_frequency": 3},
+            r"Invalid start_preconditioning_step=0. Must be -1 .means precondition_frequency",
         ),
         ({"grafting": "adamax"}, r"Invalid grafting='adamax'. Must be one of none, sgd"),
         ({"grafting_beta2": 2.0}, r"Invalid grafting_beta2=2.0"),

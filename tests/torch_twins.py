@@ -1,7 +1,7 @@
 """Optimizers of torch, and the arguments under which Shampoo takes their steps.
 
-It does so where it takes the length and the direction of its graft: before the first root, and
-without preconditioning.
+It does so where it takes the length and the direction of its graft: before the start, and without
+preconditioning.
 """
 
 from typing import Any

@@ -44,6 +44,8 @@ class TensorRow:
         root: p, such that factors are raised to ``-1/p``; None without factors.
         start: the first step that is preconditioned; ``math.inf`` for never.
         frequency: steps between two refreshes; None without roots that are refreshed.
+        early: the first steps that refresh all its roots, before multiples of the frequency do;
+            empty with ``refresh_schedule="staggered"``.
         phases: when in a period roots of it are refreshed, ascending; with
             ``refresh_schedule="staggered"`` of those that this rank owns.
         owners: for each block, row-major in the grid, the global rank that owns it.
@@ -65,6 +67,7 @@ class TensorRow:
     root: float | None = None
     start: float = math.inf
     frequency: int | None = None
+    early: tuple[int, ...] = ()
     phases: tuple[int, ...] = ()
     owners: tuple[int, ...] = ()
     state_bytes: int = 0
@@ -99,7 +102,10 @@ class TensorRow:
         if self.start == math.inf:
             return "never"
         phases = f", phases {_ranges(self.phases)}" if self.phases not in ((), (0,)) else ""
-        return f"every {self.frequency}{phases}, from {self.start:.0f}"
+        if len(self.early) < 2:
+            return f"every {self.frequency}{phases}, from {self.start:.0f}"
+        first = ", ".join(map(str, self.early[:4])) + ", ..." * (len(self.early) > 4)
+        return f"every {self.frequency}, first at {first}"
 
 
 @dataclass(frozen=True)
@@ -339,6 +345,7 @@ def _row(
         root=kind.power(values, layout.order) if isinstance(kind, ShampooKind) else None,
         start=values.start_preconditioning_step if kind.preconditions else math.inf,
         frequency=values.precondition_frequency if is_refreshed else None,
+        early=values.early_refreshes if is_refreshed else (),
         phases=phases if values.is_staggered or not is_refreshed else (0,),
         owners=tuple(team.ranks[owner] for owner in member.owners),
         state_bytes=held,

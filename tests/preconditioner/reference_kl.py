@@ -39,7 +39,7 @@ class ReferenceKLShampoo(ReferenceShampoo):
             rows = unfold(whitened, k) * math.sqrt(len(A) / G.numel())
             C = rows @ rows.T if A.ndim == 2 else (rows**2).sum(1)
             block.factors[k] = A + C if beta2 == 1 else beta2 * A + (1 - beta2) * C
-        if (t % h["precondition_frequency"] == 0 and t > self.start) or t == self.start:
+        if self.is_due(t):
             for k, A in enumerate(block.factors):
                 if A.ndim == 2:
                     block.roots[k] = inverse_root(A / c2, -1 / 2, h["eps"], h["relative_eps"])

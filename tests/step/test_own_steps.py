@@ -5,6 +5,7 @@ a stack do.
 """
 
 import copy
+import math
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -64,6 +65,7 @@ def drawn(
         {"large_dim_method": "adagrad", "max_preconditioner_dim": 5, "betas": (0.9, 1.0)},
         {"precondition": False},
         {"bias_correction": False, "start_preconditioning_step": 5},
+        {"precondition_frequency": 9},
         {"preconditioner_dtype": torch.float64, "root_method": "eigh"},
     ],
     ids=str,
@@ -116,9 +118,11 @@ def test_irregular_gradients_give_what_torch_gives(hyper, make):
         torch.testing.assert_close(param, other, rtol=1e-6, atol=1e-6)
 
 
-def test_staggered_roots_follow_the_counts_of_their_parameters():
+@pytest.mark.parametrize("start", [1, 4])
+def test_staggered_roots_follow_the_counts_of_their_parameters(start):
     params, history, present = drawn(30)
-    opt = Shampoo(params, precondition_frequency=4, refresh_schedule="staggered")
+    hyper = {"precondition_frequency": 4, "start_preconditioning_step": start}
+    opt = Shampoo(params, refresh_schedule="staggered", **hyper)
     seen = [0] * len(params)
     for grads, here in zip(history, present, strict=True):
         before = copy.deepcopy(opt.state_dict()["state"])
@@ -128,7 +132,7 @@ def test_staggered_roots_follow_the_counts_of_their_parameters():
             for key, value in opt.state[param].items():
                 if "root" in key:
                     slot = int(opt.state[param][key.replace("root", "slot")])
-                    is_due = here[i] and seen[i] >= 4 and (seen[i] - 4) % 4 == slot
+                    is_due = here[i] and seen[i] >= start and (seen[i] - start) % 4 == slot
                     was = before[i][key] if before else torch.zeros_like(value)
                     assert value.equal(was) != is_due, (i, key)
 
@@ -148,7 +152,8 @@ def test_capturable_steps_that_are_skipped_count_for_nobody():
     params, history, present = drawn(12)
     others = [Parameter(param.detach().clone()) for param in params]
     ours, theirs = (
-        Shampoo(each, precondition_frequency=100, capturable=True) for each in (params, others)
+        Shampoo(each, start_preconditioning_step=math.inf, capturable=True)
+        for each in (params, others)
     )
     bad = [grad.clone() for grad in history[5]]
     bad[0][0, 0] = torch.nan
