@@ -103,6 +103,7 @@ class Hyperparameters:
     decoupled_weight_decay: bool
     momentum: float
     nesterov: bool
+    nesterov_average: bool
     precondition_frequency: int
     start_preconditioning_step: float  # resolved: -1 has become precondition_frequency
     exponent: str | float | Sequence[float]
@@ -141,6 +142,7 @@ class Hyperparameters:
             decoupled_weight_decay=group["decoupled_weight_decay"],
             momentum=_number(group, "momentum"),
             nesterov=group["nesterov"],
+            nesterov_average=group["nesterov_average"],
             precondition_frequency=group["precondition_frequency"],
             start_preconditioning_step=_start(group),
             exponent=group["exponent"],
@@ -235,9 +237,8 @@ class Hyperparameters:
     @property
     def roots_outlive_factors(self) -> bool:
         """Whether roots are used that are older than what the factors remember."""
-        if isinstance(self.beta2, torch.Tensor) or not self.geometry.precondition:
-            return False
-        if self.start_preconditioning_step == math.inf:
+        is_used = self.geometry.precondition and self.start_preconditioning_step < math.inf
+        if isinstance(self.beta2, torch.Tensor) or not is_used:
             return False
         forgotten = self.precondition_frequency * (1.0 - self.beta2)
         is_rounding = math.isclose(forgotten, _OLDEST_ROOT)  # 10 * (1 - 0.95) is 0.5000000000000004
@@ -332,6 +333,7 @@ def _check_flags(group: dict[str, Any]) -> None:
     for name in (
         "decoupled_weight_decay",
         "nesterov",
+        "nesterov_average",
         "precondition_1d",
         "precondition",
         "bias_correction",

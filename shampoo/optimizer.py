@@ -74,6 +74,9 @@ class Shampoo(Agreeing):
             to the direction) if True; added to the gradient if False.
         momentum: in [0, 1), of the search direction, without dampening.
         nesterov: use Nesterov's form of it.
+        nesterov_average: apply roots to the gradient's average as it will be when the same gradient
+            comes again, ``beta1 M1 + (1 - beta1) G``, Nesterov's form of it, as NAdam has it; if
+            not, to ``M1``. The grafted method always takes ``M1``.
         max_preconditioner_dim: the largest side of a block, and the bound up to which small
             dimensions are merged. ``"auto"`` is as long as roots cost little on the device of a
             group's first parameter: 256 on a CPU, 1024 elsewhere. The group holds the number, and a
@@ -216,6 +219,7 @@ class Shampoo(Agreeing):
         decoupled_weight_decay: bool = True,
         momentum: float = 0.0,
         nesterov: bool = False,
+        nesterov_average: bool = True,
         max_preconditioner_dim: int | str = AUTO,
         precondition_frequency: int = 10,
         start_preconditioning_step: float = 1,

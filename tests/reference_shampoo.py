@@ -26,6 +26,7 @@ DEFAULTS: dict[str, Any] = {
     "decoupled_weight_decay": True,
     "momentum": 0.0,
     "nesterov": False,
+    "nesterov_average": True,
     "max_preconditioner_dim": 256,  # of "auto", on a CPU
     "precondition_frequency": 10,
     "start_preconditioning_step": 1,
@@ -230,13 +231,17 @@ class ReferenceShampoo:
         if beta1 > 0:
             block.m = beta1 * block.m + (1 - beta1) * G
             Gt = block.m / c1
+        ahead = Gt
+        if beta1 > 0 and h["nesterov_average"]:
+            following = 1 - beta1 ** (t + 1) if h["bias_correction"] else 1.0
+            ahead = (beta1 * block.m + (1 - beta1) * G) / following
 
         if method == "adagrad":
             return Gt / ((block.v / c2).sqrt() + h["eps"])
         grafted = self._grafted(Gt, block, t)
         if method == "grafted" or t < self.start or not block.has_root:
             return grafted
-        P = Gt
+        P = ahead
         for mode, (A, X) in enumerate(zip(block.factors, block.roots, strict=True)):
             if A.ndim == 1:
                 a = A / c2

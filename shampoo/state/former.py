@@ -17,6 +17,7 @@ FORMER_DEFAULTS = {
     "large_dim_method": "blocking",
     "preconditioner": Shampoo.name,
     "exponent": Shampoo.former_exponent,
+    "nesterov_average": False,
 }
 
 # Arguments that are no more, which translate() knows.
