@@ -77,6 +77,69 @@ def test_steps_across_segments_are_those_of_the_reference(monkeypatch):
     compare(SHAPES, 8, is_sparse=True, **KL, **{**SMALL, **VARIANTS["diagonal"]}, lr=0.1)
 
 
+def outer(*shape: int) -> Tensor:
+    """Of rank one in every mode."""
+    found = torch.ones(())
+    for size in shape:
+        found = found[..., None] * torch.linspace(-1.0, 2.0, size)
+    return found.double()
+
+
+def one_entry(*shape: int) -> Tensor:
+    found = outer(*shape)
+    return found * (found == found.max())
+
+
+def one_row(*shape: int) -> Tensor:
+    found = torch.randn(shape, dtype=torch.float64)
+    found[1:] = 0.0
+    return found
+
+
+def full(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+MATRICES = [(4, 3), (6, 6), (3, 2, 4)]
+
+
+@pytest.mark.parametrize("first", [outer, one_entry, one_row, full])
+@pytest.mark.parametrize("grafting", ["adam", "none"])
+def test_roots_of_one_gradient_are_those_of_the_reference(first, grafting):
+    """What the first step's roots do to the factors of the second, where they are mostly ridge."""
+    params = [Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in MATRICES]
+    hyper = {**KL, "lr": 1.0, "grafting": grafting}
+    opt, reference = double_shampoo(params, **hyper), ReferenceKLShampoo(params, **hyper)
+    for t, later in enumerate(random_grads(params, 12), start=1):
+        grads = [first(*p.shape) for p in params] if t == 1 else later
+        before = [param.detach().clone() for param in params]
+        earlier = [param.clone() for param in reference.params]
+        apply(opt, params, grads)
+        reference.step(grads)
+        for i, param in enumerate(params):
+            moved, expected = param.detach() - before[i], reference.params[i] - earlier[i]
+            assert_relative(moved, expected, 1e-6, f"step {t}, shape {tuple(param.shape)}:")
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-6, 1.0, 1e12])
+@pytest.mark.parametrize("first", [outer, one_entry, one_row, full])
+def test_roots_of_one_gradient_leave_a_finite_step_of_the_grafts_length(first, scale):
+    """From the first step on, in float32, whatever the gradients' size."""
+    ours, grafted = ([Parameter(torch.zeros(shape)) for shape in MATRICES] for _ in range(2))
+    opt = Shampoo(ours, lr=1.0, **KL)
+    alone = Shampoo(grafted, lr=1.0, precondition=False)
+    for t, later in enumerate(random_grads(ours, 12), start=1):
+        grads = [first(*p.shape).float() for p in ours] if t == 1 else later
+        for params, each in ((ours, opt), (grafted, alone)):
+            with torch.no_grad():
+                for param in params:
+                    param.zero_()
+            apply(each, params, [scale * grad for grad in grads])
+        assert all(value.isfinite().all() for value in state_tensors(opt).values())
+        for param, other in zip(ours, grafted, strict=True):
+            torch.testing.assert_close(param.norm(), other.norm(), rtol=1e-3, atol=0.0)
+
+
 def test_a_factor_is_the_dense_formula():
     """One step after a refresh, by one einsum with the inverse of the other factor."""
     param = Parameter(torch.zeros(4, 3, dtype=torch.float64))

@@ -136,7 +136,7 @@ def test_replayed_steps_are_the_ordinary_ones(variant):
         replay()
         ordinary.step()
         assert_as(opt, ordinary, variant)
-    kinds = {"never": 1, "staggered": 5}.get(variant, 2)
+    kinds = {"never": 1, "staggered": 4}.get(variant, 2)
     assert len(replay._recorded) == kinds
     assert None not in replay._recorded.values()  # all of them were replayed
 

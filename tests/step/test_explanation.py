@@ -93,7 +93,8 @@ def test_rows_say_what_is_done_and_why():
     matrix = rows["h.1.down.weight"]
     assert (matrix.shape, matrix.merged, matrix.grid) == ((16, 64), (16, 64), (1, 4))
     assert matrix.sides == ((16,), (20, 4))
-    assert (matrix.kind, matrix.root, matrix.frequency, matrix.start) == ("shampoo", 4.0, 10, 10.0)
+    assert (matrix.kind, matrix.root, matrix.frequency, matrix.start) == ("shampoo", 2.0, 10, 1.0)
+    assert (matrix.early, table.early, vector.early) == ((1, 2, 4, 8), (), ())
     assert (matrix.owners, matrix.phases, matrix.reason) == ((0, 0, 0, 0), (0,), "")
     frozen = rows["h.0.up.weight"]
     assert (frozen.kind, frozen.reason, frozen.state_bytes) == ("none", "frozen", 0)
@@ -103,7 +104,7 @@ def test_rows_say_what_is_done_and_why():
         "h.1.down.weight",
         "1 x 4 of 16 x 20|4",
         "shampoo, adam graft",
-        "every 10, from 10",
+        "every 10, first at 1, 2, 4, 8",
         "adam: a vector",
         f"state on rank 0: {opt.explain().state_bytes:,} bytes",
     ):
@@ -122,7 +123,7 @@ def test_rows_of_other_rules():
     long, cube, empty, scalar, vector = opt.explain().tensors
     assert (long.kind, long.reason, long.grafting) == ("adagrad", "too long a side", "none")
     assert long.rule == "adagrad: too long a side"
-    assert (cube.merged, cube.root, cube.grid) == ((3, 20), 4.0, (1, 1))
+    assert (cube.merged, cube.root, cube.grid) == ((3, 20), 2.0, (1, 1))
     assert (empty.kind, empty.reason, empty.blocks) == ("none", "no elements", 0)
     assert (scalar.merged, scalar.reason, vector.reason) == ((1,), "a vector", "a vector")
     assert long.name == "parameter 0 of group 0, shape (4, 40)"
@@ -134,9 +135,30 @@ def test_rows_of_other_rules():
     opt = Shampoo(params[:2], preconditioner="kl_shampoo", grafting="none", merge_dims="none")
     assert [row.root for row in opt.explain().tensors] == [2.0, 2.0]
     assert opt.explain().tensors[1].rule == "kl_shampoo, no graft"
-    opt = Shampoo(params[1:2], merge_dims="none", start_preconditioning_step=math.inf)
+    opt = Shampoo(params[1:2], merge_dims="none", exponent="paper")
     [row] = opt.explain().tensors
-    assert (row.root, row.refresh) == (6.0, "never")
+    assert row.root == 6.0
+
+
+@pytest.mark.parametrize(
+    ("hyper", "expected"),
+    [
+        ({}, "every 10, first at 1, 2, 4, 8"),
+        ({"precondition_frequency": 2}, "every 2, from 1"),
+        ({"precondition_frequency": 100}, "every 100, first at 1, 2, 4, 8, ..."),
+        ({"start_preconditioning_step": 4}, "every 10, first at 4, 8"),
+        ({"start_preconditioning_step": 5}, "every 10, from 5"),
+        ({"start_preconditioning_step": -1}, "every 10, from 10"),
+        ({"start_preconditioning_step": 75}, "every 10, from 75"),
+        ({"start_preconditioning_step": math.inf}, "never"),
+        ({"refresh_schedule": "staggered"}, "every 10, phases 0, 5, from 1"),
+        ({"large_dim_method": "diagonal", "max_preconditioner_dim": 2}, "-"),
+    ],
+    ids=str,
+)
+def test_when_roots_are_refreshed_is_said(hyper, expected):
+    [row] = Shampoo([Parameter(torch.zeros(4, 4))], betas=(0.9, 0.999), **hyper).explain().tensors
+    assert row.refresh == expected
 
 
 def test_a_model_on_meta_is_explained_alike():

@@ -207,6 +207,7 @@ def test_a_direction_that_float32_cannot_hold_is_no_step(capturable, momentum):
         eps=1e-38,
         relative_eps=0.0 if not capturable else 1e-6,
         precondition_frequency=4,
+        start_preconditioning_step=4,
         capturable=capturable,
         root_method="coupled_newton" if capturable else "auto",
     )
