@@ -241,7 +241,7 @@ class Hyperparameters:
         if isinstance(self.beta2, torch.Tensor) or not is_used:
             return False
         forgotten = self.precondition_frequency * (1.0 - self.beta2)
-        is_rounding = math.isclose(forgotten, _OLDEST_ROOT)  # 10 * (1 - 0.95) is 0.5000000000000004
+        is_rounding = math.isclose(forgotten, _OLDEST_ROOT, rel_tol=1e-6)  # of 0.95 in float32
         return forgotten > _OLDEST_ROOT and not is_rounding
 
     @functools.cached_property

@@ -16,6 +16,7 @@ from trajectory import (
     random_grads,
     random_params,
     snapshot,
+    twins_of,
 )
 
 from shampoo import Shampoo
@@ -26,10 +27,6 @@ RICH: dict[str, Any] = {
     **{"lr": 0.1, "betas": (0.9, 0.95), "weight_decay": 0.1, "momentum": 0.5},
     **{"precondition_frequency": 2, "max_preconditioner_dim": 3},
 }
-
-
-def twins_of(params: list[Parameter]) -> list[Parameter]:
-    return [Parameter(p.detach().clone(), requires_grad=p.requires_grad) for p in params]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +126,7 @@ def test_k2_precondition_false_on_a_group_is_the_graft_alone():
         [{"params": params[:1], "precondition": False}, {"params": params[1:]}],
         **{"lr": 0.1, "precondition_frequency": 1, "grafting_eps": 1e-8, "weight_decay": 0.1},
     )
-    adamw = torch.optim.AdamW(twins, lr=0.1, weight_decay=0.1)
+    adamw = torch.optim.AdamW(twins, lr=0.1, betas=(0.9, 0.95), weight_decay=0.1)
     for grads in random_grads(params, 5):
         apply(opt, params, grads)
         apply(adamw, twins, grads[:1])

@@ -20,6 +20,7 @@ from trajectory import (
     random_params,
     snapshot,
     state_tensors,
+    twins_of,
 )
 
 import shampoo
@@ -38,10 +39,6 @@ def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
     torch.save(state, buffer)
     buffer.seek(0)
     return torch.load(buffer, weights_only=True)
-
-
-def twins_of(params: list[Parameter]) -> list[Parameter]:
-    return [Parameter(p.detach().clone()) for p in params]
 
 
 def trained(

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from reference_shampoo import ReferenceShampoo
-from torch.nn import Parameter
 from trajectory import (
     apply,
     assert_relative,
@@ -17,6 +16,7 @@ from trajectory import (
     random_params,
     snapshot,
     state_tensors,
+    twins_of,
 )
 
 import shampoo
@@ -28,10 +28,6 @@ RICH: dict[str, Any] = {
     **{"lr": 0.1, "betas": (0.9, 0.95), "weight_decay": 0.1, "momentum": 0.5},
     **{"precondition_frequency": 2, "max_preconditioner_dim": 3},
 }
-
-
-def twins_of(params: list[Parameter]) -> list[Parameter]:
-    return [Parameter(p.detach().clone()) for p in params]
 
 
 def test_a_missing_gradient_leaves_its_parameter_bit_identical():

@@ -32,6 +32,11 @@ def random_params(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) 
     return [Parameter(torch.randn(shape, dtype=torch.float64).to(dtype)) for shape in shapes]
 
 
+def twins_of(params: Sequence[Parameter]) -> list[Parameter]:
+    """Parameters of their own with the same values."""
+    return [Parameter(p.detach().clone(), requires_grad=p.requires_grad) for p in params]
+
+
 def random_grads(
     params: Sequence[Tensor], steps: int, seed: int = 1, dtype: torch.dtype | None = None
 ) -> list[list[Tensor]]:
