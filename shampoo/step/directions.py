@@ -174,13 +174,14 @@ def precondition(
         return
     norm = torch.empty_like(segment.norm)
     is_own: Tensor | None = None  # [R], whether a block has a direction of its own; None: all have
-    looks_ahead = hyper.nesterov_average and hyper.has_exp_avg
     for part in segment.parts:
         rows = part.rows
         statistics, direction = part.statistics, part.direction
-        filtered = part.grad if part.exp_avg is None else part.exp_avg
-        if looks_ahead:
-            filtered = looked_ahead(part.grad, part.exp_avg, scalars.beta1)
+        filtered = part.grad
+        if part.exp_avg is not None:
+            filtered = part.exp_avg
+            if hyper.nesterov_average:
+                filtered = looked_ahead(part.grad, part.exp_avg, scalars.beta1)
         if rows is not None:
             statistics = statistics.copied(rows)
             filtered = filtered.index_select(0, rows)
@@ -204,7 +205,7 @@ def precondition(
             direction.index_copy_(0, rows, out)
     # The bias correction of the gradient average is a factor of the direction: it joins the scale.
     correction = scalars.correction1
-    if looks_ahead:  # 1 - beta1^(t + 1)
+    if hyper.nesterov_average and hyper.has_exp_avg:  # 1 - beta1^(t + 1)
         correction = 1.0 - scalars.beta1 * (1.0 - correction)
     if hyper.geometry.grafting == "none":
         scale = torch.ones_like(norm).mul_(1.0 / correction)
