@@ -52,6 +52,16 @@ ABLATIONS: Mapping[str, Sequence[Arguments]] = {
         {"root_method": "eigh", "preconditioner_dtype": "float64"},
         {"bfloat16_roots": True},
     ],
+    "average": [{"nesterov_average": False}],
+    "defaults of before": [
+        {
+            "exponent": "paper",
+            "betas": (0.9, 0.999),
+            "start_preconditioning_step": -1,
+            "max_preconditioner_dim": 1024,
+            "nesterov_average": False,
+        }
+    ],
     "schedule of refreshes": [{"refresh_schedule": "staggered"}],
 }
 ABLATION_TASKS = ("fashion-cnn", "fashion-vit", "king-james-64", "cpython-64")
