@@ -6,7 +6,7 @@
     python -m benchmarks.learning --quick --out FOLDER               # digits, in some minutes
 
 Runs lie in benchmarks/results/learning, a JSON line each; what is there is not run again. Tables go
-into docs/evidence.md, plots into docs/figures. One thread a run, two runs at once.
+into docs/evidence.md and README.md, plots into docs/figures. One thread a run, two runs at once.
 """
 
 import argparse
@@ -25,7 +25,8 @@ from benchmarks.learning.records import RESULTS, Records
 from benchmarks.learning.trial import Trial
 from benchmarks.tasks import TASKS
 
-EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence.md"
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = (ROOT / "docs" / "evidence.md", ROOT / "README.md")  # with tables from runs
 STUDIES = ("main", "exponents", "transfer", "ablations", "further")
 QUICK = ("adamw", "muon", "shampoo")
 
@@ -117,7 +118,8 @@ def report(records: Records, console: Console, is_published: bool) -> None:
             shown.add_row(*row)
         console.print(shown)
     if is_published:
-        EVIDENCE.write_text(tables.fill(EVIDENCE, records), encoding="utf-8")
+        for document in DOCUMENTS:
+            document.write_text(tables.fill(document, records), encoding="utf-8")
         made = plots.draw(records)
     else:
         made = plots.draw(records, records.folder)

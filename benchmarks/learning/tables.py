@@ -103,6 +103,25 @@ def goals(records: Records) -> Lines:
     return lines
 
 
+def summary(records: Records) -> Lines:
+    """What README says: medians of five fresh seeds."""
+    lines = [
+        ["task", "AdamW", "Muon", "Shampoo", "steps to AdamW's end", "time to it", "time / Muon's"]
+    ]
+    for name, task in TASKS.items():
+        runs = [_fresh(name, optimizer, records) for optimizer in ("adamw", "muon", "shampoo")]
+        if not all(runs):
+            continue
+        adamw, muon, ours = runs
+        hit = median_reached(ours, median_loss(adamw))
+        steps = f"{hit[0]:.0f} of {task.steps}" if hit else "-"
+        part = _number(hit[1] / median_seconds(adamw) if hit else None, ".0%")
+        losses = [_number(median_loss(each), ".3f") for each in runs]
+        ratio = median_seconds(ours) / median_seconds(muon)
+        lines.append([name, *losses, steps, part, f"{ratio:.2f}"])
+    return lines
+
+
 def rates(records: Records) -> Lines:
     """Every task and optimizer: the loss of the first seed by the rate, relative to the best."""
     lines = [["task", "optimizer", "best rate", *(f"x 2^{k}" for k in range(-6, 7))]]
@@ -189,6 +208,7 @@ def transfer(records: Records) -> Lines:
 
 
 TABLES: dict[str, Callable[[Records], Lines]] = {
+    "summary": summary,
     "goals": goals,
     **{f"results-{t}": (lambda records, t=t: results(t, records)) for t in TASKS},
     "rates": rates,
