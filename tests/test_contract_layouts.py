@@ -131,8 +131,9 @@ def test_a_float32_run_stays_near_its_float64_twin(dtype, root_method):
     for grads in random_grads(params, 10):
         apply(ours, params, grads)
         apply(theirs, twins, [g.double() for g in grads])
+    tol = 1e-5 if root_method in ("eigh", "coupled_newton") else 1e-4  # minimax roots are coarser
     for param, twin in zip(params, twins, strict=True):
-        assert_relative(param, twin, 1e-5)
+        assert_relative(param, twin, tol)
 
 
 def layouts(values: Tensor) -> dict[str, Tensor]:

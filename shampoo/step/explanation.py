@@ -16,6 +16,7 @@ from shampoo.errors import shown_bytes
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.preconditioner.choice import cost_of, kind_of, why_plain
 from shampoo.preconditioner.footprint import block_state_bytes
+from shampoo.preconditioner.grafted import Grafted
 from shampoo.preconditioner.shampoo import Shampoo as ShampooKind
 from shampoo.step.block_plan import BlockPlan
 from shampoo.step.param_plan import PlannedParam
@@ -41,7 +42,7 @@ class TensorRow:
         grafting: whose step length it has, ``"none"`` for its own.
         reason: why it is not preconditioned, empty if it is.
         diagonal: for each merged dimension, whether only the diagonal of its factor is kept.
-        root: p, such that factors are raised to ``-1/p``; None without factors.
+        power: p, such that factors are raised to ``-1/p``; None without factors.
         start: the first step that is preconditioned; ``math.inf`` for never.
         frequency: steps between two refreshes; None without roots that are refreshed.
         early: the first steps that refresh all its roots, before multiples of the frequency do;
@@ -64,7 +65,7 @@ class TensorRow:
     grafting: str = "none"
     reason: str = ""
     diagonal: tuple[bool, ...] = ()
-    root: float | None = None
+    power: float | None = None
     start: float = math.inf
     frequency: int | None = None
     early: tuple[int, ...] = ()
@@ -89,7 +90,7 @@ class TensorRow:
         if self.kind == "none":
             return f"not moved: {self.reason}"
         if self.reason:
-            return f"{self.grafting if self.kind == 'grafted' else self.kind}: {self.reason}"
+            return f"{self.grafting if self.kind == Grafted.name else self.kind}: {self.reason}"
         graft = "no graft" if self.grafting == "none" else f"{self.grafting} graft"
         thin = [str(mode) for mode, is_diagonal in enumerate(self.diagonal) if is_diagonal]
         return f"{self.kind}, {graft}" + f", diagonal in {' and '.join(thin)}" * bool(thin)
@@ -199,7 +200,7 @@ def _cells(row: TensorRow) -> tuple[str, ...]:
         _times(row.merged) if row.grid else "-",
         blocks,
         row.rule,
-        "-" if row.root is None else f"{row.root:.4g}",
+        "-" if row.power is None else f"{row.power:.4g}",
         row.refresh,
         shown_bytes(row.state_bytes),
         _ranges(sorted(set(row.owners))) or "-",
@@ -342,7 +343,7 @@ def _row(
         grafting=values.geometry.grafting if kind.borrows else "none",
         reason=why_plain(row.shape, values.geometry) or "",
         diagonal=layout.diagonal,
-        root=kind.power(values, layout.order) if isinstance(kind, ShampooKind) else None,
+        power=kind.power(values, layout.order) if isinstance(kind, ShampooKind) else None,
         start=values.start_preconditioning_step if kind.preconditions else math.inf,
         frequency=values.precondition_frequency if is_refreshed else None,
         early=values.early_refreshes if is_refreshed else (),

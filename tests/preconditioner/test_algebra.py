@@ -295,6 +295,7 @@ def test_a8_degenerate_shapes_follow_the_reference(merge_dims, precondition_1d, 
         large_dim_method="blocking",
         grafting=grafting,
         weight_decay=0.1,
+        relative_eps=1e-4,  # without a graft, rounding grows with the condition of few gradients
     )
     params = opt.param_groups[0]["params"]
     assert not opt.state.get(params[4], {}), "a size-0 parameter has no state"

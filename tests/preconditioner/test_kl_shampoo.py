@@ -191,7 +191,7 @@ def test_it_trains_without_a_graft():
     left, right = (torch.diag(torch.logspace(0, -1.5, size)) for size in (12, 8))
     target, param = torch.randn(12, 8), Parameter(torch.zeros(12, 8))
     hyper = {"betas": (0.9, 0.9), "grafting": "none", "precondition_frequency": 5}
-    opt = Shampoo([param], **KL, **hyper)
+    opt = Shampoo([param], start_preconditioning_step=10, **KL, **hyper)
     errors = []
     for step in range(300):
         opt.param_groups[0]["lr"] = 0.03 * (1 - step / 300)

@@ -70,7 +70,7 @@ def test_bytes_are_those_held_and_planned(hyper: dict[str, Any]):
     assert (report.blocks, report.numel) == (before.blocks, before.numel)
     for row, param in zip(before.tensors, model.parameters(), strict=True):
         factors = {key for key in opt.state[param] if ".factor" in key}
-        assert bool(factors) == (row.root is not None)
+        assert bool(factors) == (row.power is not None)
         assert row.blocks == math.prod(row.grid) == len({k.split(".")[0] for k in opt.state[param]
                                                          if k.startswith("block")})  # fmt: skip
         slots = {int(v) for key, v in opt.state[param].items() if ".slot" in key}
@@ -87,13 +87,13 @@ def test_rows_say_what_is_done_and_why():
     assert (table.group_name, table.kind, table.grafting) == ("heads", "grafted", "adam")
     assert table.reason == "precondition=False"
     assert table.rule == "adam: precondition=False"
-    assert (table.root, table.frequency, table.start) == (None, None, math.inf)
+    assert (table.power, table.frequency, table.start) == (None, None, math.inf)
     vector = rows["h.0.up.bias"]
     assert (vector.group_name, vector.reason, vector.merged) == ("vectors", "a vector", (64,))
     matrix = rows["h.1.down.weight"]
     assert (matrix.shape, matrix.merged, matrix.grid) == ((16, 64), (16, 64), (1, 4))
     assert matrix.sides == ((16,), (20, 4))
-    assert (matrix.kind, matrix.root, matrix.frequency, matrix.start) == ("shampoo", 2.0, 10, 1.0)
+    assert (matrix.kind, matrix.power, matrix.frequency, matrix.start) == ("shampoo", 2.0, 10, 1.0)
     assert (matrix.early, table.early, vector.early) == ((1, 2, 4, 8), (), ())
     assert (matrix.owners, matrix.phases, matrix.reason) == ((0, 0, 0, 0), (0,), "")
     frozen = rows["h.0.up.weight"]
@@ -123,7 +123,7 @@ def test_rows_of_other_rules():
     long, cube, empty, scalar, vector = opt.explain().tensors
     assert (long.kind, long.reason, long.grafting) == ("adagrad", "too long a side", "none")
     assert long.rule == "adagrad: too long a side"
-    assert (cube.merged, cube.root, cube.grid) == ((3, 20), 2.0, (1, 1))
+    assert (cube.merged, cube.power, cube.grid) == ((3, 20), 2.0, (1, 1))
     assert (empty.kind, empty.reason, empty.blocks) == ("none", "no elements", 0)
     assert (scalar.merged, scalar.reason, vector.reason) == ((1,), "a vector", "a vector")
     assert long.name == "parameter 0 of group 0, shape (4, 40)"
@@ -133,11 +133,11 @@ def test_rows_of_other_rules():
     assert row.diagonal == (False, True)
     assert row.rule == "shampoo, adam graft, diagonal in 1"
     opt = Shampoo(params[:2], preconditioner="kl_shampoo", grafting="none", merge_dims="none")
-    assert [row.root for row in opt.explain().tensors] == [2.0, 2.0]
+    assert [row.power for row in opt.explain().tensors] == [2.0, 2.0]
     assert opt.explain().tensors[1].rule == "kl_shampoo, no graft"
     opt = Shampoo(params[1:2], merge_dims="none", exponent="paper")
     [row] = opt.explain().tensors
-    assert row.root == 6.0
+    assert row.power == 6.0
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ OTHER: dict[str, Any] = {
     "decoupled_weight_decay": False,
     "momentum": 0.5,
     "nesterov": True,
+    "nesterov_average": False,
     "max_preconditioner_dim": 3,
     "precondition_frequency": 7,
     "start_preconditioning_step": 19,

@@ -81,7 +81,8 @@ def test_b4_the_first_moment_is_a_corrected_average(shape):
         assert_relative(P, average / (1 - beta1**t), 1e-12)
 
 
-def test_b4_the_filtered_gradient_is_what_is_preconditioned():
+@pytest.mark.parametrize("looks_ahead", [True, False])
+def test_b4_the_filtered_gradient_is_what_is_preconditioned(looks_ahead):
     beta1, eps = 0.7, 1e-4
     history = [randn(3, 4) for _ in range(6)]
     found = directions(
@@ -92,13 +93,17 @@ def test_b4_the_filtered_gradient_is_what_is_preconditioned():
         grafting="none",
         precondition_frequency=1,
         exponent="paper",
+        nesterov_average=looks_ahead,
     )
     M1 = torch.zeros(3, 4, dtype=torch.float64)
     for t, P in enumerate(found, start=1):
         M1 = beta1 * M1 + (1 - beta1) * history[t - 1]
         XL = inverse_root(sum(G @ G.T for G in history[:t]), -0.25, eps, 0.0)
         XR = inverse_root(sum(G.T @ G for G in history[:t]), -0.25, eps, 0.0)
-        assert_relative(P, XL @ (M1 / (1 - beta1**t)) @ XR)
+        average = M1 / (1 - beta1**t)
+        if looks_ahead:
+            average = (beta1 * M1 + (1 - beta1) * history[t - 1]) / (1 - beta1 ** (t + 1))
+        assert_relative(P, XL @ average @ XR)
 
 
 def test_b5_without_bias_correction_moment_and_factors_are_raw():
@@ -113,6 +118,7 @@ def test_b5_without_bias_correction_moment_and_factors_are_raw():
         precondition_frequency=1,
         bias_correction=False,
         exponent="paper",
+        nesterov_average=False,
     )
     M1, L, R = torch.zeros(3, 4).double(), torch.zeros(3, 3).double(), torch.zeros(4, 4).double()
     for G, P in zip(history, found, strict=True):

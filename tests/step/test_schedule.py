@@ -91,7 +91,7 @@ def test_e1_factors_change_every_step():
 
 def test_e1_a_refresh_sees_the_gradient_of_its_own_step():
     param, beta2 = Parameter(randn(3, 2)), 0.9
-    hyper = {"precondition_frequency": 3, "eps": 1e-3, "exponent": "paper"}
+    hyper = {"precondition_frequency": 3, "eps": 1e-3}
     opt = double_shampoo([param], betas=(0.9, beta2), **hyper)
     for t in range(1, 8):
         apply(opt, [param], [randn(3, 2)])
