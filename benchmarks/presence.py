@@ -19,6 +19,7 @@ from benchmarks.machine import describe, is_busy
 from benchmarks.timing import Clock, interleaved, quantiles
 from shampoo import Shampoo
 
+
 class Matrices:
     """An optimizer of equal matrices, with gradients that are drawn once.
 

@@ -95,8 +95,8 @@ def test_b4_the_filtered_gradient_is_what_is_preconditioned():
     M1 = torch.zeros(3, 4, dtype=torch.float64)
     for t, P in enumerate(found, start=1):
         M1 = beta1 * M1 + (1 - beta1) * history[t - 1]
-        XL = inverse_root(sum(G @ G.T for G in history[:t]), -0.25, eps, 0.0)
-        XR = inverse_root(sum(G.T @ G for G in history[:t]), -0.25, eps, 0.0)
+        XL = inverse_root(sum(G @ G.T for G in history[:t]), -0.5, eps, 0.0)
+        XR = inverse_root(sum(G.T @ G for G in history[:t]), -0.5, eps, 0.0)
         assert_relative(P, XL @ (M1 / (1 - beta1**t)) @ XR)
 
 
@@ -117,7 +117,7 @@ def test_b5_without_bias_correction_moment_and_factors_are_raw():
         M1 = beta1 * M1 + (1 - beta1) * G
         L = beta2 * L + (1 - beta2) * G @ G.T
         R = beta2 * R + (1 - beta2) * G.T @ G
-        XL, XR = inverse_root(L, -0.25, eps, 0.0), inverse_root(R, -0.25, eps, 0.0)
+        XL, XR = inverse_root(L, -0.5, eps, 0.0), inverse_root(R, -0.5, eps, 0.0)
         assert_relative(P, XL @ M1 @ XR)
 
 
@@ -173,7 +173,7 @@ def test_b6_the_ridge_is_added_after_the_correction(bias_correction):
         state = opt.state[param]
         for mode in range(2):
             A = state[f"block0.factor{mode}"] / c2
-            expected = inverse_root(A, -0.25, eps, 0.0)
+            expected = inverse_root(A, -0.5, eps, 0.0)
             assert_relative(state[f"block0.root{mode}"], expected)
 
 
@@ -192,7 +192,7 @@ def test_b6_the_ridge_is_the_larger_of_absolute_and_relative():
             apply(opt, [param], [G])
         A = opt.state[param]["block0.factor0"]
         schatten = (A @ A).norm().sqrt().item()  # ||A^2||_F^(1/2), not through eigenvalues
-        expected = inverse_root(A, -0.25, max(eps, relative_eps * schatten), 0.0)
+        expected = inverse_root(A, -0.5, max(eps, relative_eps * schatten), 0.0)
         assert_relative(opt.state[param]["block0.root0"], expected)
 
 
