@@ -129,7 +129,7 @@ def test_k2_precondition_false_on_a_group_is_the_graft_alone():
         [{"params": params[:1], "precondition": False}, {"params": params[1:]}],
         **{"lr": 0.1, "precondition_frequency": 1, "grafting_eps": 1e-8, "weight_decay": 0.1},
     )
-    adamw = torch.optim.AdamW(twins, lr=0.1, weight_decay=0.1)
+    adamw = torch.optim.AdamW(twins, lr=0.1, betas=(0.9, 0.95), weight_decay=0.1)
     for grads in random_grads(params, 5):
         apply(opt, params, grads)
         apply(adamw, twins, grads[:1])

@@ -86,10 +86,13 @@ def test_a_parameter_moves_as_if_it_were_alone(hyper: dict[str, Any]):
 @pytest.mark.parametrize(
     ("hyper", "make"),
     [
-        ({"weight_decay": 0.1}, lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1)),
+        (
+            {"weight_decay": 0.1},
+            lambda p: torch.optim.AdamW(p, lr=0.01, betas=(0.9, 0.95), weight_decay=0.1),
+        ),
         (
             {"weight_decay": 0.1, "decoupled_weight_decay": False},
-            lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1),
+            lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.9, 0.95), weight_decay=0.1),
         ),
         (
             {"grafting": "rmsprop", "betas": (0.0, 0.99)},
