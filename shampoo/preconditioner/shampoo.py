@@ -125,24 +125,3 @@ class Shampoo(Preconditioner):
                 )
             roots.append(root)
         return roots
-
-    def roots_in_force(
-        self, statistics: Statistics, hyper: Hyperparameters, scalars: Scalars
-    ) -> list[Tensor | None]:
-        """X_k as the step before has left them, the identity where there is none yet.
-
-        That of a diagonal mode is the root of its factor, and so there from the first step on.
-        """
-        # c2 = 1 - beta2^t, of the step before: 1 - beta2^(t - 1). It stays 1 where it is 1.
-        before = 1.0 - (1.0 - scalars.correction2) / scalars.beta2
-        roots = self.roots(statistics, hyper, before)
-        for k, (mode, root) in enumerate(zip(statistics.modes, roots, strict=True)):
-            if root is None:
-                continue
-            if mode.kept == DIAGONAL:
-                has_seen = mode.state["factor"].amax(1, keepdim=True) > 0
-                roots[k] = torch.where(has_seen, root, 1.0)
-            elif mode.ready is not None and not statistics.readiness.is_known:
-                identity = torch.eye(root.shape[1], dtype=root.dtype, device=root.device)
-                roots[k] = torch.where(mode.ready[:, None, None], root, identity)
-        return roots

@@ -1,7 +1,8 @@
 """KL-Shampoo in float64, one block at a time: what differs from the reference of Shampoo.
 
 Written from the paper's algorithm (2509.03378v7). Before the factor A_k moves, G is multiplied by
-``X_j = A_j^(-1/2)`` along all other modes j, as the step before has left them.
+``X_j = A_j^(-1/2)`` along all other modes j, as the step before has left them; not by roots from
+before the first step that is a multiple of the frequency, unless the start comes later than that.
 """
 
 import math
@@ -27,8 +28,9 @@ class ReferenceKLShampoo(ReferenceShampoo):
     ) -> None:
         h = self.hyper
         earlier = 1 - beta2 ** (t - 1) if h["bias_correction"] and beta2 < 1 else 1.0
+        is_early = self.start < h["precondition_frequency"] and t <= h["precondition_frequency"]
         in_force = [
-            self._root_in_force(A, X, earlier)
+            self._root_in_force(A, None if is_early else X, earlier)
             for A, X in zip(block.factors, block.roots, strict=True)
         ]
         for k, A in enumerate(block.factors):

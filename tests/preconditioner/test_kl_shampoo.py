@@ -106,7 +106,7 @@ MATRICES = [(4, 3), (6, 6), (3, 2, 4)]
 @pytest.mark.parametrize("first", [outer, one_entry, one_row, full])
 @pytest.mark.parametrize("grafting", ["adam", "none"])
 def test_roots_of_one_gradient_are_those_of_the_reference(first, grafting):
-    """What the first step's roots do to the factors of the second, where they are mostly ridge."""
+    """Where they are mostly ridge."""
     params = [Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in MATRICES]
     hyper = {**KL, "lr": 1.0, "grafting": grafting}
     opt, reference = double_shampoo(params, **hyper), ReferenceKLShampoo(params, **hyper)
@@ -138,6 +138,50 @@ def test_roots_of_one_gradient_leave_a_finite_step_of_the_grafts_length(first, s
         assert all(value.isfinite().all() for value in state_tensors(opt).values())
         for param, other in zip(ours, grafted, strict=True):
             torch.testing.assert_close(param.norm(), other.norm(), rtol=1e-3, atol=0.0)
+
+
+def factors_of(steps: int, is_sparse: bool, **hyper: Any) -> list[dict[Any, Tensor]]:
+    """After each step all factors, and after the last one the roots too."""
+    params = random_params(*SHAPES, dtype=torch.float32)
+    opt = Shampoo(params, **{**KL, **SMALL, "precondition_frequency": 7, **hyper})
+    found = []
+    for t, grads in enumerate(random_grads(params, steps), start=1):
+        here = [not is_sparse or t == 1 or (t + i) % 3 > 0 for i in range(len(params))]
+        # Of rank one at first, so that a root of it would whiten by thousands.
+        given = [torch.ones_like(grad) if t == 1 else grad for grad in grads]
+        apply(opt, params, [g if is_here else None for g, is_here in zip(given, here, strict=True)])
+        kept = (".factor", ".root") if t == steps else (".factor",)
+        tensors = state_tensors(opt).items()
+        found.append({key: v.clone() for key, v in tensors if any(kind in key[1] for kind in kept)})
+    return found
+
+
+@pytest.mark.parametrize("is_sparse", [False, True])
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("start", [1, 3])
+def test_an_early_start_is_one_of_directions_alone(start, capturable, is_sparse):
+    """Factors, and all later roots, are those of a start at the frequency, to the bit."""
+    early, later = (
+        factors_of(21, is_sparse, capturable=capturable, start_preconditioning_step=each)
+        for each in (start, -1)
+    )
+    for t, (one, other) in enumerate(zip(early, later, strict=True), start=1):
+        assert one.keys() == other.keys()
+        assert all(value.equal(other[key]) for key, value in one.items()), f"step {t}"
+    assert any(".root" in key and value.any() for (_, key), value in early[-1].items())
+
+
+def test_staggered_roots_of_the_first_period_whiten_nothing_either():
+    """Of a start at 1 the last of them is renewed at step 14."""
+    ours, plain = (
+        factors_of(15, False, refresh_schedule="staggered", start_preconditioning_step=start)
+        for start in (1, float("inf"))
+    )
+    same = [
+        all(v.equal(other[key]) for key, v in one.items() if "factor" in key[1])
+        for one, other in zip(ours, plain, strict=True)
+    ]
+    assert same == [True] * 14 + [False]
 
 
 def test_a_factor_is_the_dense_formula():

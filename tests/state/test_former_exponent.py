@@ -138,6 +138,7 @@ def test_it_goes_on_with_its_own_exponent_to_the_bit(case, way, tmp_path, said):
         assert group["exponent"] == now
         assert "exponent_override" not in group
         assert group["max_preconditioner_dim"] == 1024
+        assert group["start_preconditioning_step"] == -1
     assert "exponent_override" not in optimizer.defaults
     fit(twin_model, twin)
     fit(model, optimizer)
@@ -165,6 +166,7 @@ def test_groups_that_join_an_old_pickle_have_its_defaults():
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4, 3))]})
     group = optimizer.param_groups[-1]
     assert (group["exponent"], group["max_preconditioner_dim"]) == (3, 1024)
+    assert (group["betas"], group["start_preconditioning_step"]) == ((0.9, 0.99), -1)
 
 
 def test_a_flattened_file_of_another_optimizer_is_named():

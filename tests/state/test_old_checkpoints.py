@@ -47,6 +47,9 @@ def test_a_checkpoint_of_0_1_goes_on(schedule, caplog):
     with caplog.at_level(logging.WARNING):
         optimizer.load_state_dict(saved["optimizer"])
     assert not caplog.records
+    # Its own, whatever the defaults have become.
+    assert [group["betas"] for group in optimizer.param_groups] == [(0.9, 0.999), (0.0, 0.99)]
+    assert {group["start_preconditioning_step"] for group in optimizer.param_groups} == {-1}
     for step in range(7, 14):
         generator = torch.Generator().manual_seed(step)
         for param in model.parameters():

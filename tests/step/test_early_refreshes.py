@@ -88,13 +88,11 @@ def test_the_phase_is_that_of_the_document(frequency, start):
     opt = Shampoo(random_params((3, 2)), betas=(0.9, 0.999), **hyper)
     values = Hyperparameters.read(opt.param_groups[0])
     s = frequency if start == -1 else start
-    due = [t for t in range(1, 4 * frequency + 60) if values.due_phase(t) is not None]
-    assert due == [
-        t
-        for t in range(1, 4 * frequency + 60)
-        if t >= s
-        and (t == s or t % frequency == 0 or (t < frequency and math.log2(t / s) % 1 == 0))
-    ]
+    steps = range(1, 4 * frequency + 60)
+    due = [t for t in steps if values.due_phase(t) is not None]
+    doubled = [t for t in steps if s <= t < frequency and math.log2(t / s) % 1 == 0]
+    regular = [t for t in steps if t >= s and t % frequency == 0]
+    assert due == sorted({*doubled, *regular, *[t for t in steps if t == s]})
     # What the rule is for: no root is older than half of the steps, or than a period.
     for one, following in itertools.pairwise(due):
         assert following - one <= min(one, frequency)

@@ -1,5 +1,6 @@
 """Version counters: a backward pass that would use weights from before a step is refused."""
 
+import math
 from typing import Any
 
 import pytest
@@ -92,7 +93,7 @@ def test_replayed_steps_count_too(monkeypatch):
     monkeypatch.setattr(capture, "is_capturing", lambda: Tape.recording)
     trained, frozen = Parameter(torch.ones(4, 4)), Parameter(torch.ones(4, 4), requires_grad=False)
     trained.grad = torch.ones(4, 4)
-    opt = Shampoo([trained, frozen], capturable=True, precondition_frequency=100)
+    opt = Shampoo([trained, frozen], capturable=True, start_preconditioning_step=math.inf)
     replay = Replay(opt, opt.step, record_tape)
     for _ in range(4):  # eager, captured, replayed twice
         loss, before = use(trained), trained.detach().clone()
