@@ -16,12 +16,28 @@ from benchmarks.learning.records import Record, Records
 from benchmarks.tasks import TASKS
 
 FIGURES = Path(__file__).parents[2] / "docs" / "figures"
-COLORS = dict(zip(ROWS, plt.get_cmap("tab20").colors, strict=False))  # type: ignore[attr-defined]
+COLORS = {
+    "adamw": "#4c78a8",
+    "sgd": "#54a24b",
+    "muon": "#f58518",
+    "shampoo": "#e45756",
+    "kl_shampoo": "#b279a2",
+}
 DPI = 80
 
 
 def _tasks(records: Records) -> list[str]:
-    return [t for t in TASKS if Search.of(t, "adamw").fresh_runs(records)]
+    """Those in which there is something to compare."""
+    return [
+        task
+        for task in TASKS
+        if Search.of(task, "adamw").fresh_runs(records) and len(_names(task, records)) > 1
+    ]
+
+
+def _names(task: str, records: Records) -> list[str]:
+    """The optimizers of the main table that have run with fresh seeds."""
+    return [name for name in studies.MAIN if Search.of(task, name).fresh_runs(records)]
 
 
 def _grid(count: int) -> tuple[plt.Figure, list[Axes]]:
@@ -80,8 +96,8 @@ def rates(records: Records, path: Path) -> None:
             losses = search.losses(records, search.seeds[:1])
             finite = {power: loss for power, loss in losses.items() if loss < float("inf")}
             places = [search.at(power, 0).rate for power in finite]
-            axis.plot(places, finite.values(), ".-", color=COLORS[name], label=ROWS[name].title)
             if finite:
+                axis.plot(places, finite.values(), ".-", color=COLORS[name], label=ROWS[name].title)
                 lowest.append(min(finite.values()))
         best = min(lowest)
         axis.set_xscale("log")
@@ -97,7 +113,8 @@ def rates(records: Records, path: Path) -> None:
 def steps_to_target(records: Records, path: Path) -> None:
     """Bars: part of AdamW's steps, and of its CPU time, to AdamW's final loss; a dot a seed."""
     tasks = _tasks(records)
-    names = [name for name in studies.MAIN if name != "adamw"]
+    ran = {name for task in tasks for name in _names(task, records)}
+    names = [name for name in studies.MAIN if name in ran and name != "adamw"]
     figure, axes = plt.subplots(
         2, 1, figsize=(1.2 * len(tasks) + 3, 6.5), layout="constrained", sharex=True
     )
@@ -106,17 +123,21 @@ def steps_to_target(records: Records, path: Path) -> None:
             for place, task in enumerate(tasks):
                 base = Search.of(task, "adamw").fresh_runs(records)
                 runs = Search.of(task, name).fresh_runs(records)
-                hit = median_reached(runs, median_loss(base)) if runs else None
+                if not runs:
+                    continue
+                hit = median_reached(runs, median_loss(base))
                 whole = TASKS[task].steps if what == 0 else _seconds(base)
-                x = place + 0.2 * (offset - len(names) / 2 + 0.5)
+                width = 0.8 / len(names)
+                x = place + width * (offset - len(names) / 2 + 0.5)
                 if hit is not None:
-                    axis.bar(x, hit[what] / whole, 0.18, color=COLORS[name])
+                    axis.bar(x, hit[what] / whole, 0.9 * width, color=COLORS[name])
                 else:
                     axis.text(x, 0.02, "never", rotation=90, ha="center", fontsize="x-small")
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_ylabel(f"{title} to AdamW's final loss,\nas part of AdamW's")
     axes[1].set_xticks(range(len(tasks)), tasks, rotation=20)
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[name]) for name in names]
+    axes[0].set_ylim(0, 1.2)
     axes[0].legend(handles, [ROWS[name].title for name in names], ncols=len(names))
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
