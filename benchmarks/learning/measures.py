@@ -10,8 +10,10 @@ def reached(record: Record, target: float) -> tuple[float, float] | None:
     """The step and the CPU seconds at which held-out loss first is at most ``target``.
 
     Between two evaluations both are interpolated along the straight line of the loss; None if it
-    is never reached.
+    is never reached, or the run diverged after it.
     """
+    if record["diverged"]:
+        return None
     before: tuple[float, float, float] | None = None
     for step, loss, _, _, seconds in record["curve"]:
         if loss is not None and loss <= target:
@@ -35,8 +37,8 @@ def median_loss(runs: Sequence[Record]) -> float:
 
 
 def median_seconds(runs: Sequence[Record]) -> float:
-    """Median CPU seconds of a whole run, evaluations aside."""
-    return median(run["seconds"] for run in runs)
+    """Median CPU seconds of a whole run, evaluations aside; a diverged one never ends."""
+    return median(float("inf") if run["diverged"] else run["seconds"] for run in runs)
 
 
 def median_reached(runs: Sequence[Record], target: float) -> tuple[float, float] | None:

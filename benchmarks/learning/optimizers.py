@@ -24,7 +24,8 @@ class Row:
         build: from the model, the rate, the weight decay and other arguments.
         rate: about where the best one lies; a search starts here.
         arguments: of the optimizer, which a trial may override.
-        variations: that its tuning tries at the best rate, arguments and what they become.
+        variations: that its tuning tries at the best rate, arguments and what they become; None if
+            only the rate is tuned, and neither decay nor warm-up: its defaults are what is judged.
         package: that must be there.
     """
 
@@ -32,7 +33,7 @@ class Row:
     build: Build
     rate: float
     arguments: dict[str, Any] = field(default_factory=dict)
-    variations: tuple[dict[str, Any], ...] = ()
+    variations: tuple[dict[str, Any], ...] | None = None
     package: str | None = None
 
 
@@ -48,8 +49,8 @@ def adamw(model: nn.Module, rate: float, decay: float, more: Mapping[str, Any]) 
 
 
 def sgd(model: nn.Module, rate: float, decay: float, more: Mapping[str, Any]) -> Any:
-    # Coupled: a decay of the decoupled kind would move weights by rate * decay, and rates of SGD
-    # are a hundred times those of Adam.
+    # A hundredth: what decay takes off a weight is proportional to the rate, and rates of SGD are
+    # about a hundred times those of Adam.
     return torch.optim.SGD(
         model.parameters(), lr=rate, nesterov=True, weight_decay=0.01 * decay, **more
     )
@@ -165,7 +166,7 @@ ROWS: dict[str, Row] = {
     "shampoo-none": Row("Shampoo, no graft", shampoo, 8e-3, {"grafting": "none"}),
     "shampoo-sgd": Row("Shampoo, SGD graft", shampoo, 0.1, {"grafting": "sgd"}),
     "official": Row("official Shampoo", official, 4e-3, {}, _BETAS, "distributed_shampoo"),
-    "soap": Row("SOAP of pytorch_optimizer", soap, 8e-3, {}, (), "pytorch_optimizer"),
+    "soap": Row("SOAP of pytorch_optimizer", soap, 8e-3, {}, _BETAS, "pytorch_optimizer"),
 }
 
 

@@ -1,5 +1,6 @@
 """The plots of docs/evidence.md: curves of every seed, loss over rates, steps to AdamW's end."""
 
+import math
 from pathlib import Path
 
 import matplotlib
@@ -61,7 +62,7 @@ def curves(records: Records, over: str, path: Path) -> None:
             runs = Search.of(task, name).fresh_runs(records)
             for index, run in enumerate(runs):
                 places = [p[0] if over == "steps" else p[4] for p in run["curve"]]
-                losses = [p[1] for p in run["curve"]]
+                losses = [math.nan if p[1] is None else p[1] for p in run["curve"]]
                 axis.plot(
                     places,
                     losses,
@@ -70,7 +71,7 @@ def curves(records: Records, over: str, path: Path) -> None:
                     alpha=0.8,
                     label=ROWS[name].title if index == 0 else None,
                 )
-                if name != "sgd":
+                if name != "sgd" and not run["diverged"]:
                     lowest = min([lowest, *losses])
                     highest = max(highest, losses[len(losses) // 8])
         adamw = median_loss(Search.of(task, "adamw").fresh_runs(records))

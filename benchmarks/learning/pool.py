@@ -4,6 +4,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import data, machine
 from benchmarks.learning.records import Records
-from benchmarks.learning.trial import Trial, run
+from benchmarks.learning.trial import Trial, failed, run
 from benchmarks.tasks import TASKS
 
 Missing = Callable[[Records], list[Trial]]
@@ -32,6 +33,20 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _outcome(future: Future[dict[str, Any]], trial: Trial) -> dict[str, Any]:
+    """What a run has given; one that raised has diverged, and says why.
+
+    A worker that was killed is not the trial's fault: that ends the grid, which goes on when it is
+    called again.
+    """
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise
+    except Exception as error:
+        return failed(trial, repr(error))
 
 
 def origin() -> dict[str, Any]:
@@ -74,6 +89,6 @@ def execute(
                 trial = running.pop(future)
                 source = TASKS[trial.task].source
                 digest = None if source is None else data.fingerprint(source)
-                records.add({**future.result(), **facts, "data": digest})
+                records.add({**_outcome(future, trial), **facts, "data": digest})
                 done += 1
                 bar.update(shown, completed=done, description=f"{trial.task} {trial.optimizer}")

@@ -7,7 +7,8 @@ and with none once the search has ended. So a search that was stopped goes on wh
    at one; then at factors of 2 until the best has both neighbours.
 2. A second seed for the best rate and its neighbours, until the best mean of two has both.
 3. At that rate one change at a time: weight decay times 3 and 1/3, twice the warm-up, and what the
-   optimizer's row names. The best one is kept if it is better on the mean of the two seeds.
+   optimizer's row names. The best one is kept if it is better on the mean of the two seeds. Ours do
+   without: they are judged at their defaults but for the rate.
 4. Five fresh seeds, judged on data that the search has not seen.
 """
 
@@ -49,7 +50,9 @@ class Search:
     @classmethod
     def of(cls, task: str, optimizer: str, **more: Any) -> "Search":
         """The search of the main table."""
-        return cls(Trial(task, optimizer, ROWS[optimizer].rate, SEEDS[0]), **more)
+        row = ROWS[optimizer]
+        more.setdefault("variations", row.variations is not None)
+        return cls(Trial(task, optimizer, row.rate, SEEDS[0]), **more)
 
     def at(self, power: int, seed: int) -> Trial:
         """The trial at the rate ``base.rate * 2 ** power``."""
@@ -99,7 +102,7 @@ class Search:
         decay = task.weight_decay or 1e-3
         found = [replace(best, weight_decay=_rounded(decay * factor)) for factor in (3, 1 / 3)]
         found.append(replace(best, warmup=2 * task.warmup))
-        found += [replace(best, arguments=change) for change in row.variations]
+        found += [replace(best, arguments=change) for change in row.variations or ()]
         return found
 
     def choice(self, records: Records) -> tuple[Trial | None, list[Trial]]:

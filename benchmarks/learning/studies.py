@@ -28,7 +28,7 @@ TABLE_TASKS = (
 FURTHER_TASKS = ("digits", "fashion-cnn", "fashion-vit", "king-james-64", "cpython-64")
 
 Arguments = dict[str, Any]
-CELL_SEEDS = (0, 1, 2)
+CELL_SEEDS = (0, 1, 7)  # none of those that are reported as fresh
 
 EXPONENTS: Mapping[str, Any] = {"2 o": "paper", "2, o": 2, "1.5": 1.5, "1": 1}
 BETA2 = (0.9, 0.95, 0.99, 0.999)

@@ -13,7 +13,7 @@ from benchmarks.learning.measures import (
     reached,
 )
 from benchmarks.learning.optimizers import ROWS
-from benchmarks.learning.protocol import Search
+from benchmarks.learning.protocol import FRESH, Search
 from benchmarks.learning.records import Record, Records
 from benchmarks.tasks import TASKS
 
@@ -40,7 +40,9 @@ def _settings(search: Search, records: Records) -> str:
 
 
 def _fresh(task: str, optimizer: str, records: Records) -> list[Record]:
-    return Search.of(task, optimizer).fresh_runs(records)
+    """All fresh seeds; none of them while one is missing."""
+    runs = Search.of(task, optimizer).fresh_runs(records)
+    return runs if len(runs) == len(FRESH) else []
 
 
 def results(task: str, records: Records) -> Lines:
@@ -156,7 +158,7 @@ def exponents(records: Records) -> Lines:
 
 def ablations(records: Records) -> Lines:
     """One change at a time: loss minus that of the defaults, mean and every seed; CPU seconds."""
-    lines = [["change", *(f"{task}" for task in studies.ABLATION_TASKS)]]
+    lines = [["change", *studies.ABLATION_TASKS]]
     found = studies.ablations(studies.ABLATION_TASKS, records)
     for kind, changes in studies.ABLATIONS.items():
         for index, change in enumerate(changes, 1):

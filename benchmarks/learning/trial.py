@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.learning.optimizers import ROWS
-from benchmarks.tasks import TASKS, Split
+from benchmarks.tasks import TASKS, Split, Task
 from benchmarks.tasks.base import multiplier
 
 Point = tuple[int, float, float | None, float, float]
@@ -50,8 +51,9 @@ def run(trial: Trial) -> dict[str, Any]:
     """Trains, and returns what is recorded of it, as JSON-like values.
 
     ``curve`` holds ``(step, loss, accuracy or None, training loss, CPU seconds)`` at each
-    evaluation; seconds are those of this process, without evaluations. A run is ``diverged`` whose
-    loss is not finite, or after a third of the steps above that of the first evaluation.
+    evaluation, None where a loss is not finite; seconds are those of this process, without
+    evaluations. A run is ``diverged``, and is not waited for, whose loss is not finite, or after a
+    third of the steps above that of the untrained model.
     """
     task, row = TASKS[trial.task], ROWS[trial.optimizer]
     torch.manual_seed(trial.seed)
@@ -65,6 +67,7 @@ def run(trial: Trial) -> dict[str, Any]:
     )
     batches = task.batches(trial.seed)
     curve: list[Point] = []
+    untrained, _ = _judged(task, model, trial.split)
     seconds = stepping = train_loss = 0.0
     since, diverged = 0, False
     for step in range(1, task.steps + 1):
@@ -80,17 +83,11 @@ def run(trial: Trial) -> dict[str, Any]:
         stepping += end - middle
         train_loss, since = train_loss + loss.item(), since + 1
         if step % task.every == 0 or step == task.steps:
-            model.eval()
-            with torch.no_grad():
-                held, accuracy = task.judge(model, trial.split)
-            model.train()
+            held, accuracy = _judged(task, model, trial.split)
             curve.append((step, held, accuracy, train_loss / since, seconds))
             train_loss, since = 0.0, 0
-            is_late = 3 * step > task.steps
-            if not math.isfinite(held) or (is_late and held > 1.05 * curve[0][1]):
-                diverged = (
-                    True  # a third of the steps have made it worse: the rest is not waited for
-                )
+            is_worse = 3 * step > task.steps and held > untrained
+            if diverged := is_worse or not math.isfinite(held):
                 break
     return {
         **asdict(trial),
@@ -104,5 +101,29 @@ def run(trial: Trial) -> dict[str, Any]:
     }
 
 
+def failed(trial: Trial, error: str) -> dict[str, Any]:
+    """The record of a run that raised."""
+    return {
+        **asdict(trial),
+        "key": trial.key(),
+        "diverged": True,
+        "error": error,
+        "loss": None,
+        "accuracy": None,
+        "seconds": 0.0,
+        "optimizer_seconds": 0.0,
+        "curve": [],
+    }
+
+
+def _judged(task: Task, model: nn.Module, split: Split) -> tuple[float, float | None]:
+    model.eval()
+    with torch.no_grad():
+        found = task.judge(model, split)
+    model.train()
+    return found
+
+
 def _short(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.5g}")
+    is_number = value is not None and math.isfinite(value)  # JSON knows no others
+    return float(f"{value:.5g}") if is_number else None
