@@ -16,7 +16,7 @@ from shampoo.distributed.process_groups import ProcessGroups
 from shampoo.groups import groups
 from shampoo.hyperparameters import Hyperparameters, dtype_name, settle, warn_about
 from shampoo.preconditioner.choice import kind_of, layout_of
-from shampoo.state.former import complete, translate
+from shampoo.state.former import FORMER_DEFAULTS, complete, translate
 from shampoo.step import capture, tracing
 from shampoo.step.directions import (
     accumulate,
@@ -75,8 +75,7 @@ class Shampoo(Agreeing):
         momentum: in [0, 1), of the search direction, without dampening.
         nesterov: use Nesterov's form of it.
         nesterov_average: apply roots to the gradient's average as it will be when the same gradient
-            comes again, ``beta1 M1 + (1 - beta1) G``, Nesterov's form of it, as NAdam has it; if
-            not, to ``M1``. The grafted method always takes ``M1``.
+            comes again, ``beta1 M1 + (1 - beta1) G``, Nesterov's form of it; if not, to ``M1``. The grafted method always takes ``M1``.
         max_preconditioner_dim: the largest side of a block, and the bound up to which small
             dimensions are merged. ``"auto"`` is as long as roots cost little on the device of a
             group's first parameter: 256 on a CPU, 1024 elsewhere. The group holds the number, and a
@@ -396,7 +395,7 @@ class Shampoo(Agreeing):
     def _fill_groups(self) -> None:
         # A pickle of an older version has none of the arguments that came after it, not even in
         # its defaults.
-        self.defaults = {**_DEFAULTS, **translate(self.defaults)}
+        self.defaults = {**_DEFAULTS, **FORMER_DEFAULTS, **translate(self.defaults)}
         for group in self.param_groups:
             extra = complete(group, self.defaults).get("extra", {})
             group["extra"] = {name: extra.get(name, value) for name, value in _EXTRA.items()}

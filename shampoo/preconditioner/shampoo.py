@@ -30,7 +30,7 @@ _STATE = (
 
 
 class Shampoo(Preconditioner):
-    """``P = M1 x_1 X_1 ... x_o X_o`` with ``X_k = (A_k / c2 + ridge I)^(-1/p)``, p = 2 o."""
+    """``P = M1 x_1 X_1 ... x_o X_o`` with ``X_k = (A_k / c2 + ridge I)^(-1/p)``."""
 
     name = "shampoo"
     mode_state: ClassVar = {FULL: _STATE, DIAGONAL: diagonal_factor.STATE}

@@ -167,6 +167,7 @@ def test_groups_that_join_an_old_pickle_have_its_defaults():
     group = optimizer.param_groups[-1]
     assert (group["exponent"], group["max_preconditioner_dim"]) == (3, 1024)
     assert (group["betas"], group["start_preconditioning_step"]) == ((0.9, 0.99), -1)
+    assert group["nesterov_average"] is False
 
 
 def test_a_flattened_file_of_another_optimizer_is_named():
