@@ -33,8 +33,7 @@ from shampoo.step.thin import warn_of_thin
 
 logger = logging.getLogger(__name__)
 
-# What a group carries besides its hyper-parameters: under one key, since a flattened checkpoint
-# cannot be loaded into groups that have got a new one.
+# What a group carries besides its hyper-parameters, under one key: no name of an argument is taken.
 _EXTRA = {"skipped_steps": 0, "refresh_period": 0}
 
 
