@@ -51,7 +51,9 @@ def commit() -> str:
     root = Path(__file__).parent
     try:
         head = _git(root, "rev-parse", "--short", "HEAD")
-        return head + ("+" if _git(root, "status", "--porcelain", "-uno", ":/*.py", ":/csrc") else "")
+        return head + (
+            "+" if _git(root, "status", "--porcelain", "-uno", ":/*.py", ":/csrc") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -17,9 +17,10 @@ from benchmarks.learning.measures import median_reached, reached
 from benchmarks.learning.pool import execute
 from benchmarks.learning.protocol import FRESH, Search
 from benchmarks.learning.records import RESULTS, Records
-from benchmarks.learning.trial import Trial, run
+from benchmarks.learning.trial import Trial, made_with, run
 from benchmarks.tasks import TASKS
 from benchmarks.tasks.base import multiplier
+from shampoo import Shampoo
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,6 +29,7 @@ def record(trial, loss, curve=()):
     return {
         **dataclasses.asdict(trial),
         "key": trial.key(),
+        "made_with": made_with(trial.task, trial.optimizer),
         "loss": None if math.isinf(loss) else loss,
         "diverged": math.isinf(loss),
         "accuracy": None,
@@ -151,6 +153,25 @@ def test_a_run_that_raises_is_recorded_as_failed_and_is_not_run_again(tmp_path):
     assert made["diverged"]
     assert "Invalid beta" in made["error"]
     assert Records(tmp_path).missing([trial]) == []
+
+
+def test_a_run_with_other_defaults_or_another_task_is_made_again(tmp_path, monkeypatch):
+    ours, theirs = (Trial("digits", name, 1e-3, 0) for name in ("shampoo", "adamw"))
+    records = Records(tmp_path)
+    for trial in (ours, theirs):
+        records.add(record(trial, 1.0))
+    assert records.missing([ours, theirs]) == []
+    made_with.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(Shampoo.__init__, "__defaults__", (2e-3, (0.9, 0.99), 1e-12, 0.0))
+        assert records.missing([ours, theirs]) == [ours]
+        again = {**record(ours, 2.0)}
+        records.add(again)
+        assert Records(tmp_path).of(ours)["loss"] == 2.0  # the later line counts
+    made_with.cache_clear()
+    monkeypatch.setitem(TASKS, "digits", dataclasses.replace(TASKS["digits"], version=2))
+    assert records.missing([ours, theirs]) == [ours, theirs]
+    made_with.cache_clear()
 
 
 def test_a_line_that_was_cut_off_is_passed_over_and_the_next_stands_alone(tmp_path):

@@ -36,6 +36,11 @@ class Row:
     variations: tuple[dict[str, Any], ...] | None = None
     package: str | None = None
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is this package, whose defaults are what is judged."""
+        return self.build in (shampoo, transferred)
+
 
 def _parts(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """The matrices that matrix methods are for, and all the rest."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.learning.trial import Trial
+from benchmarks.learning.trial import Trial, made_with
 
 RESULTS = Path(__file__).parents[1] / "results" / "learning"
 Record = dict[str, Any]
@@ -35,12 +35,14 @@ class Records:
         return iter(self._found.values())
 
     def of(self, trial: Trial) -> Record | None:
-        """The run of a trial, None if it has not been made."""
-        return self._found.get(trial.key())
+        """The run of a trial, None if it has not been made, or with other defaults than today's."""
+        found = self._found.get(trial.key())
+        is_current = found and found["made_with"] == made_with(trial.task, trial.optimizer)
+        return found if is_current else None
 
     def missing(self, trials: Iterable[Trial]) -> list[Trial]:
         """Those that have not been run, each once."""
-        return list({t.key(): t for t in trials if t.key() not in self._found}.values())
+        return list({trial.key(): trial for trial in trials if self.of(trial) is None}.values())
 
     def add(self, record: Record) -> None:
         """Keeps a run, on the disk first."""

@@ -1,6 +1,8 @@
 """One run: a task, an optimizer, a rate and a seed, and the curve that comes of them."""
 
+import functools
 import hashlib
+import inspect
 import json
 import math
 import time
@@ -13,6 +15,7 @@ from torch import nn
 from benchmarks.learning.optimizers import ROWS
 from benchmarks.tasks import TASKS, Split, Task
 from benchmarks.tasks.base import multiplier
+from shampoo import Shampoo
 
 Point = tuple[int, float, float | None, float, float]
 
@@ -45,6 +48,21 @@ class Trial:
         """Names the run: equal trials have equal ones."""
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@functools.cache
+def made_with(task_name: str, optimizer: str) -> str:
+    """Names what a run depends on beside its trial: the task's numbers, our defaults.
+
+    A run with another one is another run, and is made again.
+    """
+    task, row = TASKS[task_name], ROWS[optimizer]
+    numbers = [task.steps, task.warmup, task.weight_decay, task.every, task.version]
+    words = [*map(str, numbers), str(row.arguments)]
+    if row.is_ours:
+        parameters = inspect.signature(Shampoo).parameters.values()
+        words += [f"{parameter.name}={parameter.default}" for parameter in parameters]
+    return hashlib.sha256("; ".join(words).encode()).hexdigest()[:12]
 
 
 def run(trial: Trial) -> dict[str, Any]:
@@ -92,6 +110,7 @@ def run(trial: Trial) -> dict[str, Any]:
     return {
         **asdict(trial),
         "key": trial.key(),
+        "made_with": made_with(trial.task, trial.optimizer),
         "diverged": diverged,
         "loss": None if diverged else curve[-1][1],
         "accuracy": curve[-1][2],
@@ -106,6 +125,7 @@ def failed(trial: Trial, error: str) -> dict[str, Any]:
     return {
         **asdict(trial),
         "key": trial.key(),
+        "made_with": made_with(trial.task, trial.optimizer),
         "diverged": True,
         "error": error,
         "loss": None,

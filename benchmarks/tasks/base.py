@@ -28,6 +28,8 @@ class Task:
         loss: mean loss of a batch.
         judge: mean loss of what is held out, and the accuracy where there is one. ``"tuning"`` and
             ``"report"`` are different parts of it.
+        version: to be raised with any change of model, data, batches or judge, which makes old runs
+            another task's.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Task:
     batches: Callable[[int], Iterator[Batch]]
     loss: Callable[[nn.Module, Batch], Tensor]
     judge: Callable[[nn.Module, Split], tuple[float, float | None]]
+    version: int = 1
 
 
 def multiplier(step: int, steps: int, warmup: int, last: float = 0.1) -> float:
