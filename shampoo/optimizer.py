@@ -74,7 +74,8 @@ class Shampoo(Agreeing):
         momentum: in [0, 1), of the search direction, without dampening.
         nesterov: use Nesterov's form of it.
         nesterov_average: apply roots to the gradient's average as it will be when the same gradient
-            comes again, ``beta1 M1 + (1 - beta1) G``, Nesterov's form of it; if not, to ``M1``. The grafted method always takes ``M1``.
+            comes again, ``beta1 M1 + (1 - beta1) G``, Nesterov's form of it; if not, to ``M1``. The
+            grafted method always takes ``M1``.
         max_preconditioner_dim: the largest side of a block, and the bound up to which small
             dimensions are merged. ``"auto"`` is as long as roots cost little on the device of a
             group's first parameter: 256 on a CPU, 1024 elsewhere. The group holds the number, and a
