@@ -150,6 +150,16 @@ def test_a_number_that_was_named_is_held_to(way, tmp_path):
         load(way, model, optimizer, tmp_path, max_preconditioner_dim=256)
 
 
+def test_a_number_that_a_group_names_is_held_to():
+    model, optimizer = make(max_preconditioner_dim=100)
+    fit(model, optimizer, range(3))
+    other, _ = make()
+    groups = [{"params": [other.weight], NAME: 512}]
+    named = Shampoo(groups, precondition=False, large_dim_method="blocking")
+    with pytest.raises(shampoo.BlockGridMismatchError, match=f"{NAME}=100, .* uses 512"):
+        named.load_state_dict(optimizer.state_dict())
+
+
 def test_a_plan_is_one_for_an_accelerator():
     shapes = {"w": (600, 600)}
     assert plan(shapes, 1).max_preconditioner_dim == 1024
