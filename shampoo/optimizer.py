@@ -97,9 +97,10 @@ class Shampoo(Agreeing):
             a model, all of it.
         preconditioner: ``"shampoo"``, or ``"kl_shampoo"`` (arXiv 2509.03378): before a mode's
             factor takes a gradient in, the roots of all other modes whiten it. It costs one more
-            product a step for every mode and other mode, and takes p = 2 alone. Without a graft
-            (``grafting="none"``) roots of factors that have seen few gradients make long steps: let
-            ``start_preconditioning_step`` come later than 1. Cannot change once training has begun.
+            product a step for every mode and other mode, and takes p = 2 alone. Cannot change
+            once training has begun. Without a graft (``grafting="none"``) roots of factors that
+            have seen few gradients make long steps, with either: let ``start_preconditioning_step``
+            come later than 1.
         exponent: the root p of every factor: ``"covariance"``, 2 for blocks of every order;
             ``"paper"``, twice the order; a number > 0, of which fractions need ``root_method``
             ``"eigh"`` or ``"auto"``; or a list by order (0 or missing: the paper's).
