@@ -192,7 +192,7 @@ def main(arguments: Sequence[str]) -> int:
         print("This machine is busy: the constants will be too large. Run again when it is idle.")
     device = torch.device(options.device)
     found = measure(device, options.sides, options.rounds, options.seconds)
-    found["machine"]["command"] = " ".join(["python -m benchmarks.calibrate", *arguments])
+    found["machine"]["command"] = machine.command("benchmarks.calibrate", arguments)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(found, indent=1) + "\n")
     model = CostModel.load(options.json)

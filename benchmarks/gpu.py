@@ -228,7 +228,7 @@ def steps_table(rows: Sequence[dict[str, Any]]) -> Table:
 def main(arguments: Sequence[str]) -> int:
     """Runs every section; 1 if a GPU test failed or a kernel did not pass its check."""
     options = parse(arguments)
-    options.command = " ".join(["python -m benchmarks.gpu", *arguments])
+    options.command = machine.command("benchmarks.gpu", arguments)
     console = Console() if sys.stdout.isatty() else Console(width=160)
     run = Run(options, console)
     if options.device == "cuda":

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,12 @@ def describe(device: torch.device) -> dict[str, Any]:
         facts["triton"] = version_of("triton")
         facts["clock_khz"] = getattr(torch.cuda.get_device_properties(device), "clock_rate", None)
     return facts
+
+
+def command(module: str, arguments: Sequence[str]) -> str:
+    """How to make a number again; of a path only its name, the rest is this machine's."""
+    shown = [Path(argument).name if os.sep in argument else argument for argument in arguments]
+    return " ".join(["python -m", module, *shown])
 
 
 def is_busy() -> bool:

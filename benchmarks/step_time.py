@@ -213,7 +213,7 @@ def targets(rows: Sequence[dict[str, Any]]) -> list[str]:
 def main(arguments: Sequence[str]) -> int:
     """Measures, prints, writes JSON and PNG; the exit status."""
     options = parse(arguments)
-    options.command = " ".join(["python -m benchmarks.step_time", *arguments])
+    options.command = machine.command("benchmarks.step_time", arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     console = Console() if sys.stdout.isatty() else Console(width=150)
