@@ -86,6 +86,12 @@ def curves(records: Records, over: str, path: Path) -> None:
     plt.close(figure)
 
 
+def _loss_over_rates(search: Search, records: Records) -> list[tuple[float, float]]:
+    """Rates and the final loss of the first seed at each, without those that diverged."""
+    losses = search.losses(records, search.seeds[:1])
+    return [(search.at(p, 0).rate, loss) for p, loss in losses.items() if loss < math.inf]
+
+
 def rates(records: Records, path: Path) -> None:
     """Loss over the rate, relative to the best rate: how much a wrong guess costs."""
     tasks = _tasks(records)
@@ -93,13 +99,12 @@ def rates(records: Records, path: Path) -> None:
     for task, axis in zip(tasks, axes, strict=True):
         lowest = []
         for name in studies.MAIN:
-            search = Search.of(task, name)
-            losses = search.losses(records, search.seeds[:1])
-            finite = {power: loss for power, loss in losses.items() if loss < float("inf")}
-            places = [search.at(power, 0).rate for power in finite]
-            if finite:
-                axis.plot(places, finite.values(), ".-", color=COLORS[name], label=ROWS[name].title)
-                lowest.append(min(finite.values()))
+            losses = _loss_over_rates(Search.of(task, name), records)
+            if losses:
+                axis.plot(
+                    *zip(*losses, strict=True), ".-", color=COLORS[name], label=ROWS[name].title
+                )
+                lowest.append(min(loss for _, loss in losses))
         best = min(lowest)
         axis.set_xscale("log")
         axis.set_ylim(best - 0.05 * best, 2 * max(lowest) - best + 0.3 * best)
@@ -153,11 +158,9 @@ def transfer(records: Records, path: Path) -> None:
     figure, axes = _grid(2)
     for axis, has_transfer in zip(axes, (False, True), strict=True):
         for width in studies.WIDTHS:
-            search = studies.transfer(width, has_transfer)
-            losses = search.losses(records, search.seeds[:1])
-            finite = {power: loss for power, loss in losses.items() if loss < float("inf")}
-            places = [search.at(power, 0).rate for power in finite]
-            axis.plot(places, finite.values(), ".-", label=f"width {width}")
+            losses = _loss_over_rates(studies.transfer(width, has_transfer), records)
+            if losses:
+                axis.plot(*zip(*losses, strict=True), ".-", label=f"width {width}")
         axis.set_xscale("log")
         axis.set_title("muP's rates" if has_transfer else "the same rate for all")
         axis.set_xlabel("learning rate")
