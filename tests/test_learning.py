@@ -11,11 +11,11 @@ import pytest
 from rich.console import Console
 
 from benchmarks import data
-from benchmarks.learning import studies, tables
+from benchmarks.learning import race, studies, tables
 from benchmarks.learning.__main__ import DOCUMENTS
 from benchmarks.learning.measures import median_reached, reached
 from benchmarks.learning.pool import execute
-from benchmarks.learning.protocol import FRESH, Search
+from benchmarks.learning.protocol import FRESH, WIDEST, Search
 from benchmarks.learning.records import RESULTS, Records
 from benchmarks.learning.trial import Trial, made_with, run
 from benchmarks.tasks import TASKS
@@ -109,6 +109,78 @@ def test_a_variation_is_kept_if_both_seeds_are_better_with_it_alone(tmp_path):
     records = Records(tmp_path / "another")
     search_on(decay_alone, records, search)
     assert search.choice(records)[0].weight_decay == 0.03
+
+
+def test_a_variation_that_is_kept_is_tried_at_half_and_twice_the_rate(tmp_path):
+    def surface(trial):
+        best = 4e-3 if trial.weight_decay == 0.03 else 2e-3
+        return valley(best)(trial) - (0.15 if trial.weight_decay == 0.03 else 0.0)
+
+    records = Records(tmp_path)
+    search = Search.of("digits", "adamw")
+    ran = search_on(surface, records, search)
+    chosen, _ = search.choice(records)
+    assert (chosen.weight_decay, chosen.rate) == (0.03, 4e-3)
+    assert {t.rate for t in ran if t.weight_decay == 0.03} == {1e-3, 2e-3, 4e-3}
+
+
+def test_a_best_rate_at_the_edge_of_what_may_be_tried_is_marked(tmp_path):
+    records = {power: Records(tmp_path / str(power)) for power in (0, 2 * WIDEST)}
+    search = Search.of("digits", "shampoo")
+    for power, found in records.items():
+        search_on(valley(search.base.rate * 2.0**power), found, search)
+        assert search.is_bracketed(found) == (power == 0)
+        row = tables.results("digits", found)[1]
+        assert ("not bracketed" in row[1]) == (power != 0)
+
+
+def test_seconds_are_those_of_a_race_of_the_settings_that_were_chosen(tmp_path, monkeypatch):
+    monkeypatch.setattr(race.studies, "MAIN", ("adamw", "shampoo"))
+    records = Records(tmp_path)
+    for name in ("adamw", "shampoo"):
+        search_on(valley(8e-3), records, Search.of("digits", name))
+    assert len(list(race.missing(records, race.Races(tmp_path)))) == 1
+    race.execute(records, Console(quiet=True))
+    races = race.Races(tmp_path)
+    assert list(race.missing(records, races)) == []
+    for name in ("adamw", "shampoo"):
+        runs = race.fresh_runs("digits", name, records)
+        seconds = races.seconds(Search.of("digits", name).choice(records)[0])
+        assert [made["seconds"] for made in runs] == [seconds] * len(FRESH)
+        assert 0.1 < seconds < 60
+    again = Records(tmp_path)  # other settings are another race
+    again.add(record(Search.of("digits", "adamw").at(0, 0), 0.5))
+    again.add(record(Search.of("digits", "adamw").at(0, 1), 0.5))
+    search_on(valley(8e-3), again, Search.of("digits", "adamw"))
+    assert len(list(race.missing(again, races))) == 1
+
+
+def test_the_seconds_of_a_curve_are_stretched_to_those_of_the_race(tmp_path):
+    records = Records(tmp_path)
+    search = Search.of("digits", "adamw")
+    search_on(valley(8e-3), records, search)
+    curve = [[40, 2.0, None, 2.0, 0.25], [80, 1.0, None, 1.0, 1.0]]
+    for made in search.fresh_runs(records):
+        records.add({**made, "curve": curve})
+    chosen, _ = search.choice(records)
+    race.Races(tmp_path).add([chosen], [8.0], {"name": "a machine"})
+    for made in race.fresh_runs("digits", "adamw", records):
+        assert [point[4] for point in made["curve"]] == [2.0, 8.0]
+        assert reached(made, 2.0) == (40, 2.0)
+
+
+def test_runs_on_other_data_are_not_mixed(tmp_path, monkeypatch):
+    monkeypatch.setenv("SHAMPOO_DATA", str(tmp_path / "data"))
+    (tmp_path / "data" / "cpython").mkdir(parents=True)
+    (tmp_path / "data" / "cpython" / "text").write_text("def f(x):\n    return x + 1\n" * 5000)
+    trial = Search.of("cpython-64", "adamw").at(0, 0)
+    Records(tmp_path).add({**record(trial, 1.0), "data": "0123456789ab"})
+    command = [sys.executable, "-m", "benchmarks.learning", "--out", str(tmp_path)]
+    command += ["--study", "main", "--tasks", "cpython-64", "--optimizers", "adamw"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "runs of cpython-64 on other data (0123456789ab and not" in done.stderr
+    assert "Name another folder: --out FOLDER." in done.stderr
 
 
 def test_fresh_seeds_are_none_of_those_tuned_on_and_judged_on_other_data(tmp_path):

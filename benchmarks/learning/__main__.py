@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import data
-from benchmarks.learning import plots, studies, tables
+from benchmarks.learning import plots, race, studies, tables
 from benchmarks.learning.optimizers import ROWS, why_absent
 from benchmarks.learning.pool import Missing, execute
 from benchmarks.learning.protocol import FRESH, Search
@@ -27,7 +27,7 @@ from benchmarks.tasks import TASKS
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = (ROOT / "docs" / "evidence.md", ROOT / "README.md")  # with tables from runs
-STUDIES = ("main", "exponents", "transfer", "ablations", "further")
+STUDIES = ("main", "ablations", "transfer", "exponents", "further")
 QUICK = ("adamw", "muon", "shampoo")
 
 
@@ -47,7 +47,7 @@ def plans(
         return [name for name in names if name in optimizers]
 
     def cells(records: Records) -> list[Trial]:
-        return studies.missing_of_cells(studies.cells(picked(studies.TABLE_TASKS)), records)
+        return studies.missing_of_cells(studies.cells(picked(studies.EXPONENT_TASKS)), records)
 
     def ablations(records: Records) -> list[Trial]:
         return studies.missing_of_ablations(picked(studies.ABLATION_TASKS), records)
@@ -102,13 +102,21 @@ def main() -> None:
         planned = plans(chosen, options.tasks, present)
     if not options.report:
         wanted = {t.task for missing in planned.values() for t in missing(records)}
-        for source in sorted({s for task in wanted if (s := TASKS[task].source)}):
-            data.files(source)  # before anything has been trained
+        for task in sorted(wanted):  # before anything has been trained
+            if source := TASKS[task].source:
+                data.files(source)
+                if others := records.data_of(task) - {data.fingerprint(source)}:
+                    parser.error(
+                        f"{options.out} holds runs of {task} on other data ({', '.join(others)}"
+                        f" and not {data.fingerprint(source)}). Name another folder: --out FOLDER."
+                    )
 
         def missing(found: Records) -> list[Trial]:
             return [trial for plan in planned.values() for trial in plan(found)]
 
         done = execute(missing, records, console, workers=options.workers, seconds=options.budget)
+        if done:
+            race.execute(records, console)
         console.print("everything is there" if done else "the time is over: run it again to go on")
     report(records, console, is_published=options.out == RESULTS)
 

@@ -77,8 +77,18 @@ class Flattened(torch.optim.Optimizer):
 
 
 def muon(model: nn.Module, rate: float, decay: float, more: Mapping[str, Any]) -> Any:
+    """torch's Muon, AdamW for what is no matrix, an embedding or a head of many outputs.
+
+    ``hidden_only`` is an argument of this comparison: whether what first meets the input, and what
+    makes the output, is AdamW's too where it is a matrix or a convolution.
+    """
     matrices, rest = _parts(model)
     arguments = {"weight_decay": decay, "adjust_lr_fn": "match_rms_adamw", **more}
+    if arguments.pop("hidden_only", False):
+        names = {group["name"] for group in groups(model)}
+        first, last = "embeddings" not in names, "heads" not in names
+        rest += matrices[: int(first)] + matrices[len(matrices) - int(last) :]
+        matrices = matrices[int(first) : len(matrices) - int(last)]
     others = torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.95), weight_decay=decay, fused=True)
     return Together([Flattened(matrices, lr=rate, **arguments), others])
 
@@ -155,11 +165,14 @@ _F = "precondition_frequency"
 ROWS: dict[str, Row] = {
     "adamw": Row("AdamW", adamw, 2e-3, {}, _BETAS),
     "sgd": Row("SGD-Nesterov", sgd, 0.1, {"momentum": 0.9}, ({"momentum": 0.95},)),
-    "muon": Row("Muon", muon, 8e-3, {}, ({"momentum": 0.9},)),
+    "muon": Row("Muon", muon, 8e-3, {}, ({"momentum": 0.9}, {"hidden_only": True})),
     "shampoo": Row("Shampoo", shampoo, 8e-3),
     "shampoo-transfer": Row("Shampoo, muP", transferred, 8e-3),
     "shampoo-f1": Row("Shampoo, f = 1", shampoo, 8e-3, {_F: 1}),
-    "shampoo-f50": Row("Shampoo, f = 50", shampoo, 8e-3, {_F: 50}),
+    # With roots this old a factor must remember for longer: f (1 - beta2) = 0.5, as by default.
+    "shampoo-f50": Row(
+        "Shampoo, f = 50, beta2 = 0.99", shampoo, 8e-3, {_F: 50, "betas": (0.9, 0.99)}
+    ),
     "shampoo-paper": Row("Shampoo, p = 2 o", shampoo, 4e-3, {"exponent": "paper"}),
     "kl_shampoo": Row("KL-Shampoo", shampoo, 8e-3, {"preconditioner": "kl_shampoo"}),
     "kl_shampoo-none": Row(

@@ -13,6 +13,7 @@ from benchmarks.learning import studies
 from benchmarks.learning.measures import median_loss, median_reached
 from benchmarks.learning.optimizers import ROWS
 from benchmarks.learning.protocol import Search
+from benchmarks.learning.race import fresh_runs
 from benchmarks.learning.records import Record, Records
 from benchmarks.tasks import TASKS
 
@@ -32,13 +33,13 @@ def _tasks(records: Records) -> list[str]:
     return [
         task
         for task in TASKS
-        if Search.of(task, "adamw").fresh_runs(records) and len(_names(task, records)) > 1
+        if fresh_runs(task, "adamw", records) and len(_names(task, records)) > 1
     ]
 
 
 def _names(task: str, records: Records) -> list[str]:
     """The optimizers of the main table that have run with fresh seeds."""
-    return [name for name in studies.MAIN if Search.of(task, name).fresh_runs(records)]
+    return [name for name in studies.MAIN if fresh_runs(task, name, records)]
 
 
 def _grid(count: int) -> tuple[plt.Figure, list[Axes]]:
@@ -59,7 +60,7 @@ def curves(records: Records, over: str, path: Path) -> None:
     for task, axis in zip(tasks, axes, strict=True):
         lowest, highest = float("inf"), 0.0
         for name in studies.MAIN:
-            runs = Search.of(task, name).fresh_runs(records)
+            runs = fresh_runs(task, name, records)
             for index, run in enumerate(runs):
                 places = [p[0] if over == "steps" else p[4] for p in run["curve"]]
                 losses = [math.nan if p[1] is None else p[1] for p in run["curve"]]
@@ -74,7 +75,7 @@ def curves(records: Records, over: str, path: Path) -> None:
                 if name != "sgd" and not run["diverged"]:
                     lowest = min([lowest, *losses])
                     highest = max(highest, losses[len(losses) // 8])
-        adamw = median_loss(Search.of(task, "adamw").fresh_runs(records))
+        adamw = median_loss(fresh_runs(task, "adamw", records))
         axis.axhline(adamw, color="black", linestyle=":", linewidth=0.8)
         margin = 0.05 * (highest - lowest)
         axis.set_ylim(lowest - margin, highest + margin)
@@ -127,8 +128,8 @@ def steps_to_target(records: Records, path: Path) -> None:
     for axis, what, title in ((axes[0], 0, "steps"), (axes[1], 1, "CPU time")):
         for offset, name in enumerate(names):
             for place, task in enumerate(tasks):
-                base = Search.of(task, "adamw").fresh_runs(records)
-                runs = Search.of(task, name).fresh_runs(records)
+                base = fresh_runs(task, "adamw", records)
+                runs = fresh_runs(task, name, records)
                 if not runs:
                     continue
                 hit = median_reached(runs, median_loss(base))

@@ -7,8 +7,9 @@ and with none once the search has ended. So a search that was stopped goes on wh
    at one; then at factors of 2 until the best has both neighbours.
 2. A second seed for the best rate and its neighbours, until the best mean of two has both.
 3. At that rate one change at a time: weight decay times 3 and 1/3, twice the warm-up, and what the
-   optimizer's row names. The best one is kept if it is better on the mean of the two seeds. Ours do
-   without: they are judged at their defaults but for the rate.
+   optimizer's row names. The best one is kept if it is better on the mean of the two seeds, and is
+   then tried at half and twice the rate. Ours do without: they are judged at their defaults but for
+   the rate.
 4. Five fresh seeds, judged on data that the search has not seen.
 """
 
@@ -84,16 +85,22 @@ class Search:
                 return None, needed
             if is_bracketed or len(around) < 2:
                 break
-        tried = {best - 1, best, best + 1}
+        tried = _neighbours(best)
         while True:
             needed = records.missing(self.at(p, seed) for p in tried for seed in self.seeds)
             if needed:
                 return None, needed
             losses = self.losses(records, self.seeds)
             best = min(tried, key=lambda power: losses[power])
-            if tried >= {best - 1, best, best + 1} or len(tried) > 6:
+            if tried >= _neighbours(best) or len(tried) > 6:
                 return best, []
-            tried |= {best - 1, best, best + 1}
+            tried |= _neighbours(best)
+
+    def is_bracketed(self, records: Records) -> bool:
+        """Whether the best rate lies between two that were tried and are worse."""
+        power, _ = self.best_power(records)
+        losses = self.losses(records, self.seeds)
+        return power is not None and {power - 1, power + 1} <= losses.keys()
 
     def varied(self, power: int) -> list[Trial]:
         """One change at a time, at a rate, with the first seed."""
@@ -112,16 +119,27 @@ class Search:
             return (None if power is None else self.at(power, self.seeds[0])), needed
         kept = self.at(power, self.seeds[0])
         varied = self.varied(power)
-        if needed := records.missing(varied):
-            return None, needed
-        promising = min(varied, key=lambda trial: _loss(records.of(trial)))
-        if _loss(records.of(promising)) < _loss(records.of(kept)):
-            both = [replace(promising, seed=seed) for seed in self.seeds]
-            if needed := records.missing(both):
-                return None, needed
-            if mean(_loss(records.of(t)) for t in both) < self.losses(records, self.seeds)[power]:
-                kept = promising
-        return kept, []
+        better, needed = self._better(kept, varied, records)
+        if needed or better == kept:
+            return (None if needed else kept), needed
+        around = [replace(better, rate=self.at(power + s, 0).rate) for s in (-1, 1)]
+        kept, needed = self._better(better, around, records)
+        return (None if needed else kept), needed
+
+    def _better(
+        self, kept: Trial, others: Sequence[Trial], records: Records
+    ) -> tuple[Trial, list[Trial]]:
+        """The best of others with the first seed if all seeds agree, else what was kept."""
+        if needed := records.missing(others):
+            return kept, needed
+        promising = min(others, key=lambda trial: _loss(records.of(trial)))
+        if _loss(records.of(promising)) >= _loss(records.of(kept)):
+            return kept, []
+        both = [[replace(trial, seed=seed) for seed in self.seeds] for trial in (kept, promising)]
+        if needed := records.missing(trial for trials in both for trial in trials):
+            return kept, needed
+        before, after = (mean(_loss(records.of(t)) for t in trials) for trials in both)
+        return (promising if after < before else kept), []
 
     def missing(self, records: Records, fresh: Sequence[int] = FRESH) -> list[Trial]:
         """What is to be run next; none once the settings and their fresh runs are there."""
@@ -138,6 +156,11 @@ class Search:
 def reported(chosen: Trial, seeds: Sequence[int] = FRESH) -> list[Trial]:
     """The trials of a table's row."""
     return [replace(chosen, seed=seed, split="report") for seed in seeds]
+
+
+def _neighbours(power: int) -> set[int]:
+    """A power and those beside it, as far as rates are tried at all."""
+    return {power + s for s in (-1, 0, 1) if abs(power + s) <= WIDEST}
 
 
 def _loss(record: Record | None) -> float:

@@ -40,6 +40,10 @@ class Records:
         is_current = found and found["made_with"] == made_with(trial.task, trial.optimizer)
         return found if is_current else None
 
+    def data_of(self, task: str) -> set[str]:
+        """Fingerprints of the data on which the runs of a task were made."""
+        return {run["data"] for run in self if run["task"] == task and run["data"] is not None}
+
     def missing(self, trials: Iterable[Trial]) -> list[Trial]:
         """Those that have not been run, each once."""
         return list({trial.key(): trial for trial in trials if self.of(trial) is None}.values())

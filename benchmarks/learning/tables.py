@@ -14,6 +14,7 @@ from benchmarks.learning.measures import (
 )
 from benchmarks.learning.optimizers import ROWS
 from benchmarks.learning.protocol import FRESH, Search
+from benchmarks.learning.race import Races, fresh_runs
 from benchmarks.learning.records import Record, Records
 from benchmarks.tasks import TASKS
 
@@ -30,7 +31,7 @@ def _settings(search: Search, records: Records) -> str:
     chosen, _ = search.choice(records)
     if chosen is None:
         return "-"
-    said = [f"{chosen.rate:g}"]
+    said = [f"{chosen.rate:g}{'' if search.is_bracketed(records) else ' (not bracketed)'}"]
     if chosen.weight_decay is not None:
         said.append(f"decay {chosen.weight_decay:g}")
     if chosen.warmup is not None:
@@ -41,12 +42,16 @@ def _settings(search: Search, records: Records) -> str:
 
 def _fresh(task: str, optimizer: str, records: Records) -> list[Record]:
     """All fresh seeds; none of them while one is missing."""
-    runs = Search.of(task, optimizer).fresh_runs(records)
+    runs = fresh_runs(task, optimizer, records)
     return runs if len(runs) == len(FRESH) else []
 
 
 def results(task: str, records: Records) -> Lines:
-    """One task: every optimizer at its best settings, five fresh seeds."""
+    """One task: every optimizer at its best settings, five fresh seeds.
+
+    Seconds with a "~" are of an optimizer that took part in no race: those of its own runs.
+    """
+    races = Races(records.folder)
     tuned = ("optimizer", "rate and what was tuned", "final loss, every seed", "median", "accuracy")
     lines = [
         [*tuned, "steps to AdamW's end, every seed", "median", "CPU s to it", "CPU s of a run"]
@@ -59,18 +64,21 @@ def results(task: str, records: Records) -> Lines:
             continue
         hits = [reached(run, target) for run in runs]
         hit = median_reached(runs, target)
+        search = Search.of(task, name)
+        chosen, _ = search.choice(records)
+        about = "~" * (chosen is None or races.seconds(chosen) is None)
         accuracies = [run["accuracy"] for run in runs if run["accuracy"] is not None]
         lines.append(
             [
                 row.title,
-                _settings(Search.of(task, name), records),
+                _settings(search, records),
                 " ".join(_number(loss, ".3f") for loss in final_losses(runs)),
                 _number(median_loss(runs), ".3f"),
                 f"{mean(accuracies):.1%}" if accuracies else "-",
                 " ".join(_number(None if h is None else h[0], ".0f") for h in hits),
                 _number(None if hit is None else hit[0], ".0f"),
-                _number(None if hit is None else hit[1], ".1f"),
-                _number(median_seconds(runs), ".1f"),
+                about + _number(None if hit is None else hit[1], ".1f"),
+                about + _number(median_seconds(runs), ".1f"),
             ]
         )
     return lines
@@ -157,7 +165,10 @@ def exponents(records: Records) -> Lines:
 
 
 def ablations(records: Records) -> Lines:
-    """One change at a time: loss minus that of the defaults, mean and every seed; CPU seconds."""
+    """One change at a time: loss minus that of the defaults, mean and every seed.
+
+    And the steps to AdamW's end, medians, beside those of the defaults; and the CPU time.
+    """
     lines = [["change", *studies.ABLATION_TASKS]]
     found = studies.ablations(studies.ABLATION_TASKS, records)
     for kind, changes in studies.ABLATIONS.items():
@@ -173,14 +184,21 @@ def ablations(records: Records) -> Lines:
                     if rows
                     else []
                 )
-                cells.append(_difference(pairs))
+                cells.append(_difference(pairs, _adamw_end(task, records)))
             if set(cells) != {"-"}:
                 said = ", ".join(f"{name}={value}" for name, value in change.items())
                 lines.append([f"{kind}: `{said}`", *cells])
     return lines
 
 
-def _difference(pairs: Sequence[tuple[Record | None, Record | None]]) -> str:
+def _adamw_end(task: str, records: Records) -> float:
+    """AdamW's final loss at its best rate, mean of the seeds that it was tuned on."""
+    search = Search.of(task, "adamw")
+    power, _ = search.best_power(records)
+    return float("-inf") if power is None else search.losses(records, search.seeds)[power]
+
+
+def _difference(pairs: Sequence[tuple[Record | None, Record | None]], target: float) -> str:
     both = [(a, b) for a, b in pairs if a is not None and b is not None]
     if not both:
         return "-"
@@ -189,7 +207,11 @@ def _difference(pairs: Sequence[tuple[Record | None, Record | None]]) -> str:
     differences = [b["loss"] - a["loss"] for a, b in both]
     seconds = mean(b["seconds"] for _, b in both) / mean(a["seconds"] for a, _ in both)
     each = " ".join(f"{difference:+.3f}" for difference in differences)
-    return f"**{mean(differences):+.3f}** ({each}), time x {seconds:.2f}"
+    hits = [median_reached(runs, target) for runs in zip(*both, strict=True)]
+    before, after = (_number(None if hit is None else hit[0], ".0f") for hit in hits)
+    return (
+        f"**{mean(differences):+.3f}** ({each}), {after} steps for {before}, time x {seconds:.2f}"
+    )
 
 
 def transfer(records: Records) -> Lines:

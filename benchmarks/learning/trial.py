@@ -46,7 +46,7 @@ class Trial:
 
     def key(self) -> str:
         """Names the run: equal trials have equal ones."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        text = json.dumps(vars(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -65,6 +65,41 @@ def made_with(task_name: str, optimizer: str) -> str:
     return hashlib.sha256("; ".join(words).encode()).hexdigest()[:12]
 
 
+class Training:
+    """A model that learns as a trial says.
+
+    Attributes:
+        task: of the trial.
+        model: trained in place.
+        stepping: CPU seconds spent in the optimizer's steps so far.
+    """
+
+    def __init__(self, trial: Trial) -> None:
+        self.task, row = TASKS[trial.task], ROWS[trial.optimizer]
+        torch.manual_seed(trial.seed)
+        self.model = self.task.model()
+        decay = self.task.weight_decay if trial.weight_decay is None else trial.weight_decay
+        warmup = self.task.warmup if trial.warmup is None else trial.warmup
+        arguments = {**row.arguments, **trial.arguments}
+        self._optimizer = row.build(self.model, trial.rate, decay, arguments)
+        self._scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self._optimizer, lambda step: multiplier(step, self.task.steps, warmup)
+        )
+        self._batches = self.task.batches(trial.seed)
+        self.stepping = 0.0
+
+    def step(self) -> float:
+        """One step; the loss of its batch."""
+        loss = self.task.loss(self.model, next(self._batches))
+        loss.backward()  # type: ignore[no-untyped-call]
+        start = time.process_time()
+        self._optimizer.step()
+        self.stepping += time.process_time() - start
+        self.model.zero_grad()  # an optimizer of views would miss the parameters
+        self._scheduler.step()
+        return loss.item()
+
+
 def run(trial: Trial) -> dict[str, Any]:
     """Trains, and returns what is recorded of it, as JSON-like values.
 
@@ -73,33 +108,16 @@ def run(trial: Trial) -> dict[str, Any]:
     evaluations. A run is ``diverged``, and is not waited for, whose loss is not finite, or after a
     third of the steps above that of the untrained model.
     """
-    task, row = TASKS[trial.task], ROWS[trial.optimizer]
-    torch.manual_seed(trial.seed)
-    model = task.model()
-    decay = task.weight_decay if trial.weight_decay is None else trial.weight_decay
-    warmup = task.warmup if trial.warmup is None else trial.warmup
-    arguments = {**row.arguments, **trial.arguments}
-    optimizer = row.build(model, trial.rate, decay, arguments)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: multiplier(step, task.steps, warmup)
-    )
-    batches = task.batches(trial.seed)
+    training = Training(trial)
+    task, model = training.task, training.model
     curve: list[Point] = []
     untrained, _ = _judged(task, model, trial.split)
-    seconds = stepping = train_loss = 0.0
+    seconds = train_loss = 0.0
     since, diverged = 0, False
     for step in range(1, task.steps + 1):
         start = time.process_time()
-        loss = task.loss(model, next(batches))
-        loss.backward()
-        middle = time.process_time()
-        optimizer.step()
-        end = time.process_time()
-        model.zero_grad()  # an optimizer of views would miss the parameters
-        scheduler.step()
+        train_loss, since = train_loss + training.step(), since + 1
         seconds += time.process_time() - start
-        stepping += end - middle
-        train_loss, since = train_loss + loss.item(), since + 1
         if step % task.every == 0 or step == task.steps:
             held, accuracy = _judged(task, model, trial.split)
             curve.append((step, held, accuracy, train_loss / since, seconds))
@@ -115,7 +133,7 @@ def run(trial: Trial) -> dict[str, Any]:
         "loss": None if diverged else curve[-1][1],
         "accuracy": curve[-1][2],
         "seconds": seconds,
-        "optimizer_seconds": stepping,
+        "optimizer_seconds": training.stepping,
         "curve": [[s, *(_short(x) for x in rest)] for s, *rest in curve],
     }
 
