@@ -50,7 +50,7 @@ def plans(
         return studies.missing_of_cells(studies.cells(picked(studies.EXPONENT_TASKS)), records)
 
     def ablations(records: Records) -> list[Trial]:
-        return studies.missing_of_ablations(picked(studies.ABLATION_TASKS), records)
+        return studies.missing_of_ablations(picked(tuple(studies.CHANGES)), records)
 
     table_tasks = picked(studies.TABLE_TASKS) if tasks is None else list(tasks)
     further_tasks = picked(studies.FURTHER_TASKS) if tasks is None else list(tasks)

@@ -169,21 +169,27 @@ def ablations(records: Records) -> Lines:
 
     And the steps to AdamW's end, medians, beside those of the defaults; and the CPU time.
     """
-    lines = [["change", *studies.ABLATION_TASKS]]
-    found = studies.ablations(studies.ABLATION_TASKS, records)
-    for kind, changes in studies.ABLATIONS.items():
+    return _changes(studies.ABLATION_TASKS, records)
+
+
+def autoencoder(records: Records) -> Lines:
+    """The same of what was tried where Muon ends lower."""
+    return _changes(("autoencoder",), records)
+
+
+def _changes(tasks: Sequence[str], records: Records) -> Lines:
+    """One change at a time, of tasks that have the same ones."""
+    lines = [["change", *tasks]]
+    found = studies.ablations(tasks, records)
+    for kind, changes in studies.CHANGES[tasks[0]].items():
         for index, change in enumerate(changes, 1):
             cells = []
-            for task in studies.ABLATION_TASKS:
-                rows = found.get((task, kind), [])
-                pairs = (
-                    [
-                        (records.of(base), records.of(trial))
-                        for base, trial in zip(rows[0], rows[index], strict=True)
-                    ]
-                    if rows
-                    else []
-                )
+            for task in tasks:
+                base, *varied = found.get((task, kind), [[]])
+                pairs = [
+                    (records.of(before), records.of(after))
+                    for before, after in zip(base, varied[index - 1] if varied else (), strict=True)
+                ]
                 cells.append(_difference(pairs, _adamw_end(task, records)))
             if set(cells) != {"-"}:
                 said = ", ".join(f"{name}={value}" for name, value in change.items())
@@ -238,6 +244,7 @@ TABLES: dict[str, Callable[[Records], Lines]] = {
     "rates": rates,
     "exponents": exponents,
     "ablations": ablations,
+    "autoencoder": autoencoder,
     "transfer": transfer,
 }
 
