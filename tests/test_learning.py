@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks import data
-from benchmarks.learning import race, studies, tables
+from benchmarks.learning import pool, race, studies, tables
 from benchmarks.learning.__main__ import DOCUMENTS
 from benchmarks.learning.measures import median_reached, reached
 from benchmarks.learning.pool import execute
@@ -225,6 +227,20 @@ def test_a_run_that_raises_is_recorded_as_failed_and_is_not_run_again(tmp_path):
     assert made["diverged"]
     assert "Invalid beta" in made["error"]
     assert Records(tmp_path).missing([trial]) == []
+
+
+def killed(trial):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_run_that_is_killed_ends_the_grid_and_is_not_recorded(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "run", killed)
+    trial = Trial("digits", "adamw", 1e-3, 0)
+    records = Records(tmp_path)
+    console = Console(quiet=True)
+    with pytest.raises(SystemExit, match=r"was killed.*adamw.*run it again to go on"):
+        execute(lambda found: found.missing([trial]), records, console, workers=1, seconds=60)
+    assert len(Records(tmp_path)) == 0
 
 
 def test_a_run_with_other_defaults_or_another_task_is_made_again(tmp_path, monkeypatch):

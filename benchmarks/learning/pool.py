@@ -43,8 +43,11 @@ def _outcome(future: Future[dict[str, Any]], trial: Trial) -> dict[str, Any]:
     """
     try:
         return future.result()
-    except BrokenProcessPool:
-        raise
+    except BrokenProcessPool as error:
+        raise SystemExit(
+            f"The process of a run was killed, for want of memory perhaps ({trial}). What has run"
+            " is kept: run it again to go on, with --workers 1 if memory is short."
+        ) from error
     except Exception as error:
         return failed(trial, repr(error))
 

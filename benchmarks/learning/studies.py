@@ -83,6 +83,8 @@ LOST: Sequence[Arguments] = [
     {"relative_eps": 1e-4, "start_preconditioning_step": -1},
     {"relative_eps": 1e-4, "max_preconditioner_dim": 1024},
     {"precondition_frequency": 5},
+    {"max_preconditioner_dim": 128},
+    {"max_preconditioner_dim": 64},
 ]
 ABLATION_TASKS = ("king-james-64", "fashion-cnn")
 CHANGES: Mapping[str, Mapping[str, Sequence[Arguments]]] = {
