@@ -161,11 +161,11 @@ def _magnitudes(batch: int, numel: int, device: torch.device) -> Trial:
 def _moments(batch: int, numel: int, device: torch.device) -> Trial:
     sources, tiles = _blocks(batch, numel, device)
     total, blocks = _covered(tiles), int((tiles[:, 6] * tiles[:, 7]).sum())
-    grad, exp_avg, direction = (torch.randn(total, device=device) for _ in range(3))
+    grad, exp_avg, direction, ahead = (torch.randn(total, device=device) for _ in range(4))
     moments = [grad, exp_avg, torch.rand(total, device=device), direction]
-    scalars = (0.9, 0.1, 0.999, 1e-3, 1e-3, 1e-8, False)
+    scalars = (0.9, 0.1, 0.999, 1e-3, 1e-3, 1e-8, False, ahead)
     arguments = [*moments, torch.empty(blocks, device=device), sources, tiles, 1.0, False, *scalars]
-    return Trial(arguments, (0, 1, 2, 3, 4), bytes=28 * total)
+    return Trial(arguments, (0, 1, 2, 3, 4, 16), bytes=32 * total)
 
 
 def _update(batch: int, numel: int, device: torch.device) -> Trial:

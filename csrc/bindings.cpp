@@ -54,9 +54,9 @@ void move_moments(const std::optional<at::Tensor>& grad, const std::optional<at:
                   const std::optional<at::Tensor>& exp_avg_sq,
                   const std::optional<at::Tensor>& direction, const at::Tensor& norm,
                   at::TensorList sources, const at::Tensor& tiles, double alpha, bool accumulate,
-                  const NumbersFor& numbers_for) {
+                  const std::optional<at::Tensor>& ahead, const NumbersFor& numbers_for) {
   const auto table =
-      moments_of(grad, exp_avg, exp_avg_sq, direction, norm, sources, tiles, accumulate);
+      moments_of(grad, exp_avg, exp_avg_sq, direction, norm, sources, tiles, accumulate, ahead);
   if (table.empty()) return;
   const int64_t blocks = blocks_of(table);
   const MomentNumbers numbers = numbers_for(blocks);
@@ -66,7 +66,7 @@ void move_moments(const std::optional<at::Tensor>& grad, const std::optional<at:
     using Flat = decltype(flat);
     cpu::graft_moments(pointer<Flat>(grad), pointer<Flat>(exp_avg), pointer<Flat>(exp_avg_sq),
                        pointer<Flat>(direction), pointer<Flat>(norm), memory, table, alpha,
-                       accumulate, numbers);
+                       accumulate, numbers, pointer<Flat>(ahead));
   });
 }
 
@@ -76,9 +76,10 @@ void graft_moments_(const std::optional<at::Tensor>& grad,
                     const std::optional<at::Tensor>& direction, const at::Tensor& norm,
                     at::TensorList sources, const at::Tensor& tiles, double alpha, bool accumulate,
                     double beta1, double correction1, double beta2, double weight2,
-                    double correction2, double eps, bool normalized) {
+                    double correction2, double eps, bool normalized,
+                    const std::optional<at::Tensor>& ahead) {
   move_moments(grad, exp_avg, exp_avg_sq, direction, norm, sources, tiles, alpha, accumulate,
-               [&](int64_t) {
+               ahead, [&](int64_t) {
                  return MomentNumbers{beta1,       correction1, beta2,     weight2,
                                       correction2, eps,         normalized};
                });
@@ -91,9 +92,10 @@ void graft_moments_live_(const std::optional<at::Tensor>& grad,
                          at::TensorList sources, const at::Tensor& tiles, const at::Tensor& alpha,
                          bool accumulate, const at::Tensor& beta1, const at::Tensor& correction1,
                          const at::Tensor& beta2, const at::Tensor& weight2,
-                         const at::Tensor& correction2, double eps, bool normalized) {
+                         const at::Tensor& correction2, double eps, bool normalized,
+                         const std::optional<at::Tensor>& ahead) {
   move_moments(grad, exp_avg, exp_avg_sq, direction, norm, sources, tiles,
-               number_of("alpha", alpha), accumulate, [&](int64_t blocks) {
+               number_of("alpha", alpha), accumulate, ahead, [&](int64_t blocks) {
                  return MomentNumbers{number_of("beta1", beta1),
                                       numbers_of("correction1", correction1, blocks),
                                       number_of("beta2", beta2),

@@ -83,9 +83,9 @@ void graft_moments_(const std::optional<at::Tensor>& grad,
                     at::TensorList sources, const at::Tensor& tiles, Given<Scalar> alpha,
                     bool accumulate, Given<Scalar> beta1, Given<Scalar> correction1,
                     Given<Scalar> beta2, Given<Scalar> weight2, Given<Scalar> correction2,
-                    double eps, bool normalized) {
+                    double eps, bool normalized, const std::optional<at::Tensor>& ahead) {
   const auto table = moments_of(grad, exp_avg, exp_avg_sq, direction, norm, sources, tiles,
-                                accumulate, norm.device());
+                                accumulate, ahead, norm.device());
   const int64_t blocks = blocks_of(table);
   const Number factor = number_of("alpha", alpha, norm);
   const MomentNumbers numbers{number_of("beta1", beta1, norm),
@@ -106,7 +106,8 @@ void graft_moments_(const std::optional<at::Tensor>& grad,
     using Flat = decltype(flat);
     cuda::graft_moments(pointer<Flat>(grad), pointer<Flat>(exp_avg), pointer<Flat>(exp_avg_sq),
                         pointer<Flat>(direction), pointer<Flat>(norm), memory, table, factor,
-                        accumulate, numbers, pointer<double>(scratch), current.stream);
+                        accumulate, numbers, pointer<Flat>(ahead), pointer<double>(scratch),
+                        current.stream);
   });
 }
 

@@ -351,11 +351,12 @@ class Shampoo(Agreeing):
                             s = scalars.at(segment.param_index)
                             # 1, 2: where G = sign grad (+ weight_decay W) lies
                             G = gradients(segment, hyper, s, distributor)
-                            # 5: M1 <- beta1 M1 + (1 - beta1) G; v of 3 and |D_g| of 6 with it
+                            # 5: M1 <- beta1 M1 + (1 - beta1) G, and that again without a change
+                            # of M1 if it looks ahead; v of 3 and |D_g| of 6 with it
                             graft(kind, segment, G, s)
                             if not is_ahead:
                                 # 3: A_k <- beta2 A_k + (1 - beta2) mat_k(G) mat_k(G)^T
-                                accumulate(kind, segment, hyper, s)
+                                accumulate(kind, segment, G.out, hyper, s)
                                 # 4: X_k <- (A_k / c2 + ridge I)^(-1/p), where it is due
                                 refresh(kind, due, hyper, scalars)
                             # 6: P <- M1 x_1 X_1 ... x_o X_o, |P| <- |D_g|

@@ -108,7 +108,24 @@ class HostOps:
         self.module.magnitudes_(_address(out), _memory(tensors))
 
     def graft_moments_(
-        self, grad, exp_avg, exp_avg_sq, direction, norm, sources, tiles, alpha, accumulate, *rest
+        self,
+        grad,
+        exp_avg,
+        exp_avg_sq,
+        direction,
+        norm,
+        sources,
+        tiles,
+        alpha,
+        accumulate,
+        beta1,
+        correction1,
+        beta2,
+        weight2,
+        correction2,
+        eps,
+        normalized,
+        ahead=None,
     ):
         self.module.set_order(self.backward)
         self.module.graft_moments_(
@@ -118,7 +135,8 @@ class HostOps:
             tiles.tolist(),
             *_given([alpha]),
             accumulate,
-            *_given(rest),
+            *_given((beta1, correction1, beta2, weight2, correction2, eps, normalized)),
+            _address(ahead),
         )
 
     def update_blocks_(

@@ -37,6 +37,7 @@ def good_arguments() -> SimpleNamespace:
         "correction2": 0.01,
         "eps": 1e-8,
         "normalized": False,
+        "ahead": make_flat(),
     }
     update = {
         "params": [torch.randn(4, 3)],

@@ -138,6 +138,7 @@ inline std::vector<Tile> moments_of(const std::optional<at::Tensor>& grad,
                                     const std::optional<at::Tensor>& direction,
                                     const at::Tensor& norm, at::TensorList sources,
                                     const at::Tensor& tiles, bool accumulate,
+                                    const std::optional<at::Tensor>& ahead,
                                     const at::Device& device = at::kCPU) {
   check_flat("norm", norm, device);
   auto table = tiles_of(tiles, "sources", sources);
@@ -150,6 +151,8 @@ inline std::vector<Tile> moments_of(const std::optional<at::Tensor>& grad,
   check("exp_avg", exp_avg);
   check("exp_avg_sq", exp_avg_sq);
   check("direction", direction);
+  check("ahead", ahead);
+  TORCH_CHECK(exp_avg || !ahead, "ahead without an exp_avg to look ahead from. Give one.");
   TORCH_CHECK(grad || !accumulate, "accumulate=True without a grad to add to. Give one.");
   if (!table.empty()) check_length("norm", norm, "tiles", blocks_of(table));
   return table;

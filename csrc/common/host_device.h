@@ -28,6 +28,22 @@ SHAMPOO_HOST_DEVICE double fused(double a, double b, double c) {
 #endif
 }
 
+// a * b, rounded before anything is added to it: nvcc would fuse the two.
+SHAMPOO_HOST_DEVICE float product(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+SHAMPOO_HOST_DEVICE double product(double a, double b) {
+#ifdef __CUDA_ARCH__
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
 // As std::bit_cast of C++20.
 template <class To, class From>
 SHAMPOO_HOST_DEVICE To bit_cast(From from) {

@@ -27,12 +27,15 @@ struct MomentNumbers {
 // The same as the elements of one block use them.
 template <class Flat>
 struct MomentCoefficients {
-  Flat weight1;  // 1 - beta1, less 1 if `from_gradient`
+  Flat share1;   // 1 - beta1
+  Flat weight1;  // the same, less 1 if `from_gradient`
   Flat correction1, beta2, weight2, scale2, eps;
   bool from_gradient;
 
   SHAMPOO_HOST_DEVICE static MomentCoefficients of(const MomentNumbers& numbers, int64_t block) {
-    MomentCoefficients made{static_cast<Flat>(1.0 - numbers.beta1.read()),
+    const Flat share1 = static_cast<Flat>(1.0 - numbers.beta1.read());
+    MomentCoefficients made{share1,
+                            share1,
                             static_cast<Flat>(numbers.correction1.read(block)),
                             static_cast<Flat>(numbers.beta2.read()),
                             static_cast<Flat>(numbers.weight2.read()),
@@ -48,6 +51,11 @@ struct MomentCoefficients {
   // exp_avg <- beta1 exp_avg + (1 - beta1) grad
   SHAMPOO_HOST_DEVICE Flat average(Flat avg, Flat grad) const {
     return fused(weight1, grad - avg, from_gradient ? grad : avg);
+  }
+  // The average as it will be when the same gradient comes again, of one that has moved by it. One
+  // rounding an operation, as where torch takes them one by one.
+  SHAMPOO_HOST_DEVICE Flat ahead(Flat avg, Flat grad) const {
+    return product(grad - avg, share1) + avg;
   }
   // exp_avg_sq <- beta2 exp_avg_sq + weight2 grad^2
   SHAMPOO_HOST_DEVICE Flat square(Flat sq, Flat grad) const {

@@ -1,5 +1,6 @@
 // Replaces, for every tile, torch's strided copy_ of a gradient, and lerp_, mul_, addcmul_, sqrt, div
-// and vector_norm over flat moments: nine passes in one, or two where gradients are normalized.
+// and vector_norm over flat moments, and three more for the average looked ahead: twelve passes in one,
+// or two where gradients are normalized.
 #include "cpu/moments.h"
 
 #include <ATen/Parallel.h>
@@ -88,7 +89,7 @@ void move_moments(Flat* __restrict out, Flat* __restrict avg, Flat* __restrict s
 template <class Flat>
 void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction, Flat* norm,
                    const std::vector<Source>& sources, const std::vector<Tile>& tiles,
-                   double alpha, bool accumulate, const MomentNumbers& numbers) {
+                   double alpha, bool accumulate, const MomentNumbers& numbers, Flat* ahead) {
   const Chunks chunks(tiles);
   const int64_t total = chunks.first.back(), grain = kGrain / kChunk;
   std::vector<double> sums(total), norms;
@@ -130,9 +131,12 @@ void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction,
         for (int64_t i = 0; i < count; ++i) unit[i] = normalize(own[i], of_block);
         raw = unit;
       }
+      const auto by =
+          numbers.is_shared() ? shared : MomentCoefficients<Flat>::of(numbers, block);
       move_moments(grafted, exp_avg ? exp_avg + start : nullptr,
-                   exp_avg_sq ? exp_avg_sq + start : nullptr, own, raw, count,
-                   numbers.is_shared() ? shared : MomentCoefficients<Flat>::of(numbers, block));
+                   exp_avg_sq ? exp_avg_sq + start : nullptr, own, raw, count, by);
+      if (ahead)
+        for (int64_t i = 0; i < count; ++i) ahead[start + i] = by.ahead(exp_avg[start + i], own[i]);
       sums[chunk] = sum_of_squares(grafted, count);
       if (direction) std::copy_n(grafted, count, direction + start);
     });
@@ -141,9 +145,9 @@ void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction,
 }
 
 template void graft_moments(float*, float*, float*, float*, float*, const std::vector<Source>&,
-                            const std::vector<Tile>&, double, bool, const MomentNumbers&);
+                            const std::vector<Tile>&, double, bool, const MomentNumbers&, float*);
 template void graft_moments(double*, double*, double*, double*, double*,
                             const std::vector<Source>&, const std::vector<Tile>&, double, bool,
-                            const MomentNumbers&);
+                            const MomentNumbers&, double*);
 
 }  // namespace shampoo::cpu

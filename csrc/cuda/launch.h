@@ -50,8 +50,8 @@ int64_t moments_scratch(const std::vector<Tile>& tiles, const MomentNumbers& num
 template <class Flat>
 void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction, Flat* norm,
                    const std::vector<Source>& sources, const std::vector<Tile>& tiles,
-                   Number alpha, bool accumulate, const MomentNumbers& numbers, double* scratch,
-                   Stream stream);
+                   Number alpha, bool accumulate, const MomentNumbers& numbers, Flat* ahead,
+                   double* scratch, Stream stream);
 
 template <class Flat>
 void update_blocks(const std::vector<Source>& params, Flat* momentum, const Flat* direction,

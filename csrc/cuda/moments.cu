@@ -1,5 +1,6 @@
 // Replaces, for every tile, torch's strided copy_ of a gradient, and lerp_, mul_, addcmul_, sqrt, div
-// and vector_norm over flat moments: nine passes in one, or two where gradients are normalized.
+// and vector_norm over flat moments, and three more for the average looked ahead: twelve passes in one,
+// or two where gradients are normalized.
 // Norms are sums of squares in double, of 512 elements by a warp and then of those sums by another,
 // in an order that follows the size of a block alone: not its place, its alignment, nor what lies
 // beside it.
@@ -35,7 +36,7 @@ __device__ __forceinline__ double over_warp(double sum) {
 
 template <class Flat>
 struct Step {
-  Flat *grad, *exp_avg, *exp_avg_sq, *direction;
+  Flat *grad, *exp_avg, *exp_avg_sq, *direction, *ahead;
   Number alpha;
   bool accumulates;     // onto `grad`
   bool is_there;        // in `grad`, gathered already
@@ -71,16 +72,20 @@ struct Step {
     if (exp_avg) load(avg, exp_avg + at);
     if (exp_avg_sq) load(sq, exp_avg_sq + at);
     gather(values, from, at, factor);
+    Flat next[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const Flat raw = norms ? normalize(values[i], norm) : values[i];
-      values[i] = by.direction(avg[i], exp_avg != nullptr, sq[i], exp_avg_sq != nullptr, values[i],
-                               raw);
+      const Flat grad_here = values[i];
+      const Flat raw = norms ? normalize(grad_here, norm) : grad_here;
+      values[i] = by.direction(avg[i], exp_avg != nullptr, sq[i], exp_avg_sq != nullptr,
+                               grad_here, raw);
+      next[i] = by.ahead(avg[i], grad_here);
       sum = fused(static_cast<double>(values[i]), static_cast<double>(values[i]), sum);
     }
     if (exp_avg) store(exp_avg + at, avg);
     if (exp_avg_sq) store(exp_avg_sq + at, sq);
     if (direction) store(direction + at, values);
+    if (ahead) store(ahead + at, next);
   }
 };
 
@@ -188,12 +193,12 @@ int64_t moments_scratch(const std::vector<Tile>& tiles, const MomentNumbers& num
 template <class Flat>
 void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction, Flat* norm,
                    const std::vector<Source>& sources, const std::vector<Tile>& tiles,
-                   Number alpha, bool accumulate, const MomentNumbers& numbers, double* scratch,
-                   Stream stream) {
+                   Number alpha, bool accumulate, const MomentNumbers& numbers, Flat* ahead,
+                   double* scratch, Stream stream) {
   const int64_t blocks = blocks_of(tiles);
   double *norms = scratch + coefficients_scratch(tiles, numbers), *sums = norms + blocks;
   uintptr_t memory = 0;
-  for (const Flat* flat : std::vector<const Flat*>{grad, exp_avg, exp_avg_sq, direction})
+  for (const Flat* flat : std::vector<const Flat*>{grad, exp_avg, exp_avg_sq, direction, ahead})
     memory |= reinterpret_cast<uintptr_t>(flat);
   // All of them before the first launch: where one cannot be made, nothing has moved.
   const auto tables = part_tables(tiles, sources, memory % sizeof(Quad<Flat>) == 0);
@@ -205,7 +210,7 @@ void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction,
              0, stream, table, static_cast<const double*>(sums), to);
     }
   };
-  Step<Flat> step{grad, nullptr, nullptr, nullptr, alpha, accumulate};
+  Step<Flat> step{grad, nullptr, nullptr, nullptr, nullptr, alpha, accumulate};
   step.sums = sums;
   if (numbers.is_live()) {
     auto* live = reinterpret_cast<MomentCoefficients<Flat>*>(scratch);
@@ -223,14 +228,15 @@ void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction,
   step.exp_avg = exp_avg;
   step.exp_avg_sq = exp_avg_sq;
   step.direction = direction;
+  step.ahead = ahead;
   move(step, norm);
 }
 
 template void graft_moments(float*, float*, float*, float*, float*, const std::vector<Source>&,
-                            const std::vector<Tile>&, Number, bool, const MomentNumbers&, double*,
-                            Stream);
+                            const std::vector<Tile>&, Number, bool, const MomentNumbers&, float*,
+                            double*, Stream);
 template void graft_moments(double*, double*, double*, double*, double*,
                             const std::vector<Source>&, const std::vector<Tile>&, Number, bool,
-                            const MomentNumbers&, double*, Stream);
+                            const MomentNumbers&, double*, double*, Stream);
 
 }  // namespace shampoo::cuda

@@ -122,6 +122,7 @@ def graft_moments_(
     correction2: Number,
     eps: float,
     normalized: bool,
+    ahead: Tensor | None = None,
 ) -> None:
     """Moves the moments by one gradient and measures the grafted direction D of every block.
 
@@ -130,8 +131,9 @@ def graft_moments_(
     where there is no ``exp_avg``); ``exp_avg_sq <- beta2 exp_avg_sq + weight2 G^2``, of the
     block scaled to norm 1 if ``normalized``; ``D = filtered / (sqrt(exp_avg_sq / correction2) +
     eps)`` (filtered where there is no ``exp_avg_sq``); ``norm[b] <- |D_b|``, and
-    ``direction <- D`` if given. A source may be ``grad`` or ``direction`` itself, if its blocks lie
-    where they go to.
+    ``direction <- D`` if given; ``ahead <- beta1 exp_avg + (1 - beta1) G`` of the average that has
+    moved, if given: what it will be when the same gradient comes again. A source may be ``grad`` or
+    ``direction`` itself, if its blocks lie where they go to.
 
     Args:
         grad: [N] in the dtype of ``norm``, contiguous: read if ``accumulate``, written; or None.
@@ -150,6 +152,7 @@ def graft_moments_(
         correction2: What ``exp_avg_sq`` is divided by, above 0; or [B] float64.
         eps: Added to the root of the second moment.
         normalized: Whether the square is that of the block at norm 1.
+        ahead: As ``direction``, written, where there is an ``exp_avg``; or None.
 
     """
     runs = list(_runs(tiles))
@@ -169,6 +172,10 @@ def graft_moments_(
             average, share = exp_avg[region].view(count, size), 1.0 - beta1
             average.lerp_(raw, share.to(raw.dtype) if isinstance(share, Tensor) else share)
             blocks = average / _for_blocks(correction1, rows, raw.dtype)
+            if ahead is not None:
+                # One rounding an operation: a lerp would round otherwise where a vector ends.
+                moved = (raw - average).mul_(share).add_(average)
+                ahead[region].view(count, size).copy_(moved)
         if exp_avg_sq is not None:
             if normalized:
                 length = torch.linalg.vector_norm(raw, dim=1, keepdim=True, dtype=torch.float64)

@@ -385,12 +385,22 @@ def longest_segment(arena: Arena) -> int:
     return min(arena.numel, max(segment_limit(arena.device), arena.largest_tile))
 
 
+def workspace_of(arenas: Sequence[Arena]) -> Tensor:
+    """``[2, W]`` for the segments of arenas of one device and dtype, which take turns.
+
+    Both rows begin a cache line: a GPU moves four elements at once where all memory of a call
+    allows it, and bits of a BLAS may follow the alignment of a gradient, which may lie in either.
+    """
+    width = -(-max(map(longest_segment, arenas)) // 16) * 16
+    return torch.empty(2, width, dtype=arenas[0].dtype, device=arenas[0].device)
+
+
 def segments_of(arena: Arena, workspace: Tensor) -> list[Segment]:
     """Cuts the blocks of an arena into segments.
 
     Args:
-        workspace: ``[2, W]``, for gradients and directions, W at least :func:`longest_segment`: all
-            segments use its start in turn, but those of LARS and LAMB, which all wait for a sum.
+        workspace: ``[2, W]``, for gradients and directions: all segments use its start in turn, but
+            those of LARS and LAMB, which all wait for a sum.
     """
     limit, shared = segment_limit(arena.device), not arena.is_layerwise
     runs: list[list[tuple[BlockStack, Placement]]] = []

@@ -43,7 +43,7 @@ graft_moments_ = declare(
         "graft_moments_(Tensor(a!)? grad, Tensor(b!)? exp_avg, Tensor(c!)? exp_avg_sq,"
         " Tensor(d!)? direction, Tensor(e!) norm, Tensor[] sources, Tensor tiles, float alpha,"
         " bool accumulate, float beta1, float correction1, float beta2, float weight2,"
-        " float correction2, float eps, bool normalized) -> ()",
+        " float correction2, float eps, bool normalized, Tensor(f!)? ahead=None) -> ()",
         reference.graft_moments_,
         subject=("grad", "exp_avg", "exp_avg_sq", "direction", "norm"),
         moving=("alpha", "beta1", "correction1", "beta2", "weight2", "correction2"),

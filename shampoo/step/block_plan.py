@@ -20,13 +20,7 @@ from shampoo.blocks.layout import Geometry
 from shampoo.blocks.ownership import Owners, Team
 from shampoo.blocks.pattern_cache import Pattern, PatternCache
 from shampoo.blocks.publication import Publication, State, TakenIn
-from shampoo.blocks.segments import (
-    ActiveBlocks,
-    Segment,
-    longest_segment,
-    segment_limit,
-    segments_of,
-)
+from shampoo.blocks.segments import ActiveBlocks, Segment, segment_limit, segments_of, workspace_of
 from shampoo.blocks.stacks import Arena
 from shampoo.blocks.state_keys import MOMENTS, PHASE, is_lasting, is_own, kinds_in, parse
 from shampoo.distributed.consensus import digest
@@ -435,12 +429,8 @@ class BlockPlan:
         """``[2, W]``, shared by all arenas of a device and dtype."""
         key = (arena.device, arena.dtype)
         if key not in self._workspaces:
-            needed = max(
-                longest_segment(other)
-                for other in self.arenas
-                if (other.device, other.dtype) == key
-            )
-            self._workspaces[key] = torch.empty(2, needed, dtype=arena.dtype, device=arena.device)
+            alike = [other for other in self.arenas if (other.device, other.dtype) == key]
+            self._workspaces[key] = workspace_of(alike)
         return self._workspaces[key]
 
     def _fill(self, arena: Arena, params: Sequence[Tensor], state: State) -> Published:

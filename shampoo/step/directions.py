@@ -38,8 +38,10 @@ def refresh_ahead(
     if not due or len(segments) == 1:
         return False
     for segment in segments:
-        ops.gather_blocks_(segment.grad, *gradients(segment, hyper, scalars, distributor))
-        accumulate(kind, segment, hyper, scalars.at(segment.param_index))
+        s = scalars.at(segment.param_index)
+        G = gradients(segment, hyper, s, distributor)
+        ops.gather_blocks_(*G)
+        accumulate(kind, segment, G.out, hyper, s)
     refresh(kind, due, hyper, scalars)
     return True
 
@@ -80,17 +82,18 @@ def factor_correction(factors: FactorRows, scalars: Scalars) -> Number:
 
 
 def accumulate(
-    kind: Preconditioner, segment: Segment, hyper: Hyperparameters, scalars: Scalars
+    kind: Preconditioner, segment: Segment, grad: Tensor, hyper: Hyperparameters, scalars: Scalars
 ) -> None:
-    """Moves the statistics of all blocks by the raw gradient (step 3)."""
+    """Moves the statistics of all blocks by the raw gradient, ``[N]`` (step 3)."""
     if not kind.preconditions:
         return
     for part in segment.parts:
+        blocks = part.of(grad).view_as(part.grad)
         if part.rows is None:
-            kind.accumulate(part.statistics, part.grad, hyper, scalars)
+            kind.accumulate(part.statistics, blocks, hyper, scalars)
             continue
         copies = part.statistics.copied(part.rows)
-        kind.accumulate(copies, part.grad.index_select(0, part.rows), hyper, scalars)
+        kind.accumulate(copies, blocks.index_select(0, part.rows), hyper, scalars)
         copies.put_back()
 
 
@@ -107,8 +110,9 @@ def refresh(
 
 
 class Gradients(NamedTuple):
-    """``G = alpha * blocks``, with ``accumulate`` added to what the segment holds as ``grad``."""
+    """``out <- alpha * blocks``, with ``accumulate`` added to what ``out``, ``[N]``, holds."""
 
+    out: Tensor
     sources: Sequence[Tensor]
     tiles: Tensor
     alpha: Number
@@ -118,29 +122,46 @@ class Gradients(NamedTuple):
 def gradients(
     segment: Segment, hyper: Hyperparameters, scalars: Scalars, distributor: Distributor
 ) -> Gradients:
-    """Where ``G = sign * gradient (+ weight_decay W)`` comes from (steps 1 and 2)."""
-    plain = Gradients(*distributor.gradients(segment), scalars.sign, False)
+    """Where ``G = sign * gradient (+ weight_decay W)`` comes from, and goes to (steps 1 and 2).
+
+    Where an average that is looked ahead takes the place of gradients in the segment, G lies where
+    the direction will be written over it; or, if D lies there, in memory of this step.
+    """
+    out = segment.grad
+    if _looks_ahead(hyper) and scalars.started is not False:
+        out = torch.empty_like(out) if _needs_graft(segment, scalars) else segment.direction
+    plain = Gradients(out, *distributor.gradients(segment), scalars.sign, False)
     if hyper.coupled_decay == 0.0:
         return plain
-    ops.gather_blocks_(segment.grad, *plain)
-    return Gradients(*distributor.weights(segment), scalars.coupled_decay, True)
+    ops.gather_blocks_(*plain)
+    return Gradients(out, *distributor.weights(segment), scalars.coupled_decay, True)
+
+
+def _looks_ahead(hyper: Hyperparameters) -> bool:
+    """Whether roots are applied to the average as it will be, and not as it is."""
+    return hyper.nesterov_average and hyper.has_exp_avg
+
+
+def _needs_graft(segment: Segment, scalars: Scalars) -> bool:
+    """Whether some block may follow D, as far as is known without asking a device."""
+    return scalars.started is not True or not segment.is_known_ready()
 
 
 def graft(kind: Preconditioner, segment: Segment, source: Gradients, scalars: Scalars) -> None:
     """Moves the moments and measures the grafted D, in one pass over gradients and moments.
 
-    Leaves a private copy of G in the segment if its kind works on it, and D unless it is known,
-    without asking a device, that no block will follow it.
+    Leaves a private copy of G where it belongs if its kind works on it, the average looked ahead in
+    the segment if that is not there, and D if some block may follow it.
     """
-    needs_no_direction = scalars.started is True and segment.is_known_ready()
     moment = scalars.moment
+    out, *blocks = source
     ops.graft_moments_(
-        segment.grad if kind.preconditions or source.accumulate else None,
+        out if kind.preconditions or source.accumulate else None,
         segment.moments.get("exp_avg"),
         segment.moments.get("exp_avg_sq"),
-        None if needs_no_direction else segment.direction,
+        segment.direction if _needs_graft(segment, scalars) else None,
         segment.norm,
-        *source,
+        *blocks,
         scalars.beta1,
         scalars.correction1,
         moment.beta,
@@ -149,15 +170,8 @@ def graft(kind: Preconditioner, segment: Segment, source: Gradients, scalars: Sc
         # Where nothing was ever seen, 0 / eps must be 0 even for an eps that float32 cannot hold.
         max(moment.eps, torch.finfo(segment.grad.dtype).tiny),
         moment.normalized,
+        None if out is segment.grad else segment.grad,
     )
-
-
-def looked_ahead(grad: Tensor, exp_avg: Tensor, beta1: Number) -> Tensor:
-    """``beta1 M1 + (1 - beta1) G``, written over G, which no one needs any more.
-
-    One rounding an operation: a lerp would round otherwise where a vector of the processor ends.
-    """
-    return grad.sub_(exp_avg).mul_(1.0 - beta1).add_(exp_avg)
 
 
 def precondition(
@@ -177,11 +191,9 @@ def precondition(
     for part in segment.parts:
         rows = part.rows
         statistics, direction = part.statistics, part.direction
-        filtered = part.grad
-        if part.exp_avg is not None:
+        filtered = part.grad  # or, in its place, the average that looks ahead
+        if part.exp_avg is not None and not _looks_ahead(hyper):
             filtered = part.exp_avg
-            if hyper.nesterov_average:
-                filtered = looked_ahead(part.grad, part.exp_avg, scalars.beta1)
         if rows is not None:
             statistics = statistics.copied(rows)
             filtered = filtered.index_select(0, rows)
@@ -205,7 +217,7 @@ def precondition(
             direction.index_copy_(0, rows, out)
     # The bias correction of the gradient average is a factor of the direction: it joins the scale.
     correction = scalars.correction1
-    if hyper.nesterov_average and hyper.has_exp_avg:  # 1 - beta1^(t + 1)
+    if _looks_ahead(hyper):  # 1 - beta1^(t + 1)
         correction = 1.0 - scalars.beta1 * (1.0 - correction)
     if hyper.geometry.grafting == "none":
         scale = torch.ones_like(norm).mul_(1.0 / correction)

@@ -99,7 +99,7 @@ void graft_moments_(uintptr_t grad, uintptr_t exp_avg, uintptr_t exp_avg_sq, uin
                     uintptr_t norm, bool is_double, const std::vector<Memory>& sources,
                     const std::vector<std::vector<int64_t>>& rows, Given alpha, bool accumulate,
                     Given beta1, Given correction1, Given beta2, Given weight2, Given correction2,
-                    double eps, bool normalized) {
+                    double eps, bool normalized, uintptr_t ahead) {
   const std::vector<Tile> tiles = tiles_of(rows);
   const MomentNumbers numbers{number_of(beta1),   number_of(correction1), number_of(beta2),
                         number_of(weight2), number_of(correction2), eps, normalized};
@@ -108,7 +108,7 @@ void graft_moments_(uintptr_t grad, uintptr_t exp_avg, uintptr_t exp_avg_sq, uin
     using Flat = decltype(flat);
     graft_moments(at<Flat>(grad), at<Flat>(exp_avg), at<Flat>(exp_avg_sq), at<Flat>(direction),
                   at<Flat>(norm), sources_of(sources), tiles, number_of(alpha), accumulate,
-                  numbers, scratch.data(), nullptr);
+                  numbers, at<Flat>(ahead), scratch.data(), nullptr);
   });
 }
 

@@ -7,6 +7,7 @@ from test_graft_moments import (  # noqa: F401 - the same
     test_graft_moments,
     test_graft_moments_gathers,
     test_graft_moments_keeps_a_nan_in_its_block,
+    test_graft_moments_looks_ahead,
     test_graft_moments_may_gather_a_segment_from_itself,
     test_graft_moments_may_write_the_direction_over_the_gradient,
     test_graft_moments_takes_nothing_of_a_nan,

@@ -11,6 +11,7 @@ from test_graft_moments import (  # noqa: F401 - the same
     test_graft_moments,
     test_graft_moments_gathers,
     test_graft_moments_keeps_a_nan_in_its_block,
+    test_graft_moments_looks_ahead,
     test_graft_moments_may_gather_a_segment_from_itself,
     test_graft_moments_may_write_the_direction_over_the_gradient,
     test_graft_moments_takes_nothing_of_a_nan,
@@ -101,17 +102,18 @@ def test_memory_that_starts_anywhere(impl, dtype, shifts):
     torch.testing.assert_close([flat, moments, param], expected)
 
 
-@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize("which", range(6))
 def test_one_moment_that_starts_elsewhere(impl, which):
     start = [torch.randn(512), torch.randn(512), torch.rand(512), torch.full((512,), torch.nan)]
-    start.append(torch.randn(512))
+    start += [torch.full((512,), torch.nan), torch.randn(512)]
     scalars = (0.5, True, 0.9, 0.1, 0.99, 0.01, 0.01, 1e-8, False)
     results = []
     for ops in (impl, reference):
-        *flat, source = (shifted(tensor, int(i == which)) for i, tensor in enumerate(start))
+        given = [shifted(tensor, int(i == which)) for i, tensor in enumerate(start)]
+        *flat, ahead, source = given
         norm = torch.full((2,), torch.nan)
-        ops.graft_moments_(*flat, norm, [source], packed([(2, 256)]), *scalars)
-        results.append((*flat, norm))
+        ops.graft_moments_(*flat, norm, [source], packed([(2, 256)]), *scalars, ahead)
+        results.append((*flat, norm, ahead))
     torch.testing.assert_close(*results)
 
 

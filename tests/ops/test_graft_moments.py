@@ -116,6 +116,35 @@ def test_graft_moments_gathers(impl, flat, param, layout, how):
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("beta1", "how", "has_square", "as_tensors", "flat"),
+    pairwise([0.9, 0.3, 0.0], GATHERS, [False, True], [False, True], FLAT),
+    ids=str,
+)
+def test_graft_moments_looks_ahead(impl, flat, as_tensors, has_square, how, beta1):
+    """The bits of torch's operations one by one on what else is written, which does not change."""
+    alpha, accumulate, normalized = how
+    tiles = packed(RUNS)[[0, 2, 3, 4]]  # nothing is written where no tile lies
+    start, source = torch.randn(6, NUMEL, dtype=flat), torch.randn(NUMEL).bfloat16()
+    start[2].abs_()
+    numbers = [alpha, beta1, 0.3, 0.99, 0.01, 0.2]
+    if as_tensors:
+        numbers = [torch.tensor(number, dtype=torch.float64) for number in numbers]
+    alpha, *scalars = numbers
+    results = []
+    for looks in (False, True):
+        grad, average, square, direction, ahead, _ = start.clone().unbind()
+        norm = torch.full((13,), torch.nan, dtype=flat)
+        state = grad, average, square if has_square else None, direction, norm
+        rest = alpha, accumulate, *scalars, 1e-8, normalized, *([ahead] if looks else [])
+        impl.graft_moments_(*state, [source], tiles, *rest)
+        results.append((grad, average, square, direction, norm))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    expected = (grad - average).mul_(1.0 - beta1).add_(average)
+    expected[7500:7502] = start[4][7500:7502]
+    assert torch.equal(ahead, expected)
+
+
 def test_graft_moments_may_write_the_direction_over_the_gradient(impl):
     grad, tiles = torch.randn(NUMEL), packed(RUNS)
     norms = [torch.empty(15), torch.empty(15)]

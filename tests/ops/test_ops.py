@@ -291,6 +291,8 @@ WRONG = [
     (MOMENTS, "exp_avg", torch.ones(12).double(), r"exp_avg has dtype Double but norm has Float"),
     (MOMENTS, "exp_avg_sq", torch.ones(11), r"lies at \[0, 12\) but exp_avg_sq has 11 elements"),
     (MOMENTS, "direction", torch.ones(11), r"lies at \[0, 12\) but direction has 11 elements"),
+    (MOMENTS, "ahead", torch.ones(11), r"lies at \[0, 12\) but ahead has 11 elements"),
+    (MOMENTS, "exp_avg", None, r"ahead without an exp_avg to look ahead from"),
     (MOMENTS, "grad", torch.ones(11), r"lies at \[0, 12\) but grad has 11 elements"),
     (MOMENTS, "grad", torch.ones(24)[::2], r"grad must be one-dimensional.*strides \[2\]"),
     (MOMENTS, "norm", torch.ones(1), r"norm has 1 elements but tiles describes 2"),
@@ -357,15 +359,16 @@ def test_bits_do_not_depend_on_the_number_of_threads(compiled):
     results = []
     for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
-        grad, direction, norm = noise[0].clone(), torch.empty(numel), torch.empty(len(boxes))
+        grad, norm = noise[0].clone(), torch.empty(len(boxes))
+        direction, ahead = torch.empty(2, numel).unbind()
         exp_avg, exp_avg_sq, param = noise[1].clone(), noise[2].square(), source.clone()
         compiled.gather_blocks_(grad, [source], tiles, 0.1, True)
         compiled.graft_moments_(
             *(grad, exp_avg, exp_avg_sq, direction, norm, [source], tiles, 0.1, True),
-            *(0.9, 0.1, 0.99, 0.01, 0.1, 1e-8, True),
+            *(0.9, 0.1, 0.99, 0.01, 0.1, 1e-8, True, ahead),
         )
         compiled.update_blocks_([param], exp_avg, direction, norm, tiles, 0.1, 0.1, 0.9, True)
-        results.append((grad, exp_avg, exp_avg_sq, direction, norm, param))
+        results.append((grad, exp_avg, exp_avg_sq, direction, norm, param, ahead))
     torch.set_num_threads(1)
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=0, atol=0)

@@ -105,16 +105,17 @@ def test_gram_ema(dtype, shape):
 @pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("dtype", FLAT, ids=str)
 def test_graft_moments(dtype, normalized, numel):
-    def run(avg: Tensor, square: Tensor, direction: Tensor, grad: Tensor) -> Results:
+    def run(avg: Tensor, square: Tensor, direction: Tensor, ahead: Tensor, grad: Tensor) -> Results:
         flat = [t.flatten() for t in (avg, square, direction)]
         norm = grad.new_empty(len(grad))
         tiles = torch.tensor([[0, 0, grad.numel(), 0, *grad.shape]])
-        settings = (1.0, False, 0.9, 0.7, 0.99, 0.01, 0.3, 1e-8, normalized)
+        settings = (1.0, False, 0.9, 0.7, 0.99, 0.01, 0.3, 1e-8, normalized, ahead.flatten())
         ops.graft_moments_(None, *flat, norm, [grad], tiles, *settings)
-        return avg, square, direction, norm
+        return avg, square, direction, norm, ahead
 
     grad = torch.randn(BLOCKS, numel, dtype=dtype)
-    assert_independent(run, grad.sin(), grad.abs(), torch.zeros_like(grad), grad)
+    zeros = torch.zeros_like(grad)
+    assert_independent(run, grad.sin(), grad.abs(), zeros, zeros, grad)
 
 
 @pytest.mark.parametrize("param", [torch.bfloat16, torch.float32], ids=str)
