@@ -29,11 +29,11 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
-from shampoo.blocks.layout import AUTO, Geometry
+from shampoo.blocks.layout import AUTO, Geometry, is_automatic, take_dim
 from shampoo.blocks.state_keys import is_own, may_begin
 from shampoo.optimizer import Shampoo
 from shampoo.preconditioner.choice import layout_of
-from shampoo.state.former import FORMER_DEFAULTS, FORMER_NAMES, is_automatic
+from shampoo.state.former import FORMER_DEFAULTS, FORMER_NAMES
 from shampoo.state.loading import check_blocks
 
 _MARKER = "complete"
@@ -230,14 +230,14 @@ def _check_blocks(
         cut = {}
         if group["large_dim_method"] == AUTO:
             cut["large_dim_method"] = first["large_dim_method"]
-        if is_automatic(group, optimizer.defaults):
+        if is_automatic(group):
             cut["max_preconditioner_dim"] = first["max_preconditioner_dim"]
         cuts.append(cut)
         group = {**group, **cut}
         for param, name in zip(group["params"], names, strict=True):
             if name in group_of:  # if not, DCP says so
                 alone = {**group, "params": [param], "param_names": [name]}
-                check_blocks([alone], optimizer.defaults, [group_of[name]], optimizer.state)
+                check_blocks([alone], [group_of[name]], optimizer.state)
     return cuts
 
 
@@ -251,6 +251,8 @@ def _adopt(optimizer: Shampoo, cuts: Sequence[Mapping[str, Any]]) -> bool:
     for group, cut in zip(optimizer.param_groups, cuts, strict=True):
         before = Geometry.of(group)
         group.update(cut)
+        if "max_preconditioner_dim" in cut:
+            take_dim(group, cut["max_preconditioner_dim"])
         is_cut_otherwise |= any(
             layout_of(param.shape, before) != layout_of(param.shape, Geometry.of(group))
             for param in group["params"]

@@ -13,7 +13,7 @@ import torch
 
 from shampoo.blocks.blocking import MERGE_MODES
 from shampoo.blocks.declared import choices as preconditioners
-from shampoo.blocks.layout import DTYPES, LARGE_DIM_METHODS, Geometry, automatic_dim, is_auto
+from shampoo.blocks.layout import DTYPES, LARGE_DIM_METHODS, Geometry, is_auto, settle_dim
 from shampoo.errors import shown, warn_outside
 from shampoo.grafting import GRAFTING, SecondMoment, weight_of
 from shampoo.ops import Number
@@ -39,8 +39,7 @@ def dtype_name(dtype: Any) -> Any:
 def settle(group: dict[str, Any]) -> dict[str, Any]:
     """Puts into a group what is saved of it, a dtype's name, a number for "auto"; returns it."""
     group["preconditioner_dtype"] = dtype_name(group["preconditioner_dtype"])
-    if is_auto(group["max_preconditioner_dim"]):
-        group["max_preconditioner_dim"] = automatic_dim(group)
+    settle_dim(group)
     return group
 
 

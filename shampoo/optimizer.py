@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 
 from shampoo import ops
 from shampoo.agreement import Agreeing
-from shampoo.blocks.layout import AUTO
+from shampoo.blocks.layout import AUTO, AUTOMATIC
 from shampoo.distributed.process_groups import ProcessGroups
 from shampoo.groups import groups
 from shampoo.hyperparameters import Hyperparameters, dtype_name, settle, warn_about
@@ -34,7 +34,7 @@ from shampoo.step.thin import warn_of_thin
 logger = logging.getLogger(__name__)
 
 # What a group carries besides its hyper-parameters, under one key: no name of an argument is taken.
-_EXTRA = {"skipped_steps": 0, "refresh_period": 0}
+_EXTRA = {"skipped_steps": 0, "refresh_period": 0, AUTOMATIC: None}
 
 
 class Shampoo(Agreeing):
@@ -78,8 +78,9 @@ class Shampoo(Agreeing):
             grafted method always takes ``M1``.
         max_preconditioner_dim: the largest side of a block, and the bound up to which small
             dimensions are merged. ``"auto"`` is as long as roots cost little on the device of a
-            group's first parameter: 256 on a CPU, 1024 elsewhere. The group holds the number, and a
-            checkpoint loaded under ``"auto"`` brings its own.
+            group's first parameter: 256 on a CPU, 1024 elsewhere. The group holds the number, and
+            every checkpoint that is loaded under ``"auto"`` brings its own. A number that is named
+            is held to, the same one too.
         precondition_frequency: steps between refreshes of the roots, the dearest part of a step;
             factors move every step. One warning tells where a root outlives half of what its factor
             remembers, ``precondition_frequency * (1 - beta2) > 0.5``: with 50, let beta2 be 0.99.
@@ -297,8 +298,8 @@ class Shampoo(Agreeing):
 
     def _check_group(self, index: int) -> None:
         group = self.param_groups[index]
-        values = Hyperparameters.read(settle(group))
         group["extra"] = dict(_EXTRA)
+        values = Hyperparameters.read(settle(group))
         warn_about(group)
         self._reader.look_at_roots(values)
         for position, param in enumerate(group["params"]):

@@ -34,7 +34,8 @@ IMPORTS = {
     " agreement",
     "replay": "blocks optimizer",
     "checkpoint": "blocks preconditioner state optimizer",
-    "planner": "errors blocks grafting hyperparameters preconditioner distributed step optimizer",
+    "planner": "errors groups blocks grafting hyperparameters preconditioner distributed step"
+    " optimizer",
     "__init__": "errors groups roots optimizer replay planner",
     "__main__": "ops blocks grafting hyperparameters distributed planner",
 }

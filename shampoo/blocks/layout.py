@@ -12,6 +12,7 @@ from shampoo.blocks.cost import default_side
 
 AUTO = "auto"  # of large_dim_method and max_preconditioner_dim: nobody has named one
 LARGE_DIM_METHODS = (AUTO, "blocking", "adagrad", "diagonal")
+AUTOMATIC = "automatic_dim"  # in a group's extra: a max_preconditioner_dim that nobody has named
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 # Numbers an element that "auto" may keep for modes: factors and roots, say. With the two moments,
@@ -37,6 +38,24 @@ def automatic_dim(group: Mapping[str, Any]) -> int:
     """
     tensors = (each for each in group.get("params", ()) if isinstance(each, torch.Tensor))
     return default_side(next((each.device.type for each in tensors), "meta"))
+
+
+def take_dim(group: dict[str, Any], number: int) -> None:
+    """Gives a group a ``max_preconditioner_dim`` that nobody has named, which it remembers."""
+    group["max_preconditioner_dim"] = number
+    group["extra"] = {**group.get("extra", {}), AUTOMATIC: number}
+
+
+def settle_dim(group: dict[str, Any]) -> None:
+    """Gives a group that says "auto" the number which that is."""
+    if is_auto(group["max_preconditioner_dim"]):
+        take_dim(group, automatic_dim(group))
+
+
+def is_automatic(group: Mapping[str, Any]) -> bool:
+    """Whether nobody has named the ``max_preconditioner_dim`` of a group, which holds a number."""
+    number = group["max_preconditioner_dim"]
+    return is_auto(number) or group.get("extra", {}).get(AUTOMATIC) == number
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from shampoo.blocks.cost import CostModel
 from shampoo.distributed.process_groups import ProcessGroups, trainers_per_group
+from shampoo.groups import groups as groups_of
 from shampoo.hyperparameters import Hyperparameters, dtype_name
 from shampoo.optimizer import Shampoo
 from shampoo.planner.forecast import Groups, Setting, Tensor, forecast
@@ -30,6 +31,14 @@ _SMALL_MESSAGE = 64 << 10  # bytes, below which latency rather than bandwidth de
 _BALANCED = 1.1  # largest over mean compute that a recommended block size may have
 
 Shapes = Mapping[str, Sequence[int]] | Iterable[Sequence[int]]
+
+
+class _Role(NamedTuple):
+    """The tensors of one parameter group."""
+
+    name: str
+    is_preconditioned: bool
+    tensors: list[Tensor]
 
 
 def plan(
@@ -56,7 +65,9 @@ def plan(
 
     Args:
         model_or_shapes: a module, on any device, ``meta`` included, of which the parameters that
-            require a gradient count; or shapes, by name or in a row.
+            require a gradient count, in the groups of :func:`shampoo.groups`, as ``Shampoo(model)``
+            has them: embeddings, heads and positional tables by the grafted method alone, which a
+            note of the report says; or shapes, by name or in a row, all of them preconditioned.
         world_size: ranks, >= 1.
         layout: ``"ddp"``: parameters are replicated; ``"fsdp2"``: their rows are sharded over all
             ranks; ``"hsdp"``: sharded, in ``replicas`` copies.
@@ -64,7 +75,7 @@ def plan(
             node, or fewer if there are few blocks. Sharded layouts share over all ranks.
         replicas: of HSDP; divides ``world_size``.
         grafted_only: patterns (``fnmatch``) of names whose tensors have ``precondition=False``,
-            for embeddings, say.
+            for embeddings among shapes, say; beside those that a module's groups leave out.
         parameter_dtype: of parameters and gradients, where shapes are given.
         communication_dtype: of directions on the wire, float32, bfloat16 or float16; None for
             that in which they are computed.
@@ -97,7 +108,8 @@ def plan(
     _check_bandwidth("network_bandwidth", network_bandwidth)
     _check_dtype(parameter_dtype)
     ProcessGroups(None, num_trainers_per_group, communication_dtype)  # checks them
-    groups = _groups(_tensors(model_or_shapes, parameter_dtype), values, grafted_only)
+    roles = _roles(model_or_shapes, parameter_dtype)
+    groups = _groups(roles, values, grafted_only)
     _check_kinds(groups)
     trainers = _trainers(groups, world_size, devices_per_node)
     owners = world_size if layout != "ddp" else trainers(num_trainers_per_group)
@@ -119,6 +131,7 @@ def plan(
         recommended_group=trainers(-1),
         notes=(
             *_notes(report, num_trainers_per_group, devices_per_node),
+            *_note_of_roles(roles),
             *_note_of_thin(groups),
         ),
     )
@@ -145,6 +158,18 @@ def _notes(report: PlanReport, asked_group: int, devices_per_node: int) -> Itera
         )
 
 
+def _note_of_roles(roles: Sequence[_Role]) -> list[str]:
+    """What of a module is not preconditioned."""
+    plain = [
+        f"{role.name} ({len(role.tensors)}, {sum(tensor.numel for tensor in role.tensors):,}"
+        " elements)"
+        for role in roles
+        if not role.is_preconditioned
+    ]
+    method = "by the grafted method alone, as in Shampoo(model)"
+    return [f"{', '.join(plain)}: {method}"] if plain else []
+
+
 def _note_of_thin(groups: Groups) -> list[str]:
     """What the optimizer would warn of."""
     found = []
@@ -165,25 +190,39 @@ def _hyperparameters(arguments: Mapping[str, Any]) -> Hyperparameters:
     return Hyperparameters.read(group)
 
 
-def _tensors(model_or_shapes: nn.Module | Shapes, dtype: torch.dtype) -> list[Tensor]:
+def _roles(model_or_shapes: nn.Module | Shapes, dtype: torch.dtype) -> list[_Role]:
+    """What is trained, in the groups that the optimizer has of it."""
     if isinstance(model_or_shapes, nn.Module):
-        found = [
-            Tensor(name, tuple(param.shape), param.dtype)
-            for name, param in model_or_shapes.named_parameters()
-            if param.requires_grad
+        names = {param: name for name, param in model_or_shapes.named_parameters()}
+        roles = [
+            _Role(
+                group["name"],
+                group["precondition"],
+                [
+                    Tensor(names[param], tuple(param.shape), param.dtype)
+                    for _, param in group["params"]
+                    if param.requires_grad and param.numel() > 0
+                ],
+            )
+            for group in groups_of(model_or_shapes)
         ]
-    elif isinstance(model_or_shapes, Mapping):
-        found = [Tensor(str(k), _shape(k, v), dtype) for k, v in model_or_shapes.items()]
     else:
-        named = ((f"tensor{index}", shape) for index, shape in enumerate(model_or_shapes))
-        found = [Tensor(name, _shape(name, shape), dtype) for name, shape in named]
-    found = [tensor for tensor in found if tensor.numel > 0]
-    if not found:
+        found = _tensors(model_or_shapes, dtype)
+        roles = [_Role("", True, [tensor for tensor in found if tensor.numel > 0])]
+    roles = [role for role in roles if role.tensors]
+    if not roles:
         raise ValueError(
             "Invalid model_or_shapes: nothing to train. Must have at least one tensor with an"
             " element that requires a gradient."
         )
-    return found
+    return roles
+
+
+def _tensors(shapes: Shapes, dtype: torch.dtype) -> list[Tensor]:
+    if isinstance(shapes, Mapping):
+        return [Tensor(str(k), _shape(k, v), dtype) for k, v in shapes.items()]
+    named = ((f"tensor{index}", shape) for index, shape in enumerate(shapes))
+    return [Tensor(name, _shape(name, shape), dtype) for name, shape in named]
 
 
 def _shape(name: str, shape: Any) -> tuple[int, ...]:
@@ -193,21 +232,26 @@ def _shape(name: str, shape: Any) -> tuple[int, ...]:
     return sizes
 
 
-def _groups(tensors: list[Tensor], values: Hyperparameters, patterns: Sequence[str]) -> Groups:
-    """The parameter groups of the optimizer: what is preconditioned, then what is not."""
+def _groups(roles: Sequence[_Role], values: Hyperparameters, patterns: Sequence[str]) -> Groups:
+    """The parameter groups of the optimizer, and then one of what patterns take out of them."""
+    tensors = [tensor for role in roles for tensor in role.tensors]
     patterns = (patterns,) if isinstance(patterns, str) else patterns
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(tensor.name, pattern) for tensor in tensors):
             raise ValueError(
                 f"Invalid grafted_only={pattern!r}. Must match a name, such as {tensors[0].name!r}."
             )
-    rest: list[Tensor] = []
-    grafted: list[Tensor] = []
-    for tensor in tensors:
-        is_grafted = any(fnmatch.fnmatchcase(tensor.name, pattern) for pattern in patterns)
-        (grafted if is_grafted else rest).append(tensor)
+
+    def is_taken(tensor: Tensor) -> bool:
+        return any(fnmatch.fnmatchcase(tensor.name, pattern) for pattern in patterns)
+
     plain = replace(values, geometry=replace(values.geometry, precondition=False))
-    return [(group, members) for group, members in ((values, rest), (plain, grafted)) if members]
+    groups = [
+        (values if role.is_preconditioned else plain, [t for t in role.tensors if not is_taken(t)])
+        for role in roles
+    ]
+    groups.append((plain, list(filter(is_taken, tensors))))
+    return [(group, members) for group, members in groups if members]
 
 
 def _check_counts(blocks: Sequence[int], **counts: int) -> None:

@@ -7,7 +7,7 @@ there was no choice when it was written, the value is that of then and not the d
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shampoo.blocks.layout import automatic_dim, is_auto
+from shampoo.blocks.layout import AUTOMATIC, automatic_dim, is_auto, take_dim
 from shampoo.hyperparameters import settle
 from shampoo.preconditioner import KINDS
 from shampoo.preconditioner.shampoo import Shampoo
@@ -55,6 +55,10 @@ def complete(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, An
     for name, value in {**defaults, **FORMER_DEFAULTS}.items():
         group.setdefault(name, value)
     settle(group)
+    if AUTOMATIC not in group.get("extra", {}) and is_auto(defaults["max_preconditioner_dim"]):
+        number = automatic_dim(group)
+        if group["max_preconditioner_dim"] == number:  # in all likelihood nobody had named it
+            take_dim(group, number)
     return group
 
 
@@ -74,16 +78,6 @@ def to_be_laid_under(file: Mapping[str, Any], groups: Sequence[dict[str, Any]]) 
                 group[name] = theirs[index].get(name)
             elif not isinstance(group.get(name), (list, tuple)):
                 group[name] = None
-
-
-def is_automatic(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> bool:
-    """Whether nobody has named the ``max_preconditioner_dim`` of a group.
-
-    A group holds a number from the start. It is taken for that of "auto" where the optimizer's
-    default is "auto" and the number is what "auto" gives.
-    """
-    named = group["max_preconditioner_dim"]
-    return is_auto(defaults["max_preconditioner_dim"]) and named == automatic_dim(group)
 
 
 def named_in(file: Mapping[str, Any], groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from shampoo.blocks.entries import as_count, check_value, is_absent
-from shampoo.blocks.layout import AUTO, Geometry
+from shampoo.blocks.layout import AUTO, AUTOMATIC, Geometry, is_automatic
 from shampoo.blocks.ownership import Owners, Team
 from shampoo.blocks.state_keys import (
     foreign,
@@ -38,7 +38,7 @@ from shampoo.errors import (
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.preconditioner.choice import layout_of
 from shampoo.state.fillable import Blank
-from shampoo.state.former import FORMER_DEFAULTS, complete, is_automatic, translate
+from shampoo.state.former import FORMER_DEFAULTS, complete, translate
 from shampoo.step.block_plan import BlockPlan
 from shampoo.step.param_plan import PlannedParam
 from shampoo.step.parameters import parameter_name
@@ -120,7 +120,7 @@ def match(
             *(len(unknown), _first(unknown)),
         )
     if found:
-        check_blocks(groups, defaults, trial, found)
+        check_blocks(groups, trial, found)
         _check_complete(trial, found, process_groups, kept, strict, is_full)
     return found
 
@@ -186,7 +186,6 @@ def check_origin(
 
 def check_blocks(
     groups: Sequence[dict[str, Any]],
-    defaults: Mapping[str, Any],
     saved_groups: Sequence[dict[str, Any]],
     params: Container[Tensor],
 ) -> None:
@@ -194,7 +193,6 @@ def check_blocks(
 
     Args:
         groups: the optimizer's parameter groups.
-        defaults: its defaults.
         saved_groups: as many of the checkpoint; what a :class:`Geometry` has is looked at.
         params: those that have state in the checkpoint.
 
@@ -206,7 +204,7 @@ def check_blocks(
         # What nobody has named comes with the other values.
         if ours.large_dim_method == AUTO:
             ours = replace(ours, large_dim_method=theirs.large_dim_method)
-        if is_automatic(group, defaults):
+        if is_automatic(group):
             ours = replace(ours, max_preconditioner_dim=theirs.max_preconditioner_dim)
         if ours == theirs:
             continue
@@ -226,10 +224,29 @@ def check_blocks(
 
 
 def signed(state_dict: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
-    """The same with the word of who saved it, for the error about what is missing."""
+    """The same with the word of who saved it, for the error about what is missing.
+
+    Without what an optimizer knows of its own numbers, which it does not take from a file.
+    """
     for group in state_dict["param_groups"]:
         group["extra"] = {**group["extra"], "rank": rank, "ranks": ranks}
+        group["extra"].pop(AUTOMATIC, None)
     return state_dict
+
+
+def renumbered(
+    groups: Sequence[Mapping[str, Any]], saved_groups: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Groups of a file, with whether somebody has named the number in those of the optimizer.
+
+    A number under "auto" is the file's now, and the next file's after that.
+    """
+    found = [dict(saved) for saved in saved_groups]
+    for group, saved in zip(groups, found, strict=False):  # torch refuses other lengths
+        if "max_preconditioner_dim" in saved:
+            number = saved["max_preconditioner_dim"] if is_automatic(group) else None
+            saved["extra"] = {**saved.get("extra", {}), AUTOMATIC: number}
+    return found
 
 
 def _check_complete(

@@ -28,7 +28,7 @@ from shampoo.state.fillable import Blank, fillable_state
 from shampoo.state.former import named_in, to_be_laid_under
 from shampoo.state.gathering import Whole, consolidate
 from shampoo.state.inquiry import flattened_file, inquiry
-from shampoo.state.loading import check_origin, foreign_state, match, signed
+from shampoo.state.loading import check_origin, foreign_state, match, renumbered, signed
 from shampoo.step import capture
 from shampoo.step.block_plan import BlockPlan
 from shampoo.step.distributors import Distributors
@@ -375,7 +375,8 @@ class Persistent(Optimizer):
             if inquirer.is_broadcast and not stepping_ranks.is_alone:
                 device = self._all_params()[0].device
                 self._process_groups.consensus(stepping_ranks, device).check(deferred)
-            return {**incoming, "state": foreign_state(incoming)}
+            groups = renumbered(self.param_groups, incoming["param_groups"])
+            return {**incoming, "state": foreign_state(incoming), "param_groups": groups}
 
         # Registered now, so that it sees what the user's own hooks make of the state.
         hook = self.register_load_state_dict_pre_hook(keep_state)

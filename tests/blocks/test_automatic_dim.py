@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +110,19 @@ def fit(model: nn.Module, optimizer: Shampoo, steps: range) -> None:
     optimizer.zero_grad()
 
 
+WAYS_TO_LOAD = ("state_dict", "dcp", "full", "folder")
+
+
 def load(way: str, model: nn.Module, optimizer: Shampoo, folder: Path, **hyper: Any):
-    other_model, other = make(**hyper)
+    made = make(**hyper)
+    hand_over(way, (model, optimizer), made, folder)
+    return made
+
+
+def hand_over(
+    way: str, run: tuple[nn.Module, Shampoo], other_run: tuple[nn.Module, Shampoo], folder: Path
+) -> None:
+    (model, optimizer), (other_model, other) = run, other_run
     other_model.load_state_dict(model.state_dict())
     if way == "state_dict":
         other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -122,11 +135,10 @@ def load(way: str, model: nn.Module, optimizer: Shampoo, folder: Path, **hyper: 
             how = StateDictOptions(flatten_optimizer_state_dict=True)
         state = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=how))
         set_optimizer_state_dict(other_model, other, state, options=how)
-    return other_model, other
 
 
 # In a flattened file torch looks for the blocks that the optimizer has, and finds no others.
-WAYS = [(way, dim) for way in ("state_dict", "dcp", "full", "folder") for dim in (1024, 100)]
+WAYS = [(way, dim) for way in WAYS_TO_LOAD for dim in (1024, 100)]
 
 
 @pytest.mark.parametrize(("way", "trained_with"), [*WAYS, ("flattened", 1024)])
@@ -142,7 +154,7 @@ def test_a_checkpoint_keeps_its_own(way, trained_with, tmp_path):
     assert_same_bits(snapshot(other), snapshot(optimizer))
 
 
-@pytest.mark.parametrize("way", ["state_dict", "dcp", "full", "folder"])
+@pytest.mark.parametrize("way", WAYS_TO_LOAD)
 def test_a_number_that_was_named_is_held_to(way, tmp_path):
     model, optimizer = make(max_preconditioner_dim=100)
     fit(model, optimizer, range(3))
@@ -158,6 +170,83 @@ def test_a_number_that_a_group_names_is_held_to():
     named = Shampoo(groups, precondition=False, large_dim_method="blocking")
     with pytest.raises(shampoo.BlockGridMismatchError, match=f"{NAME}=100, .* uses 512"):
         named.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("way", ["state_dict", "folder"])
+@pytest.mark.parametrize("number", [256, 1024])
+def test_a_group_that_names_the_number_of_auto_is_held_to_it(way, number, tmp_path):
+    model, optimizer = make(max_preconditioner_dim=100)
+    fit(model, optimizer, range(3))
+    other_model, _ = make()
+    groups = [{"params": [other_model.weight], NAME: number}]
+    named = Shampoo(groups, precondition=False, large_dim_method="blocking")
+    checkpoint.save(tmp_path, model, optimizer, step=1)
+    for other in (named, copy.deepcopy(named), pickle.loads(pickle.dumps(named))):
+        other_model.weight = other.param_groups[0]["params"][0]
+        give = {
+            "state_dict": partial(other.load_state_dict, optimizer.state_dict()),
+            "folder": partial(checkpoint.load, tmp_path, other_model, other),
+        }
+        with pytest.raises(shampoo.BlockGridMismatchError, match=f"{NAME}=100, .* uses {number}"):
+            give[way]()
+
+
+def test_a_named_number_stays_named_when_a_file_brings_the_same():
+    model, optimizer = make()
+    fit(model, optimizer, range(3))
+    _, named = make(max_preconditioner_dim=256)
+    named.load_state_dict(optimizer.state_dict())
+    model, shorter = make(max_preconditioner_dim=100)
+    fit(model, shorter, range(1))
+    with pytest.raises(shampoo.BlockGridMismatchError, match=f"{NAME}=100, .* uses 256"):
+        named.load_state_dict(shorter.state_dict())
+
+
+@pytest.mark.parametrize("way", WAYS_TO_LOAD)
+def test_auto_takes_the_number_of_every_file_it_loads(way, tmp_path):
+    """Copies and pickles remember it too; what is written into the group in between is named."""
+    other_model, other = make()
+    for number in (100, 1024, 256, 64):
+        model, optimizer = make(max_preconditioner_dim=number)
+        fit(model, optimizer, range(3))
+        hand_over(way, (model, optimizer), (other_model, other), tmp_path / str(number))
+        assert dim(other) == number
+        assert_same_bits(snapshot(other), snapshot(optimizer))
+        fit(other_model, other, range(1))
+        if way == "state_dict":
+            other_model, other = copy.deepcopy((other_model, other))
+            other_model, other = pickle.loads(pickle.dumps((other_model, other)))
+    other.state.clear()
+    other.param_groups[0][NAME] = 128
+    with pytest.raises(shampoo.BlockGridMismatchError, match=f"{NAME}=64, .* uses 128"):
+        other.load_state_dict(optimizer.state_dict())
+
+
+def test_what_is_loaded_is_left_as_it_is():
+    model, optimizer = make(max_preconditioner_dim=100)
+    fit(model, optimizer, range(3))
+    state = optimizer.state_dict()
+    before = copy.deepcopy(state["param_groups"])
+    _, other = make()
+    other.load_state_dict(state)
+    assert state["param_groups"] == before
+    assert other.state_dict()["param_groups"] == before
+
+
+@pytest.mark.parametrize("number", [256, 100])
+def test_a_pickle_that_does_not_remember_is_judged_by_its_number(number):
+    model, optimizer = make(max_preconditioner_dim=64)
+    fit(model, optimizer, range(3))
+    _, other = make()
+    other.param_groups[0][NAME] = number
+    del other.param_groups[0]["extra"]["automatic_dim"]
+    other = pickle.loads(pickle.dumps(other))
+    if number == 256:
+        other.load_state_dict(optimizer.state_dict())
+        assert dim(other) == 64
+    else:
+        with pytest.raises(shampoo.BlockGridMismatchError, match=f"{NAME}=64, .* uses 100"):
+            other.load_state_dict(optimizer.state_dict())
 
 
 def test_a_plan_is_one_for_an_accelerator():

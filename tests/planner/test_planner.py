@@ -5,12 +5,13 @@ from functools import partial
 
 import pytest
 import torch
+from grouped_models import GPT
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from trajectory import apply, state_tensors
 
-from shampoo import Shampoo, plan
+from shampoo import Shampoo, groups, plan
 from shampoo.blocks.cost import CostModel
 from shampoo.blocks.layout import Geometry
 from shampoo.blocks.ownership import assign_owners
@@ -92,9 +93,13 @@ def test_a_module_is_planned_as_its_trained_parameters():
         model = nn.Sequential(nn.Linear(30, 20), nn.Conv2d(3, 8, 3), nn.Linear(7, 7))
     model.requires_grad_(True)[2].requires_grad_(False)
     model.to(torch.bfloat16)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if name[0] != "2"}
-    expected = plan(shapes, 2, parameter_dtype=torch.bfloat16, max_preconditioner_dim=16)
-    assert plan(model, 2, max_preconditioner_dim=16) == expected
+    roles = [group["params"] for group in groups(model)]  # vectors first
+    shapes = {name: tuple(p.shape) for role in roles for name, p in role if name[0] != "2"}
+    expected = plan(shapes, 1, parameter_dtype=torch.bfloat16, max_preconditioner_dim=16)
+    assert plan(model, 1, max_preconditioner_dim=16) == expected
+    # Groups are divided among ranks one after another, and shapes are of one group.
+    shared, by_shape = (plan(each, 2, max_preconditioner_dim=16) for each in (model, shapes))
+    assert shared.blocks == by_shape.blocks == expected.blocks
     assert expected.tensors == 4
 
 
@@ -108,6 +113,39 @@ def test_grafted_only_is_a_group_without_preconditioning():
     report = plan(shapes, 1, grafted_only=["embed*"], max_preconditioner_dim=4)
     assert report.state_bytes == (bytes_of(optimizer),)
     assert report.factored_blocks == 2 * 2 + 3 * 2
+
+
+@pytest.mark.parametrize("arguments", [{}, {"grafted_only": ["h.0.up*"]}, {"precondition": False}])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_is_planned_in_the_groups_that_the_optimizer_has_of_it(tied, arguments):
+    model = GPT(tied).bfloat16()
+    taken = set(model.h[0].up.parameters()) if "grafted_only" in arguments else set()
+    ours = {"max_preconditioner_dim": 8, "precondition": arguments.get("precondition", True)}
+    roles = groups(model)
+    for role in roles:
+        role["params"] = [each for each in role["params"] if each[1] not in taken]
+        role["precondition"] &= ours["precondition"]
+    if taken:
+        named = [*model.h[0].up.named_parameters()]
+        roles.append({"params": named, "precondition": False})
+    optimizer = Shampoo([role for role in roles if role["params"]], **ours) if taken else None
+    optimizer = optimizer or Shampoo(model, **ours)
+    params = [*model.parameters()]
+    apply(optimizer, params, [torch.randn_like(param) for param in params])
+    report = plan(model, 1, max_preconditioner_dim=8, **arguments)
+    assert report.state_bytes == (bytes_of(optimizer),)
+    keys = [key for param in params for key in optimizer.state[param]]
+    assert report.factored_blocks == sum(key.endswith(".factor0") for key in keys)
+    said = "heads (1, 592 elements), positional (1, 128 elements): by the grafted method alone"
+    if not tied:
+        said = f"embeddings (1, 592 elements), {said}"
+    assert any(note.startswith(said) for note in report.notes)
+    assert said in str(report)
+
+
+def test_a_model_without_roles_has_no_note_of_them():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    assert plan(model, 1).notes == plan([(8, 8), (8, 8), (8,), (8,)], 1).notes == ()
 
 
 @pytest.mark.parametrize("name", ["llama-7b", "vit-l16", "resnet50"])
