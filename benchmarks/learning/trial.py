@@ -1,6 +1,7 @@
 """One run: a task, an optimizer, a rate and a seed, and the curve that comes of them."""
 
 import functools
+import gc
 import hashlib
 import inspect
 import json
@@ -108,6 +109,7 @@ def run(trial: Trial) -> dict[str, Any]:
     evaluations. A run is ``diverged``, and is not waited for, whose loss is not finite, or after a
     third of the steps above that of the untrained model.
     """
+    gc.collect()  # the run before: a scheduler and its optimizer hold each other, and much memory
     training = Training(trial)
     task, model = training.task, training.model
     curve: list[Point] = []
