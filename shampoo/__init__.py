@@ -2,6 +2,8 @@
 
 from shampoo.errors import (
     BlockGridMismatchError,
+    DamagedCheckpointError,
+    FolderInUseError,
     ForeignCheckpointError,
     IncompleteCheckpointError,
     NonFiniteGradientError,
@@ -10,6 +12,7 @@ from shampoo.errors import (
     RootFailureError,
     ShampooDistributedError,
     ShampooError,
+    UnsafeCheckpointError,
 )
 from shampoo.groups import groups
 from shampoo.optimizer import Shampoo
@@ -20,6 +23,8 @@ from shampoo.roots import inverse_root
 __version__ = "0.1.0"
 __all__ = [
     "BlockGridMismatchError",
+    "DamagedCheckpointError",
+    "FolderInUseError",
     "ForeignCheckpointError",
     "IncompleteCheckpointError",
     "NonFiniteGradientError",
@@ -30,6 +35,7 @@ __all__ = [
     "Shampoo",
     "ShampooDistributedError",
     "ShampooError",
+    "UnsafeCheckpointError",
     "groups",
     "inverse_root",
     "plan",

@@ -33,6 +33,18 @@ class ForeignCheckpointError(ShampooError):
     """A checkpoint is another optimizer's."""
 
 
+class DamagedCheckpointError(ShampooError):
+    """A file of a checkpoint is missing, or holds something else than was written."""
+
+
+class UnsafeCheckpointError(ShampooError):
+    """A file of a checkpoint holds what could run code, or reach out of its folder."""
+
+
+class FolderInUseError(ShampooError):
+    """Another job saves its checkpoints in this folder."""
+
+
 class PlanMismatchError(ShampooError):
     """Ranks that train one model would cut, own or move its blocks differently."""
 
