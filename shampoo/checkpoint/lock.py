@@ -40,15 +40,22 @@ class FolderLock:
         self._heartbeat: Heartbeat | None = None
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
         self._descriptor = os.open(self._path, flags, 0o666)
-        self._end = weakref.finalize(self, os.close, self._descriptor)
+        self._close = weakref.finalize(self, os.close, self._descriptor)
         self._file = os.fstat(self._descriptor)
+        try:
+            self._take()
+        except BaseException:
+            self.end()
+            raise
+
+    def _take(self) -> None:
         if not stat.S_ISREG(self._file.st_mode):
             raise OSError(errno.EINVAL, "Invalid lock. Must be a plain file", str(self._path))
         if self._is_locked():
             os.ftruncate(self._descriptor, 0)
             os.write(self._descriptor, json.dumps(this_process()).encode())
         else:
-            self._heartbeat = Heartbeat(folder)
+            self._heartbeat = Heartbeat(self._path.parent)
 
     def _is_locked(self) -> bool:
         """Takes the operating system's lock; False if it has none here."""
@@ -63,6 +70,11 @@ class FolderLock:
                 raise
             raise in_use(self._path.parent, os.read(self._descriptor, MOST)) from None
         return True
+
+    def end(self) -> None:
+        """Gives it back, before another one: to close a file ends all locks that one has on it."""
+        self._heartbeat = None
+        self._close()
 
     def is_held(self) -> bool:
         """Whether this process has it, by the file that is in the folder now."""
@@ -86,6 +98,8 @@ def hold(folder: Path, job: Any) -> None:
     resolved = folder.resolve()
     lock = _locks.get(resolved)
     if lock is None or not lock.is_held():
+        if lock is not None:
+            lock.end()
         lock = _locks[resolved] = FolderLock(resolved)
     _held.setdefault(job, {})[resolved] = lock
 

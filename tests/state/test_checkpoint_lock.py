@@ -69,10 +69,14 @@ def test_it_may_save_when_the_first_has_gone(ranks, tmp_path):
     [(message, other)] = ranks.returns(_save, 1, tmp_path, "stay")
     assert message == ""
     model, optimizer = runs.build("replicated")
-    with pytest.raises(FolderInUseError, match=f"process {other} on "):
+    with pytest.raises(FolderInUseError, match=f"process {other} on ") as caught:
         checkpoint.save(tmp_path, model, optimizer, step=3)
     ranks.returns(_end, 1)
     checkpoint.save(tmp_path, model, optimizer, step=3)
+    del caught  # and what it holds of the attempt
+    gc.collect()
+    [(message, _)] = ranks.returns(_save, 1, tmp_path)
+    assert "is in use" in message
 
 
 def test_it_may_save_when_the_first_was_killed(ranks, run, tmp_path):
