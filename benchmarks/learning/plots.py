@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from statistics import median
 
 import matplotlib
 
@@ -10,7 +11,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks.learning import studies
-from benchmarks.learning.measures import median_loss, median_reached
+from benchmarks.learning.measures import median_loss, median_reached, reached
 from benchmarks.learning.optimizers import ROWS
 from benchmarks.learning.protocol import Search
 from benchmarks.learning.race import fresh_runs
@@ -26,6 +27,7 @@ COLORS = {
     "kl_shampoo": "#b279a2",
 }
 DPI = 80
+TALLEST = 1.2  # of bars, which are cut there and say how high they are
 
 
 def _tasks(records: Records) -> list[str]:
@@ -61,6 +63,7 @@ def curves(records: Records, over: str, path: Path) -> None:
         lowest, highest = float("inf"), 0.0
         for name in studies.MAIN:
             runs = fresh_runs(task, name, records)
+            early: list[float] = []
             for index, run in enumerate(runs):
                 places = [p[0] if over == "steps" else p[4] for p in run["curve"]]
                 losses = [math.nan if p[1] is None else p[1] for p in run["curve"]]
@@ -74,7 +77,9 @@ def curves(records: Records, over: str, path: Path) -> None:
                 )
                 if name != "sgd" and not run["diverged"]:
                     lowest = min([lowest, *losses])
-                    highest = max(highest, losses[len(losses) // 8])
+                    early.append(losses[len(losses) // 6])
+            if early:  # a few seeds that begin badly must not press all others together
+                highest = max(highest, median(early))
         adamw = median_loss(fresh_runs(task, "adamw", records))
         axis.axhline(adamw, color="black", linestyle=":", linewidth=0.8)
         margin = 0.05 * (highest - lowest)
@@ -137,15 +142,22 @@ def steps_to_target(records: Records, path: Path) -> None:
                 width = 0.8 / len(names)
                 x = place + width * (offset - len(names) / 2 + 0.5)
                 if hit is not None:
-                    axis.bar(x, hit[what] / whole, 0.9 * width, color=COLORS[name])
+                    part = hit[what] / whole
+                    axis.bar(x, min(part, TALLEST), 0.9 * width, color=COLORS[name])
+                    if part > TALLEST:
+                        axis.text(x, TALLEST, f"{part:.1f}", ha="center", va="bottom")
+                    hits = [reached(run, median_loss(base)) for run in runs]
+                    seeds = [each[what] / whole for each in hits if each is not None]
+                    axis.plot([x] * len(seeds), seeds, ".", color="black", markersize=3)
                 else:
                     axis.text(x, 0.02, "never", rotation=90, ha="center", fontsize="x-small")
         axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_ylim(0, TALLEST + 0.15)
         axis.set_ylabel(f"{title} to AdamW's final loss,\nas part of AdamW's")
     axes[1].set_xticks(range(len(tasks)), tasks, rotation=20)
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[name]) for name in names]
-    axes[0].set_ylim(0, 1.2)
-    axes[0].legend(handles, [ROWS[name].title for name in names], ncols=len(names))
+    titles = [ROWS[name].title for name in names]
+    figure.legend(handles, titles, ncols=len(names), loc="outside upper center")
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
 
