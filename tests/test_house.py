@@ -20,7 +20,7 @@ IMPORTS = {
     "kernels": "",
     "ops": "kernels",
     "roots": "errors kernels ops",
-    "blocks": "errors",
+    "blocks": "errors ops",
     "grafting": "ops",
     "hyperparameters": "errors ops roots blocks grafting",
     "scalars": "ops blocks grafting hyperparameters",

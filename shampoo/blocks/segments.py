@@ -16,6 +16,7 @@ from torch import Tensor
 from shampoo.blocks.rows import Copies, Rows, put, take
 from shampoo.blocks.stacks import Arena, BlockStack, FactorStack, Placement
 from shampoo.blocks.statistics import Mode, Readiness, Statistics
+from shampoo.ops.transit import is_near
 
 # Elements of a segment. On a CPU the gradient, its direction and the moments of a segment should
 # stay in the last level cache between the passes over them; on a GPU launches should be few.
@@ -49,18 +50,14 @@ class Part:
         self.blocks = self.statistics.blocks
 
     def is_ready(self) -> bool:
-        """Whether every mode of every active block is ready.
+        """Whether every mode of every active block is known to be ready.
 
-        A step never takes that back, so the answer yes is final: a GPU is asked at the first
-        refresh, and at ordinary steps only while some block is still to be refreshed; it is never
-        asked for a part whose blocks change from step to step.
+        A GPU is asked only while some block is still to be refreshed; it is never asked for a part
+        whose blocks change from step to step.
         """
-        if self.readiness.is_known:
-            return True
-        if self.is_whole:
-            self.readiness.is_known = all(bool(flags.all()) for flags in self.flags)
-            return self.readiness.is_known
-        is_here = self.grad.device.type == "cpu"
+        if self.is_whole or self.readiness.is_known:
+            return self.readiness.ask(self.flags)
+        is_here = is_near(self.grad.device)
         return is_here and all(bool(take(flags, self.rows).all()) for flags in self.flags)
 
     def of(self, flat: Tensor) -> Tensor:
@@ -481,11 +478,15 @@ def _segment(
         moments,
         parts,
         BlockIndex(
-            torch.tensor(param_index, dtype=torch.int64, device=arena.device),
-            torch.tensor(places, dtype=torch.int64, device=arena.device),
-            torch.tensor(block_members, dtype=torch.int64, device="cpu"),
+            _table(param_index).to(arena.device, non_blocking=True),
+            _table(places).to(arena.device, non_blocking=True),
+            _table(block_members),
         ),
     )
+
+
+def _table(numbers: Sequence[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 def _by_stack(

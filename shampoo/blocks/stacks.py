@@ -266,7 +266,7 @@ class Arena:
         self.steps = torch.zeros(len(self.members), dtype=torch.int64, device="cpu")
         counts = torch.tensor([*self.first.values(), self.blocks], device="cpu").diff()
         self.block_members = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
-        self.block_members = self.block_members.to(self.device)
+        self.block_members = self.block_members.to(self.device, non_blocking=True)
         if self.is_capturable:
             self.taken = torch.zeros_like(self.steps, device=self.device)
         for factors in self.factor_stacks:

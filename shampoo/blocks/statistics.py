@@ -1,20 +1,44 @@
 """What a kind of preconditioner has of some blocks of one shape: its own state, mode by mode."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from shampoo.blocks.declared import NONE
 from shampoo.blocks.rows import Copies
 from shampoo.blocks.stacks import FactorStack
+from shampoo.ops.transit import Letter, is_near
 
 
 @dataclass
 class Readiness:
-    """What is known of some blocks for good: that all of their modes have been refreshed."""
+    """What is known of some blocks for good: that all of their modes have been refreshed.
+
+    A step never takes that back, so the answer yes is final. When the host hears it changes no
+    number: until then directions are masked where no mask is needed.
+    """
 
     is_known: bool = False
+    asked: Letter | None = None  # the answer to the last question, on its way
+
+    def ask(self, flags: Sequence[Tensor]) -> bool:
+        """Whether all modes are ready, as far as the host knows: it waits for no device.
+
+        Args:
+            flags: of every mode that is refreshed, [B] bool.
+        """
+        if self.is_known:
+            return True
+        if all(is_near(each.device) for each in flags):
+            self.is_known = all(bool(each.all()) for each in flags)
+            return self.is_known
+        if self.asked is not None and self.asked.has_arrived():
+            self.is_known, self.asked = bool(self.asked.read()), None
+        if not self.is_known and self.asked is None:
+            self.asked = Letter(torch.stack([each.all() for each in flags]).all())
+        return self.is_known
 
 
 @dataclass(frozen=True)

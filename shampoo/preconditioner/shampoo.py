@@ -17,7 +17,7 @@ from shampoo.ops import Number
 from shampoo.preconditioner import diagonal_factor
 from shampoo.preconditioner.base import Preconditioner, of_blocks
 from shampoo.roots.methods import check_method
-from shampoo.roots.refresh import PendingFlags, is_root, refresh_roots_, refresh_roots_on_device_
+from shampoo.roots.refresh import PendingFlags, is_root, refresh_roots_
 from shampoo.scalars import Scalars
 
 _FACTOR_NUMBERS = 3  # that move for each entry: factor read and written, root read
@@ -83,11 +83,12 @@ class Shampoo(Preconditioner):
             "method": hyper.root_method,
         }
         matrices = state["root"], state["factor"], state[FAILURES], rows.ready
-        if scalars.accepted is not None:
-            refresh_roots_on_device_(*matrices, scalars.accepted, **how)
-            return
         assert isinstance(stack.memory, PendingFlags)
-        refresh_roots_(*matrices, **how, pending=stack.memory, where=rows.where)
+        # What a graph replays, the host does not follow: it hears of no flags, and repairs nothing.
+        pending = None if hyper.geometry.capturable else stack.memory
+        refresh_roots_(
+            *matrices, **how, accepted=scalars.accepted, pending=pending, where=rows.where
+        )
 
     def apply(
         self,

@@ -2,8 +2,10 @@
 
 A factor whose root does not pass keeps its previous root, is retried with ten times the ridge, then
 with a float64 eigendecomposition. On the CPU all of this happens within one refresh. On a GPU the
-host must not wait for the probe: flags travel to it while training goes on, and the next refresh
-repairs what they name. A refresh that a graph replays has no host: there the previous root stays.
+device decides which roots are kept, and the host does not wait to hear of it: flags travel to it
+while training goes on, and the next refresh repairs what they name. A refresh that a graph replays
+has no host: there the previous root stays. Nor does the host know whether the step is taken at all:
+in one that is not, nothing changes.
 """
 
 from __future__ import annotations
@@ -12,16 +14,16 @@ import logging
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from shampoo.ops import Number
 from shampoo.ops.precision import full_precision
+from shampoo.ops.transit import Letter, is_near
 from shampoo.roots.root_check import passes_root_check
 from shampoo.roots.solver import chunks, solve_
 
 logger = logging.getLogger(__name__)
 
-_PASSED, _REPAIRED, _FAILED = 0, 1, 2  # outcome of a matrix in one refresh
+_PASSED, _REPAIRED, _FAILED, _LEFT = range(4)  # outcome of a matrix in one refresh
 _EIGH = 2  # the last rung; rung 1 is the larger ridge
 _RIDGE_GROWTH = 10.0
 
@@ -38,30 +40,25 @@ class PendingFlags:
 
     def __init__(self, count: int) -> None:
         self._rung = torch.zeros(count, dtype=torch.int64, device="cpu")
-        self._sent: list[tuple[Where, Tensor, torch.cuda.Event | None]] = []
+        self._sent: list[tuple[Where, Letter]] = []
 
     def send(self, where: Where, outcome: Tensor) -> None:
-        """Starts the copy of the outcomes of some rows, [R] uint8, without waiting for them."""
-        if outcome.device.type != "cuda" or isinstance(outcome, FakeTensor):
-            self._sent.append((where, outcome.to("cpu", copy=True), None))
-            return
-        copy = torch.empty(outcome.shape, dtype=outcome.dtype, device="cpu", pin_memory=True)
-        copy.copy_(outcome, non_blocking=True)
-        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrived.record()
-        self._sent.append((where, copy, arrived))
+        """Sends the outcomes of some rows, [R] uint8, to the host."""
+        self._sent.append((where, Letter(outcome)))
 
     def receive(self, where: Where) -> Tensor:
         """The rung on which each of some rows must be retried, [R] on the host."""
-        waiting: list[tuple[Where, Tensor, torch.cuda.Event | None]] = []
-        for rows, outcome, arrived in self._sent:
-            if arrived is not None and not arrived.query():  # type: ignore[no-untyped-call]
-                waiting.append((rows, outcome, arrived))
+        waiting: list[tuple[Where, Letter]] = []
+        for rows, letter in self._sent:
+            if not letter.has_arrived():
+                waiting.append((rows, letter))
                 continue
+            outcome = letter.read()
             _warn(int((outcome == _FAILED).sum()), len(outcome))
             rung = self._rung[rows]
             climbed = (rung + (outcome == _FAILED).long()).clamp(min=1, max=_EIGH)
-            self._rung[rows] = torch.where(outcome == _PASSED, 0, climbed)
+            heard = torch.where(outcome == _PASSED, 0, climbed)
+            self._rung[rows] = torch.where(outcome == _LEFT, rung, heard)
         self._sent = waiting
         return self._rung[where]
 
@@ -86,6 +83,7 @@ def refresh_roots_(
     eps: float,
     relative_eps: float,
     method: str,
+    accepted: Tensor | None = None,
     pending: PendingFlags | None = None,
     where: Where = slice(None),
 ) -> None:
@@ -103,18 +101,23 @@ def refresh_roots_(
         eps: Absolute ridge.
         relative_eps: Relative ridge.
         method: As in ``inverse_root``.
-        pending: On a GPU, the object that remembers this stack's flags between refreshes; without
-            one a failing matrix is not retried there. Not used on the CPU.
+        accepted: 0-d bool: if False, nothing changes; None where the host knows that it is True.
+        pending: What remembers this stack's flags between refreshes, where the host does not look
+            at them; without one a failing matrix is not retried there.
         where: Which rows of that stack these are.
     """
     if factor.numel() == 0:
         return
-    count, on_cpu = len(factor), factor.device.type == "cpu"
+    # Who may not read whether the step is taken reads nothing else of it.
+    count, reads = len(factor), accepted is None and is_near(factor.device)
     outcome = torch.empty(count, dtype=torch.uint8, device=factor.device)
     for rows in chunks(factor):
         how = p, _of(correction, rows), eps, relative_eps, method
-        ok = _attempt(root[rows], factor[rows], *how, reads=on_cpu)
-        outcome[rows] = torch.where(ok, _PASSED, _FAILED).to(torch.uint8)
+        ok = _attempt(root[rows], factor[rows], *how, reads=reads, accepted=accepted)
+        verdict = torch.where(ok, _PASSED, _FAILED)
+        if accepted is not None:
+            verdict = torch.where(accepted, verdict, _LEFT)
+        outcome[rows] = verdict.to(torch.uint8)
 
     def retry(which: Tensor, rung: int) -> None:
         """Rows that failed: ``which`` is a list of indices on the device of the stack."""
@@ -125,12 +128,12 @@ def refresh_roots_(
             candidate = root[part]
             ridges = eps * growth, relative_eps * growth
             how = p, _of(correction, part), *ridges, solver
-            ok = _attempt(candidate, factor[part], *how, reads=on_cpu)
+            ok = _attempt(candidate, factor[part], *how, reads=reads)
             ok &= outcome[part] == _FAILED
             root[part] = torch.where(ok[:, None, None], candidate, root[part])
             outcome[part] = torch.where(ok, _REPAIRED, outcome[part])
 
-    if on_cpu:
+    if reads:
         for rung in range(1, _EIGH + 1):
             failed = (outcome == _FAILED).nonzero()[:, 0]
             if len(failed) == 0:
@@ -142,42 +145,11 @@ def refresh_roots_(
         for rung in range(1, _EIGH + 1):
             flagged = (rungs == rung).nonzero()[:, 0]
             if len(flagged) > 0:
-                retry(flagged.to(factor.device), rung)
+                retry(flagged.to(factor.device, non_blocking=True), rung)
         pending.send(where, outcome)
 
-    failed = outcome == _FAILED
-    failures.copy_(torch.where(failed, failures + 1, 0))
-    ready.copy_(is_root(root))
-
-
-@torch.no_grad()
-def refresh_roots_on_device_(
-    root: Tensor,
-    factor: Tensor,
-    failures: Tensor,
-    ready: Tensor,
-    accepted: Tensor,
-    *,
-    p: float,
-    correction: Number,
-    eps: float,
-    relative_eps: float,
-    method: str,
-) -> None:
-    """:func:`refresh_roots_` that reads nothing on the host, and so can be replayed from a graph.
-
-    Args:
-        accepted: 0-d bool: if False, nothing changes.
-
-    The others are those of :func:`refresh_roots_`. ``method`` is none that waits for the device.
-    """
-    for rows in chunks(factor):
-        candidate = root[rows].clone()
-        how = p, _of(correction, rows), eps, relative_eps, method
-        ok = _attempt(candidate, factor[rows], *how, reads=False)
-        root[rows] = torch.where(accepted, candidate, root[rows])
-        failed = torch.where(ok, 0, failures[rows] + 1)
-        failures[rows] = torch.where(accepted, failed, failures[rows])
+    counted = torch.where(outcome == _FAILED, failures + 1, 0)
+    failures.copy_(counted if accepted is None else torch.where(accepted, counted, failures))
     ready.copy_(is_root(root))
 
 
@@ -195,8 +167,9 @@ def _attempt(
     relative_eps: float,
     method: str,
     reads: bool,
+    accepted: Tensor | None = None,
 ) -> Tensor:
-    """Solves a chunk and writes the roots that pass the probe; which, [B] bool."""
+    """Solves a chunk; which roots pass the probe, [B] bool. They are written, if ``accepted``."""
     if isinstance(correction, Tensor):
         factor = factor / correction.to(factor.dtype).view(-1, 1, 1)
     elif correction != 1.0:
@@ -209,7 +182,8 @@ def _attempt(
     if reads and ok.all():  # a plain copy is several times as fast
         root.copy_(candidate)
     else:
-        root.copy_(torch.where(ok[:, None, None], candidate, root))
+        kept = ok if accepted is None else ok & accepted
+        root.copy_(torch.where(kept[:, None, None], candidate, root))
     return ok
 
 

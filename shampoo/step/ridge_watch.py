@@ -16,6 +16,7 @@ from torch import Tensor
 from shampoo.blocks.segments import FactorRows
 from shampoo.blocks.stacks import Arena
 from shampoo.hyperparameters import Hyperparameters
+from shampoo.ops.transit import Letter, is_near
 from shampoo.roots.solver import chunks
 from shampoo.scalars import Scalars
 from shampoo.step.directions import factor_correction
@@ -30,14 +31,13 @@ _SHARE = 1e-2
 
 @dataclass
 class _Look:
-    """The smallest norms found in one refresh, perhaps still on their way from the device."""
+    """The smallest norms found in one refresh."""
 
     arena: Arena
     due: Sequence[FactorRows]
     eps: float
     share: float
-    smallest: Tensor  # [2, due] float64 on the host: norm, which of the rows
-    arrived: torch.cuda.Event | None
+    smallest: Letter  # [2, due] float64: norm, which of the rows
 
 
 class RidgeWatch:
@@ -69,31 +69,25 @@ class RidgeWatch:
             due: these factors, all of one arena.
             members: the parameters of the plan, for their names.
         """
-        if self._has_warned or scalars.accepted is not None:
+        if self._has_warned or hyper.geometry.capturable:
             return
         share = max(_SHARE, hyper.relative_eps)
-        if arena.device.type == "cpu":  # where the host may look first, and passes cost most
+        if is_near(arena.device):  # where the host may look first, and passes cost most
             due = [f for f in due if _may_be_outweighed(f, scalars, hyper.eps / share)]
             if not due:
                 return
         self._read(members)
         smallest = torch.stack([_smallest(factors, scalars) for factors in due], dim=1)
-        arrived = None
-        if smallest.is_cuda:
-            sent = torch.empty_like(smallest, device="cpu", pin_memory=True)
-            smallest = sent.copy_(smallest, non_blocking=True)
-            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            arrived.record()
-        self._looks[id(arena)] = _Look(arena, due, hyper.eps, share, smallest, arrived)
+        self._looks[id(arena)] = _Look(arena, due, hyper.eps, share, Letter(smallest))
         self._read(members)
 
     def _read(self, members: Sequence[PlannedParam]) -> None:
         """Judges what has arrived."""
         for key, look in list(self._looks.items()):
-            if look.arrived is not None and not look.arrived.query():  # type: ignore[no-untyped-call]
+            if not look.smallest.has_arrived():
                 continue
             del self._looks[key]
-            norms, rows = look.smallest.tolist()
+            norms, rows = look.smallest.read().tolist()
             for factors, norm, row in zip(look.due, norms, rows, strict=True):
                 if look.eps > look.share * norm and not self._has_warned:
                     self._warn(look, factors, norm, int(row), members)
@@ -137,7 +131,8 @@ def _may_be_outweighed(factors: FactorRows, scalars: Scalars, bound: float) -> b
 def _smallest(factors: FactorRows, scalars: Scalars) -> Tensor:
     """The smallest Frobenius norm that is not zero, and which of the rows it is, [2] float64.
 
-    Zero is a factor that has seen nothing, such as that of a layer without a gradient so far.
+    Zero is a factor that has seen nothing, such as that of a layer without a gradient so far. In a
+    step that is not taken no factor has moved, and none is looked at: the norm is Inf.
     """
     stack = factors.take(factors.stack.statistic)
     # In float64: the squares of what is compared with eps leave the range of float32.
@@ -148,5 +143,6 @@ def _smallest(factors: FactorRows, scalars: Scalars) -> Tensor:
         ]
     )
     norms = norms / factor_correction(factors, scalars)
-    smallest, row = torch.where(norms > 0, norms, math.inf).min(dim=0)
+    is_seen = norms > 0 if scalars.accepted is None else (norms > 0) & scalars.accepted
+    smallest, row = torch.where(is_seen, norms, math.inf).min(dim=0)
     return torch.stack((smallest, row.double()))

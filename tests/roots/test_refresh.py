@@ -227,6 +227,27 @@ def test_flags_of_some_rows_leave_the_others() -> None:
     assert pending.receive(torch.tensor([2, 3])).tolist() == [2, 0]
 
 
+def test_where_the_host_does_not_look_the_next_refresh_repairs() -> None:
+    """As on a GPU, in steps that only the device knows to be taken; one that is not is no step."""
+    A = stack(4, 48)
+    spectrum = torch.logspace(0, -6, 48)
+    norm = float((spectrum.double() ** 4).sum() ** 0.25)
+    spectrum[-1] = -10e-6 * norm
+    A[2] = spd(spectrum)
+    kept = root, failures, ready = state(A)
+    pending = PendingFlags(4)
+    for is_accepted, has_roots, is_repaired, count in [
+        (False, False, False, 0), (True, True, False, 1), (False, True, False, 1),
+        (True, True, True, 0), (True, True, True, 0),
+    ]:  # fmt: skip
+        before = [each.clone() for each in kept]
+        accepted = torch.tensor(is_accepted)
+        refresh_roots_(root, A, failures, ready, **OPTIONS, accepted=accepted, pending=pending)
+        assert failures.tolist() == [0, 0, count, 0]
+        assert ready.tolist() == [has_roots, has_roots, is_repaired, has_roots]
+        assert is_accepted or all(map(torch.equal, kept, before))
+
+
 def test_refresh_of_nothing() -> None:
     empty = torch.empty(0, 4, 4)
     refresh_roots_(empty, empty, *state(empty)[1:], **OPTIONS)
