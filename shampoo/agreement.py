@@ -27,7 +27,8 @@ class Agreeing(Persistent):
         """A step that all ranks that must step alike can take, ready to be taken."""
         capture.check_health(self)
         self._consolidated = None
-        before = dict(self.state), self._plan, self._on_device
+        self._settle_late()  # what is due, and the numbers of this step, depend on the one before
+        before = dict(self.state), self._plan, self._on_device, self._late
         self._taken = None
         try:
             preflight = self._agree(params)
@@ -49,6 +50,7 @@ class Agreeing(Persistent):
             preflight.accepted,
             self._distributors,
             self._on_device,
+            None if self._late is None else self._late.gate,
             consensus,
             self._ridges,
         )
@@ -99,7 +101,7 @@ class Agreeing(Persistent):
             grads = [None if grad is None else local_tensor(grad) for grad in grads]
         key, is_prepared = self._distributors_key(plan, hyper)
         inputs = StepInputs(params, grads, present, hyper)
-        preflight = look(plan, inputs, key, is_prepared, self._on_device)
+        preflight = look(plan, inputs, key, is_prepared, self._on_device, self._late)
         if not ranks.is_alone:
             preflight.add_items(groups.terms())
             period = groups.check_replicas_every

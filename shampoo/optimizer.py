@@ -131,13 +131,16 @@ class Shampoo(Agreeing):
         root_method: ``"eigh"``, ``"coupled_newton"``, ``"minimax"``, or ``"auto"`` for what
             measures fastest on the device and is accurate enough: ``"minimax"`` for float32 (on a
             CPU up to 639 a side), whose roots are off by 3e-6 to 3e-3 relative, measured against
-            eigenvalues (:func:`shampoo.inverse_root`), else ``"eigh"``, which is right to 1e-5.
+            eigenvalues (:func:`shampoo.inverse_root`), else ``"eigh"``, which is right to 1e-5 and,
+            on a GPU, waits for the device in every refresh.
         preconditioner_dtype: float32 or float64, of all statistics whatever the parameters are.
         nonfinite: what a NaN or Inf in a gradient does, or a value too large to square, from
             2.2e15 divided by the root of its number of elements on in float32 (7e145 in float64):
             ``"skip"`` leaves everything as it was and counts the step in ``skipped_steps``,
             ``"raise"`` raises. With ``decoupled_weight_decay=False`` the weights that join the
-            gradient count with it.
+            gradient count with it. On a GPU, ``"skip"`` is decided there and the host hears of it
+            in the next step, which warns of it; until then ``step`` in the state counts it, but not
+            in what is saved. With ``"raise"``, every step waits for the device.
         max_root_failures: how many refreshes in a row may leave a factor without a valid root
             before a step raises, on all ranks; None, the default, never does, and lets it keep its
             previous root. On a GPU, every step then waits for the counts.
@@ -154,10 +157,11 @@ class Shampoo(Agreeing):
         fused: True raises if the compiled kernels, so far those for a CPU, cannot be built; None
             and False take what there is.
         capturable: let CUDA graphs replay the step, with a refresh or without, as
-            :class:`shampoo.Replay` does. Nothing waits for the device: steps are counted and
-            skipped on it, ``lr`` and ``betas`` may be tensors there, unchecked, and a root that
-            fails its test is not retried. Needs ``nonfinite="skip"``, a ``root_method`` other than
-            ``"eigh"`` (``"auto"`` is ``"minimax"``), and all blocks on this rank.
+            :class:`shampoo.Replay` does. The host hears of no step: they are counted and skipped on
+            the device, while refreshes follow the calls; ``lr`` and ``betas`` may be tensors there,
+            unchecked, and a root that fails its test is not retried. Needs ``nonfinite="skip"``, a
+            ``root_method`` other than ``"eigh"`` (``"auto"`` is ``"minimax"``), and all blocks on
+            this rank.
         differentiable: not supported, must be False.
         process_group: the ranks that hold replicas of plain parameters, None for the default
             group. Parameters that are DTensors bring the ranks of their mesh. Belongs to the run,
@@ -390,6 +394,7 @@ class Shampoo(Agreeing):
         All None for an ordinary step. The schedule follows the steps that were asked for; the host
         does not know which of them ``capturable=True`` has skipped.
         """
+        self._settle_late()
         values = self._reader.read(self.param_groups)
         plan = self._current_plan()
         plan.assign_phases(self.param_groups, values)

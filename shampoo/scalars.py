@@ -1,9 +1,9 @@
-"""The numbers of one step of one arena, on the host or, for a step that a graph replays, not."""
+"""The numbers of one step of one arena: on the host, or where only the device knows them."""
 
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -154,3 +154,60 @@ class Scalars(NamedTuple):
     def gate(self, values: Tensor) -> Tensor:
         """``values`` if the step is accepted, zeros if not."""
         return values if self.accepted is None else torch.where(self.accepted, values, 0.0)
+
+
+# What moves something that stays, and what it becomes in a step that is not taken: the gradient is
+# zero, averages keep what they have, weights stay. Bias corrections may be what they are.
+_NEUTRAL = {
+    "sign": 0.0,
+    "coupled_decay": 0.0,
+    "decay": 0.0,
+    "lr": 0.0,
+    "momentum": 1.0,
+    "beta1": 1.0,
+    "beta2": 1.0,
+    "factor_weight": 0.0,
+}
+_NEUTRAL_MOMENT = {"beta": 1.0, "weight": 0.0}
+
+
+class Gate:
+    """Turns the numbers of a step into those of one that is taken only if a device says so.
+
+    A step that is not taken is computed all the same, and changes nothing.
+
+    Args:
+        device: of the parameters.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        neutral = [*_NEUTRAL.values(), *_NEUTRAL_MOMENT.values()]
+        on_host = torch.tensor(neutral, dtype=torch.float64, device="cpu")
+        self._neutral = on_host.to(device, non_blocking=True)
+        self._zero = torch.zeros((), dtype=torch.float64, device=device)
+
+    def apply(self, plain: Sequence[Scalars], accepted: Tensor) -> list[Scalars]:
+        """The numbers that move something, as 0-d float64 tensors on the device.
+
+        Args:
+            plain: of all arenas that move, on the host; a number may be such a tensor already.
+            accepted: 0-d bool, whether the step is taken.
+        """
+        numbers: list[Number] = []
+        for each in plain:
+            numbers += [getattr(each, name) for name in _NEUTRAL]
+            numbers += [getattr(each.moment, name) for name in _NEUTRAL_MOMENT]
+        # Those of the host go into the arguments of a launch: a copy could not be captured.
+        host = [float(number) for number in numbers if not isinstance(number, Tensor)]
+        moved_in = iter(torch._foreach_add([self._zero] * len(host), host) if host else ())
+        tensors = [n if isinstance(n, Tensor) else next(moved_in) for n in numbers]
+        table = torch.stack(tensors).view(len(plain), -1)
+        rows = torch.where(accepted, table, self._neutral).unbind()
+        return [_gated(*pair, accepted) for pair in zip(plain, rows, strict=True)]
+
+
+def _gated(plain: Scalars, row: Tensor, accepted: Tensor) -> Scalars:
+    numbers = row.unbind()
+    moved: dict[str, Any] = dict(zip(_NEUTRAL, numbers, strict=False))
+    moment: dict[str, Any] = dict(zip(_NEUTRAL_MOMENT, numbers[len(_NEUTRAL) :], strict=True))
+    return plain._replace(**moved, moment=plain.moment._replace(**moment), accepted=accepted)

@@ -66,7 +66,7 @@ class KLShampoo(Shampoo):
         That of a diagonal mode is the root of its factor, and so there from the first step on.
         """
         # c2 = 1 - beta2^t, of the step before: 1 - beta2^(t - 1). It stays 1 where it is 1.
-        before = 1.0 - (1.0 - scalars.correction2) / scalars.beta2
+        before = 1.0 - (1.0 - scalars.correction2) / hyper.beta2
         roots = self.roots(statistics, hyper, before)
         is_early = of_blocks(scalars.step, statistics) <= whitens_after(hyper)  # or [B]
         for k, (mode, root) in enumerate(zip(statistics.modes, roots, strict=True)):

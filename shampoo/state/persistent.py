@@ -35,6 +35,7 @@ from shampoo.step.distributors import Distributors
 from shampoo.step.group_reader import GroupReader
 from shampoo.step.parameters import check_distinct
 from shampoo.step.ridge_watch import RidgeWatch
+from shampoo.step.verdict import LateVerdicts
 from shampoo.step.versions import mark_replayed
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class Persistent(Optimizer):
     _kinds: dict[Tensor, str] | None = None  # that its state was made by
     _distributors: Distributors | None = None  # buffers of the plan
     _on_device: capture.DeviceState | None = None  # of the plan, if it is capturable
+    _late: LateVerdicts | None = None  # of the plan, if the host would wait for its device
     _incoming: dict[Tensor, dict[str, Any]] | None = None
     _damage: str = ""  # why this rank cannot go on until it has loaded a checkpoint
     _consolidated: Whole | None = None  # empty where another rank has got it
@@ -109,6 +111,8 @@ class Persistent(Optimizer):
             _check_kinds(plan, made_by, before)
             is_counted = is_capturable and bool(plan.arenas)
             self._on_device = capture.DeviceState(plan) if is_counted else None
+            is_late = not is_capturable and LateVerdicts.suit(plan)
+            self._late = LateVerdicts(plan) if is_late else None
         except (BlockGridMismatchError, ValueError):
             self.state.clear()  # of what the plan has put in place of the entries before
             self.state.update(before)
@@ -143,7 +147,11 @@ class Persistent(Optimizer):
         return RidgeWatch()
 
     def _take_back(
-        self, state: dict[Any, Any], plan: BlockPlan | None, on_device: capture.DeviceState | None
+        self,
+        state: dict[Any, Any],
+        plan: BlockPlan | None,
+        on_device: capture.DeviceState | None,
+        late: LateVerdicts | None,
     ) -> None:
         """Undoes what a step that is refused has made of the state: its plan, its views.
 
@@ -151,11 +159,12 @@ class Persistent(Optimizer):
             state: what stood in ``state`` before.
             plan: the one before.
             on_device: what counted its steps.
+            late: what decided on them.
         """
         if self._plan is not plan:
             self.state.clear()
             self.state.update(state)
-            self._plan, self._on_device = plan, on_device
+            self._plan, self._on_device, self._late = plan, on_device, late
             self._distributors = None
         elif self._taken is not None:
             self._taken.undo(self.state)
@@ -174,7 +183,7 @@ class Persistent(Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """Steps skipped because a gradient was not finite. Waits for a device that counts them."""
+        """Steps skipped because a gradient was not finite. Waits for a device that decides it."""
         self._settle_skipped()
         return max(int(group["extra"]["skipped_steps"]) for group in self.param_groups)
 
@@ -204,8 +213,14 @@ class Persistent(Optimizer):
         plan.count_replayed(plan.present if present is None else present)
         mark_replayed(plan.planned)
 
+    def _settle_late(self) -> None:
+        """Hears what has become of the last step, where a device has decided it."""
+        if self._late is not None and (complaint := self._late.settle()):
+            self._count_skipped(complaint)
+
     def _settle_skipped(self) -> None:
         """Adds what the device has counted since to ``extra``."""
+        self._settle_late()
         if self._on_device is not None:
             skipped = int(self._on_device.skipped)
             self._on_device.skipped.zero_()
@@ -231,9 +246,9 @@ class Persistent(Optimizer):
         """The state of the blocks that this rank owns, or of all after a consolidation.
 
         Saved and loaded by every rank, by ``torch.distributed.checkpoint``, or by one rank after
-        :meth:`consolidate_state_dict`. Does not communicate, but waits for a device that counts
-        the steps. Where ``get_state_dict`` of torch calls it for a ``full_state_dict``, it is the
-        state of all blocks, which all ranks must ask for together.
+        :meth:`consolidate_state_dict`. Does not communicate, but waits for a device that decides
+        which steps are taken. Where ``get_state_dict`` of torch calls it for a ``full_state_dict``,
+        it is the state of all blocks, which all ranks must ask for together.
         """
         self._settle_skipped()
         stepping_ranks = self._process_groups.stepping_ranks(self._all_params())
@@ -400,7 +415,7 @@ class Persistent(Optimizer):
         # A checkpoint that is loaded has been looked at, and brings its kinds.
         self._kinds = self._made_by() if self._incoming is None else None
         self._kept = self._owners()
-        self._plan = self._distributors = self._on_device = self._consolidated = None
+        self._plan = self._distributors = self._on_device = self._late = self._consolidated = None
         self._damage = ""
         if self._incoming is not None:
             for param, entries in self._incoming.items():

@@ -18,7 +18,7 @@ from shampoo.hyperparameters import Hyperparameters
 from shampoo.ops.precision import full_precision
 from shampoo.preconditioner import KINDS
 from shampoo.preconditioner.base import Preconditioner
-from shampoo.scalars import Scalars
+from shampoo.scalars import Gate, Scalars
 from shampoo.step import capture, layerwise
 from shampoo.step.block_plan import BlockPlan
 from shampoo.step.directions import due_rows
@@ -53,6 +53,7 @@ class AgreedStep:
         accepted: whether the step is to change anything, 0-d bool, where only the device may know.
         distributors: of the plan.
         on_device: what counts the steps, where the host must not.
+        gate: what makes the numbers of a step that may not be taken, where the host counts it.
         consensus: of the ranks that step alike; None for one process.
         ridges: what looks at the factors of a refresh.
 
@@ -68,6 +69,7 @@ class AgreedStep:
         accepted: Tensor | None,
         distributors: Distributors,
         on_device: capture.DeviceState | None,
+        gate: Gate | None,
         consensus: Consensus | None,
         ridges: RidgeWatch,
     ) -> None:
@@ -79,6 +81,7 @@ class AgreedStep:
         self._distributors = distributors
         self._by_team: Mapping[Team, Distributor] = distributors.by_team
         self._on_device = on_device
+        self._gate = gate
         self._consensus = consensus
         self._ridges = ridges
         self._steps: list[ArenaStep | None] = [None] * len(plan.arenas)
@@ -127,7 +130,7 @@ class AgreedStep:
                 actives = plan.select(inputs.present)
                 if self._on_device is not None:
                     self._on_device.keep(actives, self._distributors.squares)
-                self._steps = list(map(self._step_of, actives))
+                self._steps = self._gated(list(map(self._step_of, actives)))
 
     def arenas(self) -> Iterator[ArenaStep]:
         """What every arena of this rank does, in plan order."""
@@ -158,6 +161,14 @@ class AgreedStep:
         segments, distributor = active.segments, self._by_team[arena.team]
         kind = KINDS[arena.kind.name]
         return ArenaStep(arena, kind, segments, hyper, scalars, due, distributor)
+
+    def _gated(self, steps: list[ArenaStep | None]) -> list[ArenaStep | None]:
+        """The steps of all arenas, which change nothing if the device does not accept them."""
+        if self._accepted is None or self._gate is None:
+            return steps
+        moving = [step for step in steps if step is not None]
+        gated = iter(self._gate.apply([step.scalars for step in moving], self._accepted))
+        return [None if step is None else step._replace(scalars=next(gated)) for step in steps]
 
     def _rescale(
         self, arena: Arena, step: ArenaStep | None, squares: Tensor, distributor: Distributor

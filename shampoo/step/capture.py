@@ -21,22 +21,9 @@ from shampoo.blocks.pattern_cache import Pattern, PatternCache
 from shampoo.blocks.segments import ActiveBlocks
 from shampoo.blocks.stacks import Arena
 from shampoo.hyperparameters import Hyperparameters
-from shampoo.scalars import Counted, Scalars
+from shampoo.scalars import Counted, Gate, Scalars
 from shampoo.step.block_plan import BlockPlan
 from shampoo.step.gradients import largest_magnitudes, with_decay
-
-# What the numbers become in a step that is skipped.
-_NEUTRAL = {
-    "sign": 0.0,
-    "coupled_decay": 0.0,
-    "decay": 0.0,
-    "lr": 0.0,
-    "momentum": 1.0,
-    "beta1": 1.0,
-    "beta2": 1.0,
-    "factor_weight": 0.0,
-}
-_NEUTRAL_MOMENT = {"beta": 1.0, "weight": 0.0}
 
 
 def is_capturing() -> bool:
@@ -130,9 +117,7 @@ class DeviceState:
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
         self._has_stepped = torch.zeros((), dtype=torch.bool, device=self.device)
         self.settle(plan)
-        neutral = [*_NEUTRAL.values(), *_NEUTRAL_MOMENT.values()]
-        self._neutral = torch.tensor(neutral, dtype=torch.float64, device=self.device)
-        self._zeros = torch.zeros_like(self._neutral).unbind()
+        self._gate = Gate(self.device)
         self._limits: PatternCache[Tensor] = PatternCache()
         # Never dropped, since a graph may read it: what was captured, of which the others keep only
         # the latest.
@@ -165,7 +150,8 @@ class DeviceState:
 
         def limits_of(pattern: Pattern) -> Tensor:
             limits = list(itertools.compress(plan.square_limits, pattern))
-            return torch.tensor(limits, dtype=torch.float64, device=self.device)
+            on_host = torch.tensor(limits, dtype=torch.float64, device="cpu")
+            return on_host.to(self.device, non_blocking=True)
 
         limits = self._limits.get(pattern, limits_of)
         magnitudes = largest_magnitudes([grad for grad in grads if grad is not None])
@@ -208,18 +194,8 @@ class DeviceState:
         # Which of the steps that the host has asked for were taken, it cannot see: every parameter
         # has numbers of its own, so that a graph stays right whatever has happened in between.
         counted = _counted(hyper, arena, accepted)
-        plain = Scalars.of(hyper, arena.kind, 1)
-        numbers = [getattr(plain, name) for name in _NEUTRAL]
-        numbers += [getattr(plain.moment, name) for name in _NEUTRAL_MOMENT]
-        # Those of the host go into the arguments of one launch: a copy could not be captured.
-        host = [float(number) for number in numbers if not isinstance(number, Tensor)]
-        moved_in = iter(torch._foreach_add(self._zeros[: len(host)], host))
-        tensors = [n if isinstance(n, Tensor) else next(moved_in) for n in numbers]
-        gated = torch.where(accepted, torch.stack(tensors), self._neutral).unbind()
-        moved: dict[str, Any] = dict(zip(_NEUTRAL, gated, strict=False))
-        moment: dict[str, Any] = dict(zip(_NEUTRAL_MOMENT, gated[len(_NEUTRAL) :], strict=True))
-        moved["moment"] = plain.moment._replace(**moment)
-        return plain._replace(**moved, accepted=accepted, counted=counted)
+        plain = Scalars.of(hyper, arena.kind, 1)._replace(counted=counted)
+        return self._gate.apply([plain], accepted)[0]
 
 
 def _counted(hyper: Hyperparameters, arena: Arena, accepted: Tensor) -> Counted:

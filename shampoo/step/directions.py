@@ -218,7 +218,7 @@ def precondition(
     # The bias correction of the gradient average is a factor of the direction: it joins the scale.
     correction = scalars.correction1
     if _looks_ahead(hyper):  # 1 - beta1^(t + 1)
-        correction = 1.0 - scalars.beta1 * (1.0 - correction)
+        correction = 1.0 - hyper.beta1 * (1.0 - correction)
     if hyper.geometry.grafting == "none":
         scale = torch.ones_like(norm).mul_(1.0 / correction)
     else:

@@ -15,6 +15,7 @@ from shampoo.step.block_plan import BlockPlan
 from shampoo.step.capture import DeviceState
 from shampoo.step.distributors import DistributorsKey
 from shampoo.step.gradients import largest_magnitudes, with_decay
+from shampoo.step.verdict import LateVerdicts, complaint_of, unfit
 
 _COUPLED_DECAY = operator.attrgetter("coupled_decay")
 
@@ -90,12 +91,14 @@ def look(
     key: DistributorsKey,
     is_prepared: bool,
     on_device: DeviceState | None,
+    late: LateVerdicts | None,
 ) -> Preflight:
     """Whether these gradients make a step: all finite, and small enough to square.
 
     Args:
         is_prepared: whether the distributors are there.
-        on_device: what decides it without the host, where it must not wait.
+        on_device: what decides it without the host, in steps that graphs replay.
+        late: what decides it without the host, where that would have to wait.
 
     Raises:
         ValueError: for ``stochastic_rounding`` where blocks are divided among ranks.
@@ -117,16 +120,20 @@ def look(
         accepted = on_device.accept(plan, inputs.grads, inputs.params, inputs.hyper)
         vote = Vote(OK, True, is_prepared)
         return Preflight(plan, inputs, key, vote, accepted=accepted)
-    limits = list(map(plan.square_limits.__getitem__, there))
     grads: Any = inputs.grads
-    largest = largest_magnitudes(list(map(grads.__getitem__, there)))
-    magnitudes = reaches = largest.tolist()
-    if max(map(_COUPLED_DECAY, inputs.hyper)) > 0.0:
+    largest = reach = largest_magnitudes(list(map(grads.__getitem__, there)))
+    if is_coupled := max(map(_COUPLED_DECAY, inputs.hyper)) > 0.0:
         coupled = [inputs.hyper[plan.members[index].group].coupled_decay for index in there]
-        reaches = with_decay(largest, [inputs.params[index] for index in there], coupled).tolist()
-    if all(map(operator.lt, reaches, limits)):
+        reach = with_decay(largest, [inputs.params[index] for index in there], coupled)
+    if late is not None and all(values.nonfinite == "skip" for values in inputs.hyper):
+        accepted = late.accept(inputs, there, largest, reach)
+        return Preflight(plan, inputs, key, Vote(OK, True, is_prepared), accepted=accepted)
+    magnitudes = reaches = largest.tolist()
+    if is_coupled:
+        reaches = reach.tolist()
+    if all(map(operator.lt, reaches, map(plan.square_limits.__getitem__, there))):
         return Preflight(plan, inputs, key, Vote(OK, any(magnitudes), is_prepared))
-    return _of_bad(plan, inputs, key, is_prepared, there, reaches, limits)
+    return _of_bad(plan, inputs, key, is_prepared, there, reaches)
 
 
 def _of_bad(
@@ -136,20 +143,10 @@ def _of_bad(
     is_prepared: bool,
     there: Sequence[int],
     reaches: Sequence[float],
-    limits: Sequence[float],
 ) -> Preflight:
     """The vote on gradients some of which are not fit, with the words for it."""
-    bad = [
-        plan.members[index]
-        for index, reach, limit in zip(there, reaches, limits, strict=True)
-        if not reach < limit
-    ]
-    decay = inputs.hyper[bad[0].group].coupled_decay
-    added = f", with the weight_decay={decay} that is added to it," if decay != 0.0 else ""
-    complaint = (
-        f"the gradient of {bad[0].name}{added} is not finite, or too large to square"
-        f" ({len(bad)} of {len(there)} gradients are)"
-    )
+    bad = unfit(plan, there, reaches)
+    complaint = complaint_of(bad, inputs.hyper, len(there))
     is_refused = any(inputs.hyper[member.group].nonfinite == "raise" for member in bad)
     vote = Vote(REFUSED if is_refused else SKIPPED, True, is_prepared)
     if not is_refused:
