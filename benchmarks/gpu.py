@@ -206,7 +206,8 @@ def kernels_table(rows: Sequence[dict[str, Any]]) -> Table:
 def steps_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Milliseconds of a step, and its ratio to fused AdamW."""
     table = Table(title="Steps, mean ms (times fused AdamW)")
-    for name in ("shapes", "refresh", "optimizer", "mean", "ordinary", "root", "worst / mean"):
+    times = ("mean", "ordinary", "root", "worst / mean", "waits")
+    for name in ("shapes", "refresh", "optimizer", *times):
         table.add_column(name)
     for row in rows:
         where = row["model"], str(row["refresh"])
@@ -221,6 +222,7 @@ def steps_table(rows: Sequence[dict[str, Any]]) -> Table:
                 f"{found['mean_s'] * 1e3:.4g} ({found['mean_over_adamw']:.3g}x)",
                 *("" if s is None else f"{s * 1e3:.4g}" for s in parts),
                 f"{found['worst_over_mean']:.3g}",
+                found.get("waits", ""),
             )
     return table
 

@@ -46,6 +46,8 @@ def measure(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
             "median_over_adamw": whole.p50 / base.p50,
             "state_bytes_per_parameter": contestants[name].state_bytes() / model.numel,
         }
+        if name == "shampoo":
+            found[name]["waits"] = waits(contestants[name], refresh + 1, device)
     pairs = list(zip(model.shapes, model.embeddings, strict=True))
     work = floor.ordinary_step(
         [shape for shape, apart in pairs if not apart],
@@ -77,6 +79,22 @@ def _require_motion(name: str, contestant: contest.Contestant) -> None:
                 f"a step of {name} leaves a parameter of shape {tuple(param.shape)} as it was, or"
                 " not finite: its times mean nothing"
             )
+
+
+def waits(contestant: contest.Contestant, count: int, device: torch.device) -> str:
+    """What makes one of some steps wait for a GPU, in torch's words; empty if nothing does."""
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(count):
+            contestant.receive(contestant.grads)
+            contestant.optimizer.step()
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    return ""
 
 
 def parts(times: list[float], refresh: int) -> dict[str, Any]:

@@ -108,6 +108,7 @@ def test_dry_run(tmp_path, monkeypatch, capsys, tests_folder):
         assert set(row["found"]) == {"adamw-fused", "muon", "shampoo"}
         assert are_positive(row["found"])
         assert row["found"]["adamw-fused"]["mean_over_adamw"] == 1.0
+        assert row["found"]["shampoo"]["waits"] == ""
     for row in report["training"]:
         assert set(row["seconds"]) == {"adamw-fused", "shampoo"}
         assert are_positive([row["seconds"], row["mean_over_adamw"], row["median_over_adamw"]])
@@ -258,6 +259,17 @@ def test_an_optimizer_that_does_nothing_has_no_times():
     idle.receive([torch.ones(6, 4)])
     with pytest.raises(RuntimeError, match=r"a step of idle leaves a parameter of shape \(6, 4\)"):
         steps._require_motion("idle", idle)
+
+
+def test_what_makes_a_step_wait_is_said():
+    class Reading(torch.optim.SGD):
+        def step(self, closure=None):
+            raise RuntimeError("called a synchronizing CUDA operation\nException raised from ...")
+
+    model = shapes.Model("tiny", (shapes.Parameter((6, 4)),))
+    plan = contest.Plan(CPU, 1, False, 0.0, 1)
+    reading = contest.Contestant(model, lambda groups: Reading(groups, lr=0.1), plan)
+    assert steps.waits(reading, 2, CPU) == "called a synchronizing CUDA operation"
 
 
 class Clearing(torch.optim.SGD):
