@@ -21,6 +21,8 @@ def is_near(device: torch.device) -> bool:
 class Letter:
     """A copy of a tensor on its way to the host, of what it holds now.
 
+    Only a GPU of CUDA sends while the host goes on; with any other device it waits here.
+
     Args:
         values: of any shape.
     """
