@@ -331,10 +331,11 @@ def test_parameters_may_come_after_a_step_that_was_skipped(post):
 
 def test_schedules_ask_for_counts_that_are_right(post):
     here, there = pair(precondition_frequency=4)
-    for step in range(6):
+    for step in range(4):  # the last is skipped, so that the fourth is still to come
         both_step(post, (here, there), gradients(here, step, {3: math.nan}))
     post.now += 1
     assert there.coming_refresh() == here.coming_refresh()
+    assert any(phase is not None for phase in here.coming_refresh())
 
 
 WAITING = {
