@@ -46,7 +46,7 @@ class _Module:
         return True
 
     def is_available(self) -> bool:
-        return True
+        return False  # or torch.distributed would stage the checkpoints of later tests through it
 
     def current_device(self) -> int:
         return 0
