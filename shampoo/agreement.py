@@ -27,7 +27,8 @@ class Agreeing(Persistent):
         """A step that all ranks that must step alike can take, ready to be taken."""
         capture.check_health(self)
         self._consolidated = None
-        self._settle_late()  # what is due, and the numbers of this step, depend on the one before
+        if self._late is not None:  # what is due, and the numbers of this step, depend on it
+            self._settle_late()
         before = dict(self.state), self._plan, self._on_device, self._late
         self._taken = None
         try:
