@@ -56,7 +56,7 @@ def test_examples_end_alike_replicated_or_sharded_on_one_rank_and_two(undisturbe
 
 def test_an_example_goes_on_from_what_the_other_has_saved(undisturbed):
     expected, folder = undisturbed
-    (folder / "step-00000030" / "complete").unlink()
+    (folder / "step-00000030").rename(folder / "step-00000030.partial-00000000")  # never published
     found, said = torchrun(1, EXAMPLES / "fsdp2.py", "--folder", folder)
     assert "1 ranks, steps 20 to 30" in said
     assert found == expected
