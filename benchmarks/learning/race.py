@@ -35,14 +35,16 @@ class Races:
 
     def seconds(self, trial: Trial) -> float | None:
         """Of a whole run with these settings, None if they have not taken part in a race."""
-        seconds = self._found.get(trial.task, {}).get("seconds", {}).get(_at_report(trial).key())
-        return None if seconds is None else float(seconds)
+        found = self._found.get(trial.task, {}).get("runs", {}).get(_at_report(trial).key())
+        return None if found is None else float(found["seconds"])
 
     def add(self, trials: Sequence[Trial], seconds: Sequence[float], facts: dict[str, Any]) -> None:
         """Keeps the race of a task in the place of its last one."""
-        made = {_at_report(t).key(): round(s, 4) for t, s in zip(trials, seconds, strict=True)}
-        names = [trial.optimizer for trial in trials]
-        self._found[trials[0].task] = {"optimizers": names, "seconds": made, **facts}
+        made = {
+            _at_report(trial).key(): {"optimizer": trial.optimizer, "seconds": round(each, 4)}
+            for trial, each in zip(trials, seconds, strict=True)
+        }
+        self._found[trials[0].task] = {"runs": made, **facts}
         text = json.dumps(self._found, indent=1, sort_keys=True)
         self.path.write_text(text + "\n", encoding="utf-8")
 
