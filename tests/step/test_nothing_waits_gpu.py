@@ -2,26 +2,16 @@
 
 import pytest
 import torch
+from gpu_mixtures import MARKS, SHAPES
+from gpu_mixtures import VARIANTS as MIXTURES
 from torch.nn import Parameter
 from trajectory import snapshot
 
 from shampoo import Shampoo
 from shampoo.ops import transit
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-]
-SHAPES = [(96, 64), (40,), (16, 8, 3, 3)]
-VARIANTS = {
-    "defaults": {},
-    "nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
-    "coupled": {"weight_decay": 0.1, "decoupled_weight_decay": False},
-    "lamb": {"grafting": "lamb", "weight_decay": 0.1},
-    "diagonal": {"large_dim_method": "diagonal"},
-    "staggered": {"refresh_schedule": "staggered"},
-    "kl": {"preconditioner": "kl_shampoo"},
-}
+pytestmark = MARKS
+VARIANTS = {**MIXTURES, "kl": {"preconditioner": "kl_shampoo"}}
 BAD = (0, 3, 7, 8)  # steps that are skipped
 
 
