@@ -1,6 +1,6 @@
 """The tables of docs/evidence.md, from the runs that are there."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -169,20 +169,25 @@ def ablations(records: Records) -> Lines:
 
     And the steps to AdamW's end, medians, beside those of the defaults; and the CPU time.
     """
-    return _changes(studies.ABLATION_TASKS, records)
+    return _changes(studies.ABLATION_TASKS, records, studies.ABLATIONS)
 
 
 def autoencoder(records: Records) -> Lines:
     """The same of what was tried where Muon ends lower."""
-    return _changes(("autoencoder",), records)
+    return _changes(("autoencoder",), records, ("tried",))
 
 
-def _changes(tasks: Sequence[str], records: Records) -> Lines:
-    """One change at a time, of tasks that have the same ones."""
+def crossed(records: Records) -> Lines:
+    """The same of exponent and beta2, where they have no grid of their own."""
+    return _changes(studies.CROSSED_TASKS, records, ("crossed",))
+
+
+def _changes(tasks: Sequence[str], records: Records, kinds: Iterable[str]) -> Lines:
+    """Changes of some kinds, of tasks that have the same ones."""
     lines = [["change", *tasks]]
     found = studies.ablations(tasks, records)
-    for kind, changes in studies.CHANGES[tasks[0]].items():
-        for index, change in enumerate(changes, 1):
+    for kind in kinds:
+        for index, change in enumerate(studies.CHANGES[tasks[0]][kind], 1):
             cells = []
             for task in tasks:
                 base, *varied = found.get((task, kind), [[]])
@@ -245,6 +250,7 @@ TABLES: dict[str, Callable[[Records], Lines]] = {
     "exponents": exponents,
     "ablations": ablations,
     "autoencoder": autoencoder,
+    "crossed": crossed,
     "transfer": transfer,
 }
 
