@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 #include <type_traits>
 
@@ -155,7 +156,8 @@ void minimax_small_root_(const at::Tensor& root, const at::Tensor& ridge, const 
   check("root", root, at::kFloat);
   check("ridge", ridge, at::kDouble);
   check("factor", factor, at::kFloat);
-  TORCH_CHECK(p >= 2, "Invalid p=", p, ". Must be >= 2.");
+  constexpr int kMaxPower = std::numeric_limits<int>::max();
+  TORCH_CHECK(2 <= p && p <= kMaxPower, "Invalid p=", p, ". Must be >= 2 and <= ", kMaxPower, ".");
   constexpr int64_t kMaxSteps = cuda::MinimaxSchedule::kMaxSteps;
   const int64_t steps = static_cast<int64_t>(coefficients.size()) / 3;
   TORCH_CHECK(coefficients.size() % 3 == 0 && 0 < steps && steps <= kMaxSteps,

@@ -7,7 +7,7 @@ import argparse
 import json
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -16,12 +16,16 @@ from shampoo.blocks.cost import CostModel
 from shampoo.blocks.declared import choices
 from shampoo.blocks.layout import AUTO, DTYPES, LARGE_DIM_METHODS
 from shampoo.distributed.process_groups import COMMUNICATION_DTYPES
+from shampoo.errors import printable, shown
 from shampoo.grafting import GRAFTING
 from shampoo.hyperparameters import dtype_name
+from shampoo.inputs import read_json
 from shampoo.ops import backends, jit
-from shampoo.planner import LAYOUTS, plan
+from shampoo.planner import plan
 from shampoo.planner.architectures import ARCHITECTURES
+from shampoo.planner.bounds import LAYOUTS
 
+_MOST_CHARACTERS = 2000  # of an error
 _PARAMETER_DTYPES = (*DTYPES, "bfloat16", "float16")
 
 
@@ -63,21 +67,26 @@ def read_shapes(model: str) -> Any:
     """
     if model in ARCHITECTURES:
         return ARCHITECTURES[model]().shapes
-    path = Path(model)
-    if not path.is_file():
+    try:
+        shapes = read_json(model)
+        if not isinstance(shapes, (dict, list)):
+            raise ValueError(f"it is {shown(shapes)}.")
+    except ValueError as error:
         names = ", ".join(ARCHITECTURES)
         raise ValueError(
-            f"Invalid model={model!r}. Must be a JSON file of shapes or one of {names}."
-        )
-    try:
-        shapes = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{model} is not JSON: {error}. Must be shapes by name, or a list."
+            f"Invalid model={shown(model)}: {error} Must be one of {names}, or a JSON file of"
+            " shapes, by name or in a list."
         ) from error
-    if not isinstance(shapes, (dict, list)):
-        raise ValueError(f"Invalid {model}: {shapes!r}. Must be shapes by name, or a list of them.")
     return shapes
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its errors repeat what was given, whatever that is: escaped, and no more than fits a page."""
+
+    def error(self, message: str) -> NoReturn:
+        if len(message) > _MOST_CHARACTERS:
+            message = f"{message[:_MOST_CHARACTERS]}..."
+        super().error(printable(message))
 
 
 def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -129,20 +138,22 @@ def print_plan(options: argparse.Namespace) -> None:
 
 def main() -> int:
     """Returns 1 if the kernels were to be built and could not be."""
-    parser = argparse.ArgumentParser(prog="python -m shampoo", description=__doc__)
+    parser = _Parser(prog="python -m shampoo", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--no-build", action="store_true", help="report only, compile nothing")
     commands = parser.add_subparsers(dest="command", metavar="plan")
     planning = commands.add_parser("plan", help="memory, balance, traffic and time on many ranks")
     _add_plan_arguments(planning)
     options = parser.parse_args()
-    if options.command == "plan":
-        try:
+    is_plan = options.command == "plan"
+    try:
+        if is_plan:
             print_plan(options)
-        except (ValueError, OSError) as error:
-            planning.error(str(error))
-        return 0
-    return print_facts(report(build=not options.no_build), options.json)
+            return 0
+        facts = report(build=not options.no_build)
+    except (ValueError, OSError) as error:
+        (planning if is_plan else parser).error(str(error))
+    return print_facts(facts, options.json)
 
 
 def print_facts(facts: dict[str, object], as_json: bool) -> int:
@@ -153,7 +164,7 @@ def print_facts(facts: dict[str, object], as_json: bool) -> int:
         for name, value in facts.items():
             if isinstance(value, dict):
                 value = ", ".join(f"{op} {kind}" for op, kind in value.items())
-            print(f"{name:<12} {value or 'none'}")
+            print(printable(f"{name:<12} {value or 'none'}"))
     return 1 if facts["reason"] else 0
 
 

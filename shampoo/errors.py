@@ -4,12 +4,14 @@ Bad arguments are plain ``ValueError``.
 """
 
 import math
+import reprlib
 import sys
 import warnings
 from numbers import Integral
 from typing import Any
 
 _MOST_DIGITS = 30
+_MOST_CHARACTERS = 200  # of a value in a message
 _INSIDE = ("shampoo", "torch")
 
 
@@ -61,15 +63,46 @@ class RootFailureError(ShampooError):
     """A factor has had no valid root for more refreshes than ``max_root_failures`` allows."""
 
 
+class _Shown(reprlib.Repr):
+    """``repr`` of at most some characters, members and levels, whatever it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 4
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = self.maxfrozenset = 20
+        self.maxstring = self.maxother = _MOST_CHARACTERS
+
+    def repr1(self, x: Any, level: int) -> str:
+        if isinstance(x, Integral):
+            # Python refuses to print one of 4300 digits.
+            digits = math.log10(2.0) * abs(int(x)).bit_length()
+            if digits > _MOST_DIGITS:
+                return f"{'-' if int(x) < 0 else ''}1e{digits:.0f} or so"
+        # Objects of others may have a repr that prints anything.
+        return printable(super().repr1(x, level))
+
+    def repr_tuple(self, x: tuple[Any, ...], level: int) -> str:
+        return self.repr_list(list(x), level)
+
+
+_shown = _Shown()
+
+
 def shown(value: Any) -> str:
-    """``repr``, but of a long integer its size: Python refuses to print one of 4300 digits."""
-    if isinstance(value, Integral):
-        digits = math.log10(2.0) * abs(int(value)).bit_length()
-        if digits > _MOST_DIGITS:
-            return f"{'-' if int(value) < 0 else ''}1e{digits:.0f} or so"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(shown, value))}]"
-    return repr(value)
+    """A value in a message: ``repr``, but cut where it is long; of a long integer its size."""
+    return _shown.repr(value)
+
+
+def printable(text: str) -> str:
+    """A text that cannot move a cursor, ring or clear: what is not printed is escaped.
+
+    Lines stay lines.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in text
+    )
 
 
 def shown_bytes(number: float) -> str:

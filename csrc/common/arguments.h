@@ -52,7 +52,8 @@ inline std::vector<Source> sources_of(const char* name, at::TensorList tensors,
   return sources;
 }
 
-// Reads the table and checks that every box lies in its tensor.
+// Reads the table and checks that every box lies in its tensor. A table may hold any 64 bits: what
+// is compared is never a sum or product that could wrap around.
 inline std::vector<Tile> tiles_of(const at::Tensor& table, const char* sources_name,
                                   at::TensorList sources) {
   check_table("tiles", table, 6);
@@ -68,22 +69,29 @@ inline std::vector<Tile> tiles_of(const at::Tensor& table, const char* sources_n
                 "] names tensor ", row[0], " but ", sources_name, " has ", sources.size(), ".");
     const int64_t *dims = row + 2, *start = dims + order, *grid = start + order,
                   *extent = grid + order;
+    const int64_t numel = sources[row[0]].numel();
     int64_t merged = 1;
     for (int64_t mode = 0; mode < order; ++mode) {
+      const bool is_inside = dims[mode] > 0 && start[mode] >= 0 && grid[mode] > 0 &&
+                             extent[mode] > 0 && start[mode] <= dims[mode] &&
+                             grid[mode] <= (dims[mode] - start[mode]) / extent[mode];
+      TORCH_CHECK(is_inside, "tiles[", t, "] spans [", start[mode], ", ", start[mode], " + ",
+                  grid[mode], " * ", extent[mode], ") in mode ", mode, ". Must lie in [0, ",
+                  dims[mode], ").");
+      TORCH_CHECK(merged <= numel / dims[mode], "tiles[", t, "] has dims of more than ", numel,
+                  " elements, which are those of ", sources_name, "[", row[0], "].");
       merged *= dims[mode];
-      TORCH_CHECK(dims[mode] > 0 && start[mode] >= 0 && grid[mode] > 0 && extent[mode] > 0 &&
-                      start[mode] + grid[mode] * extent[mode] <= dims[mode],
-                  "tiles[", t, "] spans [", start[mode], ", ", start[mode], " + ", grid[mode],
-                  " * ", extent[mode], ") in mode ", mode, ". Must lie in [0, ", dims[mode], ").");
     }
-    TORCH_CHECK(merged == sources[row[0]].numel(), "tiles[", t, "] has dims of ", merged,
-                " elements but ", sources_name, "[", row[0], "] has ", sources[row[0]].numel(),
-                ".");
+    TORCH_CHECK(merged == numel, "tiles[", t, "] has dims of ", merged, " elements but ",
+                sources_name, "[", row[0], "] has ", numel, ".");
     Tile tile(row, order);
+    // Elements of a stride of 0 take no memory: there may be any number of them in all.
     tile.first_block = blocks;
     tile.ordinal = ordinal;
+    ordinal = sum_up_to_most(ordinal, tile.numel());
+    TORCH_CHECK(ordinal < kMost, "tiles[0] to tiles[", t, "] have ", ordinal,
+                " elements or more. Must have fewer.");
     blocks += tile.blocks;
-    ordinal += tile.numel();
     tiles.push_back(std::move(tile));
   }
   return tiles;
@@ -93,7 +101,7 @@ inline std::vector<Tile> tiles_of(const at::Tensor& table, const char* sources_n
 inline void check_room(const std::vector<Tile>& tiles, const char* flat_name,
                        const at::Tensor& flat) {
   for (size_t t = 0; t < tiles.size(); ++t) {
-    const int64_t start = tiles[t].offset, stop = start + tiles[t].numel();
+    const int64_t start = tiles[t].offset, stop = sum_up_to_most(start, tiles[t].numel());
     TORCH_CHECK(start >= 0 && stop <= flat.numel(), "tiles[", t, "] lies at [", start, ", ", stop,
                 ") but ", flat_name, " has ", flat.numel(), " elements.");
   }
@@ -179,8 +187,13 @@ inline void check_magnitudes(const at::Tensor& out, at::TensorList tensors,
               "out is ", out.scalar_type(), " of shape ", out.sizes(), " on ", out.device(),
               ". Must be contiguous float64 of shape [", tensors.size(), "] on ",
               place_of(device), ".");
-  for (size_t i = 0; i < tensors.size(); ++i)
+  int64_t numel = 0;
+  for (size_t i = 0; i < tensors.size(); ++i) {
     TORCH_CHECK(tensors[i].numel() > 0, "tensors[", i, "] is empty. Must have an element.");
+    numel = sum_up_to_most(numel, tensors[i].numel());
+    TORCH_CHECK(numel < kMost, "tensors[0] to tensors[", i, "] have ", numel,
+                " elements or more. Must have fewer.");
+  }
 }
 
 // What update_blocks_ takes beside its table of parameters.

@@ -5,9 +5,17 @@
 #include <c10/util/Exception.h>
 
 #include <cstdint>
+#include <limits>
 #include <string>
 
 namespace shampoo {
+
+constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+
+// A sum of which one part is not negative, or the largest integer instead of one that wraps around.
+inline int64_t sum_up_to_most(int64_t first, int64_t second) {
+  return second > 0 && first > kMost - second ? kMost : first + second;
+}
 
 inline void check_positive(const char* name, double value) {
   TORCH_CHECK(value > 0.0, "Invalid ", name, "=", value, ". Must be > 0.");

@@ -15,14 +15,14 @@ costs, to the bit, on every rank: ownership is decided from them.
 
 import functools
 import itertools
-import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from shampoo.blocks.blocking import Tile
+from shampoo.errors import shown
+from shampoo.inputs import check_object, is_integer, is_number, read_json
 
 # Seconds a unit of work by the side of the factor: (side, seconds), sides ascending. Linear in
 # between, constant outside.
@@ -42,6 +42,12 @@ DEFAULT_FREQUENCY = 10  # of refreshes: the default of precondition_frequency
 # nominal or measured: benchmarks/NOTES.md.
 _ROOTS_TO_ELEMENTWISE = 12
 _LONGEST_SIDE = 1 << 16  # of a machine whose roots cost nothing
+
+# Of a model that is read. With these no cost of a block is beyond a float.
+_MOST_SECONDS = 1e6
+_MOST_SIDE = 1 << 53
+_MOST_POINTS = 1000
+_MOST_WORDS = 200
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,8 @@ class CostModel:
         machine: where the constants come from, in words.
 
     Raises:
-        ValueError: for a constant that is negative or not finite, or an empty or unsorted curve.
+        ValueError: for a constant that is negative or above 1e6, an empty, unsorted or endless
+            curve, or words that cannot be printed.
     """
 
     accumulate: Curve = ((1, _FLOP),)
@@ -107,12 +114,18 @@ class CostModel:
             curve = getattr(self, name)
             if not _is_curve(curve):
                 raise ValueError(
-                    f"Invalid {name}={curve!r}. Must be pairs (side, seconds) with sides >= 1,"
-                    " ascending, at least one."
+                    f"Invalid {name}={shown(curve)}. Must be pairs (side, seconds) with sides >= 1"
+                    f" and <= {_MOST_SIDE}, ascending, at least one and at most {_MOST_POINTS}."
                 )
             for side, seconds in curve:
                 _check_seconds(f"{name} at side {side}", seconds)
         _check_seconds("byte", self.byte)
+        words = self.machine
+        if not isinstance(words, str) or len(words) > _MOST_WORDS or not words.isprintable():
+            raise ValueError(
+                f"Invalid machine={shown(words)}. Must be at most {_MOST_WORDS} characters that"
+                " can be printed."
+            )
 
     def ordinary_seconds(self, cost: Cost) -> float:
         """Seconds of a step that refreshes nothing, for the owner of a block."""
@@ -162,17 +175,16 @@ class CostModel:
         Raises:
             ValueError: if there is none, saying what is wrong with the file.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON: {error}. Must hold a cost_model.") from error
-        model = values.get("cost_model") if isinstance(values, dict) else None
         names = {field.name for field in fields(cls)}
-        if not isinstance(model, dict) or set(model) != names:
+        try:
+            model = check_object(read_json(path), "it").get("cost_model")
+            if not isinstance(model, dict) or set(model) != names:
+                raise ValueError(f"it holds no cost_model with just {', '.join(sorted(names))}.")
+        except ValueError as error:
             raise ValueError(
-                f"Invalid {path}: it holds no cost_model with just {', '.join(sorted(names))}."
-                " Must be written by python -m benchmarks.calibrate."
-            )
+                f"Invalid {shown(str(path))}: {error} Must be written by"
+                " python -m benchmarks.calibrate."
+            ) from error
         return cls(**{name: _curve(value) for name, value in model.items()})
 
     def affordable_side(self) -> int:
@@ -205,20 +217,22 @@ def _curve(value: Any) -> Any:
 
 
 def _is_curve(value: Any) -> bool:
-    if not isinstance(value, tuple) or not value:
+    if not isinstance(value, tuple) or not 1 <= len(value) <= _MOST_POINTS:
         return False
     if not all(isinstance(point, tuple) and len(point) == 2 for point in value):
         return False
     sides = [side for side, _ in value]
-    if not all(isinstance(side, int) and side >= 1 for side in sides):
+    if not all(is_integer(side, 1, _MOST_SIDE) for side in sides):
         return False
     return sides == sorted(set(sides))
 
 
 def _check_seconds(name: str, seconds: Any) -> None:
-    is_number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-    if not is_number or not 0.0 <= seconds < math.inf:
-        raise ValueError(f"Invalid {name}={seconds!r}. Must be a finite number >= 0.0.")
+    if not is_number(seconds, 0.0, _MOST_SECONDS):
+        raise ValueError(
+            f"Invalid {name}={shown(seconds)}. Must be a finite number >= 0.0 and"
+            f" <= {_MOST_SECONDS}."
+        )
 
 
 def _at(curve: Curve, side: int) -> float:

@@ -17,10 +17,12 @@ from shampoo.distributed.consensus import Consensus
 from shampoo.distributed.group_handle import GroupHandle
 from shampoo.distributed.shard_regions import mesh_ranks
 from shampoo.errors import shown
+from shampoo.inputs import is_integer
 
 logger = logging.getLogger(__name__)
 
 COMMUNICATION_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MOST_COUNT = 1 << 53  # of ranks or steps
 _BLOCKS_PER_TRAINER = 4  # with fewer, padding and imbalance cost more than sharing saves
 
 
@@ -49,24 +51,23 @@ class ProcessGroups:
         overlap: bool = False,
         check_replicas_every: int = 0,
     ) -> None:
-        is_count = isinstance(num_trainers_per_group, int) and num_trainers_per_group >= -1
-        if not is_count or isinstance(num_trainers_per_group, bool):
+        if not is_integer(num_trainers_per_group, -1, _MOST_COUNT):
             raise ValueError(
                 f"Invalid num_trainers_per_group={shown(num_trainers_per_group)}. Must be an"
-                " integer >= -1 (-1: the ranks of one node, 1: blocks are not divided)."
+                f" integer >= -1 and <= {_MOST_COUNT} (-1: the ranks of one node, 1: blocks are"
+                " not divided)."
             )
         if communication_dtype is not None and communication_dtype not in COMMUNICATION_DTYPES:
             raise ValueError(
-                f"Invalid communication_dtype={communication_dtype!r}. Must be None or one of"
+                f"Invalid communication_dtype={shown(communication_dtype)}. Must be None or one of"
                 f" {', '.join(map(str, COMMUNICATION_DTYPES))}."
             )
         if not isinstance(overlap, bool):
-            raise ValueError(f"Invalid overlap={overlap!r}. Must be True or False.")
-        is_period = isinstance(check_replicas_every, int) and check_replicas_every >= 0
-        if not is_period or isinstance(check_replicas_every, bool):
+            raise ValueError(f"Invalid overlap={shown(overlap)}. Must be True or False.")
+        if not is_integer(check_replicas_every, 0, _MOST_COUNT):
             raise ValueError(
                 f"Invalid check_replicas_every={shown(check_replicas_every)}. Must be an integer"
-                " >= 0 (0: never)."
+                f" >= 0 and <= {_MOST_COUNT} (0: never)."
             )
         self.num_trainers_per_group = num_trainers_per_group
         self.communication_dtype = communication_dtype

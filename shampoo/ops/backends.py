@@ -11,21 +11,29 @@ been measured, and keeps the references. On a CPU the kernels are those in C++ (
 """
 
 import functools
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from shampoo.errors import shown
+from shampoo.inputs import (
+    MOST_INTEGER,
+    check_list,
+    check_object,
+    is_integer,
+    is_number,
+    read_json,
+)
 from shampoo.ops.registry import OPS, Op, kinds_of
 
 BACKENDS = ("auto", "cuda", "triton", "reference")
 REFERENCE = "reference"
+_MOST_SECONDS = 1e6  # of a measurement
 
 Table = Mapping[str, Any]
 
@@ -38,7 +46,7 @@ def chosen() -> str:
     """
     backend = os.environ.get("SHAMPOO_BACKEND", "auto")
     if backend not in BACKENDS:
-        raise ValueError(f"Invalid SHAMPOO_BACKEND={backend!r}. Must be one of {BACKENDS}.")
+        raise ValueError(f"Invalid SHAMPOO_BACKEND={shown(backend)}. Must be one of {BACKENDS}.")
     return backend
 
 
@@ -54,41 +62,54 @@ def table() -> Table:
 @functools.cache
 def read_table(path: str) -> Table:
     """The table in a file, checked; the package's own for an empty path."""
+    if not path:
+        with resources.as_file(resources.files("shampoo.ops").joinpath("backends.json")) as own:
+            return _checked(read_json(own))
     try:
-        if path:
-            text = Path(path).expanduser().read_text(encoding="utf-8")
-        else:
-            text = (
-                resources.files("shampoo.ops").joinpath("backends.json").read_text(encoding="utf-8")
-            )
-        found = json.loads(text)
-        for op, kernel in found["cpu"].items():
-            _check_kernel(op, kernel, "cpu")
-        for card in found["cuda"].values():
-            for op, dtypes in card["ops"].items():
-                for row in (row for rows in dtypes.values() for row in rows):
-                    _check(op, row)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        where = f"SHAMPOO_BACKEND_TABLE={path!r}" if path else "backends.json"
+        return _checked(read_json(os.path.expanduser(path)))
+    except ValueError as error:
         raise ValueError(
-            f"Invalid {where}: {type(error).__name__}: {error}. Must be a table that"
+            f"Invalid SHAMPOO_BACKEND_TABLE={shown(path)}: {error} Must be a table that"
             " `python -m benchmarks.gpu --write-table` wrote."
         ) from error
-    return found  # type: ignore[no-any-return]
 
 
-def _check(op: str, row: Mapping[str, Any]) -> None:
+def _checked(found: Any) -> Table:
+    """The table, if :func:`choose`, :func:`wanted` and :func:`describe` can use all of it."""
+    table = check_object(found, "it", {"cpu", "cuda"})
+    for op, kernel in check_object(table["cpu"], "cpu").items():
+        _check_kernel(op, kernel, "cpu")
+    for card, entry in check_object(table["cuda"], "cuda").items():
+        measured = check_object(entry, f"card {shown(card)}", {"ops"})["ops"]
+        for op, dtypes in check_object(measured, f"ops of card {shown(card)}").items():
+            for dtype, rows in check_object(dtypes, shown(op)).items():
+                for row in check_list(rows, f"{shown(dtype)} of {shown(op)}"):
+                    _check_row(op, check_object(row, f"a row of {shown(op)}", {"size", "kernel"}))
+    return table
+
+
+def _check_row(op: str, row: Mapping[str, Any]) -> None:
     _check_kernel(op, row["kernel"], "cuda")
-    if not row["size"] > 0:
-        raise ValueError(f"size={row['size']} for {op}. Must be > 0")
+    size = row["size"]
+    if not is_integer(size, 1, MOST_INTEGER):
+        raise ValueError(f"size={shown(size)} for {op}. Must be an integer >= 1 and < 2^63.")
+    for kernel, seconds in check_object(row.get("seconds", {}), f"seconds of {op}").items():
+        _check_kernel(op, kernel, "cuda")
+        if not (is_number(seconds, 0.0, _MOST_SECONDS) and seconds > 0.0):
+            raise ValueError(
+                f"seconds={shown(seconds)} of {kernel} for {op}. Must be a number > 0.0 and"
+                f" <= {_MOST_SECONDS}."
+            )
 
 
-def _check_kernel(op: str, kernel: str, device: str) -> None:
+def _check_kernel(op: str, kernel: Any, device: str) -> None:
     if op not in OPS:
-        raise ValueError(f"no op is named {op!r}: write the table again. Must be one of {(*OPS,)}")
+        raise ValueError(
+            f"no op is named {shown(op)}: write the table again. Must be in {(*OPS,)}."
+        )
     known = (*kinds_of(op, device), REFERENCE)
     if kernel not in known:
-        raise ValueError(f"kernel={kernel!r} for {op}. Must be one of {known}")
+        raise ValueError(f"kernel={shown(kernel)} for {op}. Must be one of {known}.")
 
 
 def choose(

@@ -7,8 +7,7 @@ same shapes, the same cuts and the same owners, evaluated with a
 
 import fnmatch
 import inspect
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -17,20 +16,29 @@ from torch import nn
 
 from shampoo.blocks.cost import CostModel
 from shampoo.distributed.process_groups import ProcessGroups, trainers_per_group
+from shampoo.errors import shown
 from shampoo.groups import groups as groups_of
 from shampoo.hyperparameters import Hyperparameters, dtype_name
 from shampoo.optimizer import Shampoo
+from shampoo.planner.bounds import (
+    MOST_BLOCKS,
+    Shapes,
+    check_bandwidth,
+    check_candidates,
+    check_counts,
+    check_dtype,
+    check_layout,
+    check_tensors,
+    tensors_of,
+)
 from shampoo.planner.forecast import Groups, Setting, Tensor, forecast
 from shampoo.planner.report import PlanReport
 from shampoo.preconditioner.choice import kind_of, layout_of
 from shampoo.step.thin import describe, thin_among
 
-LAYOUTS = ("ddp", "fsdp2", "hsdp")
 BLOCK_CANDIDATES = (512, 1024, 2048, 4096)
 _SMALL_MESSAGE = 64 << 10  # bytes, below which latency rather than bandwidth decides
 _BALANCED = 1.1  # largest over mean compute that a recommended block size may have
-
-Shapes = Mapping[str, Sequence[int]] | Iterable[Sequence[int]]
 
 
 class _Role(NamedTuple):
@@ -97,20 +105,21 @@ def plan(
         TypeError: for an argument that Shampoo does not have.
     """
     values = _hyperparameters(arguments)
-    _check_counts(
-        block_candidates,
-        world_size=world_size,
-        replicas=replicas,
-        devices_per_node=devices_per_node,
-    )
-    _check_layout(layout, world_size, replicas)
-    _check_bandwidth("island_bandwidth", island_bandwidth)
-    _check_bandwidth("network_bandwidth", network_bandwidth)
-    _check_dtype(parameter_dtype)
+    check_counts(world_size=world_size, replicas=replicas, devices_per_node=devices_per_node)
+    check_candidates(block_candidates)
+    check_layout(layout, world_size, replicas)
+    check_bandwidth("island_bandwidth", island_bandwidth)
+    check_bandwidth("network_bandwidth", network_bandwidth)
+    check_dtype(parameter_dtype)
     ProcessGroups(None, num_trainers_per_group, communication_dtype)  # checks them
     roles = _roles(model_or_shapes, parameter_dtype)
     groups = _groups(roles, values, grafted_only)
     _check_kinds(groups)
+    if (blocks := _count_blocks(groups)) > MOST_BLOCKS:
+        raise ValueError(
+            f"Invalid max_preconditioner_dim={values.geometry.max_preconditioner_dim}. Must be"
+            f" longer: it cuts {blocks:,} blocks, of which a plan has at most {MOST_BLOCKS:,}."
+        )
     trainers = _trainers(groups, world_size, devices_per_node)
     owners = world_size if layout != "ddp" else trainers(num_trainers_per_group)
     setting = Setting(
@@ -207,29 +216,11 @@ def _roles(model_or_shapes: nn.Module | Shapes, dtype: torch.dtype) -> list[_Rol
             for group in groups_of(model_or_shapes)
         ]
     else:
-        found = _tensors(model_or_shapes, dtype)
+        found = tensors_of(model_or_shapes, dtype)
         roles = [_Role("", True, [tensor for tensor in found if tensor.numel > 0])]
     roles = [role for role in roles if role.tensors]
-    if not roles:
-        raise ValueError(
-            "Invalid model_or_shapes: nothing to train. Must have at least one tensor with an"
-            " element that requires a gradient."
-        )
+    check_tensors([tensor for role in roles for tensor in role.tensors])
     return roles
-
-
-def _tensors(shapes: Shapes, dtype: torch.dtype) -> list[Tensor]:
-    if isinstance(shapes, Mapping):
-        return [Tensor(str(k), _shape(k, v), dtype) for k, v in shapes.items()]
-    named = ((f"tensor{index}", shape) for index, shape in enumerate(shapes))
-    return [Tensor(name, _shape(name, shape), dtype) for name, shape in named]
-
-
-def _shape(name: str, shape: Any) -> tuple[int, ...]:
-    sizes = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else None
-    if sizes is None or not all(isinstance(size, int) and size >= 0 for size in sizes):
-        raise ValueError(f"Invalid shape {shape!r} of {name}. Must be a list of integers >= 0.")
-    return sizes
 
 
 def _groups(roles: Sequence[_Role], values: Hyperparameters, patterns: Sequence[str]) -> Groups:
@@ -237,9 +228,11 @@ def _groups(roles: Sequence[_Role], values: Hyperparameters, patterns: Sequence[
     tensors = [tensor for role in roles for tensor in role.tensors]
     patterns = (patterns,) if isinstance(patterns, str) else patterns
     for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(tensor.name, pattern) for tensor in tensors):
+        is_words = isinstance(pattern, str)
+        if not is_words or not any(fnmatch.fnmatchcase(t.name, pattern) for t in tensors):
             raise ValueError(
-                f"Invalid grafted_only={pattern!r}. Must match a name, such as {tensors[0].name!r}."
+                f"Invalid grafted_only={shown(pattern)}. Must match a name, such as"
+                f" {shown(tensors[0].name)}."
             )
 
     def is_taken(tensor: Tensor) -> bool:
@@ -254,38 +247,6 @@ def _groups(roles: Sequence[_Role], values: Hyperparameters, patterns: Sequence[
     return [(group, members) for group, members in groups if members]
 
 
-def _check_counts(blocks: Sequence[int], **counts: int) -> None:
-    counts |= {f"block_candidates[{index}]": block for index, block in enumerate(blocks)}
-    for name, count in counts.items():
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ValueError(f"Invalid {name}={count!r}. Must be an integer >= 1.")
-
-
-def _check_layout(layout: str, world_size: int, replicas: int) -> None:
-    if layout not in LAYOUTS:
-        raise ValueError(f"Invalid layout={layout!r}. Must be one of {', '.join(LAYOUTS)}.")
-    if layout == "hsdp" and (replicas < 2 or world_size % replicas):
-        divisors = [n for n in range(2, world_size + 1) if world_size % n == 0]
-        raise ValueError(
-            f"Invalid replicas={replicas}. Must divide the {world_size} ranks and be >= 2 under"
-            f" hsdp: one of {', '.join(map(str, divisors)) or 'none, use fsdp2'}."
-        )
-    if layout != "hsdp" and replicas != 1:
-        raise ValueError(f'Invalid replicas={replicas}. Must be 1 unless layout="hsdp".')
-
-
-def _check_bandwidth(name: str, bandwidth: float) -> None:
-    if not 0 < bandwidth < math.inf:
-        raise ValueError(f"Invalid {name}={bandwidth}. Must be > 0 and finite, in bytes a second.")
-
-
-def _check_dtype(dtype: torch.dtype) -> None:
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(
-            f"Invalid parameter_dtype={dtype!r}. Must be a floating-point torch.dtype."
-        )
-
-
 def _check_kinds(groups: Groups) -> None:
     """What the optimizer asks of values before it takes parameters."""
     for values, tensors in groups:
@@ -294,13 +255,17 @@ def _check_kinds(groups: Groups) -> None:
             kind_of(layout).check(values, layout.order)
 
 
-def _trainers(groups: Groups, world_size: int, node: int) -> Callable[[int], int]:
-    """What ``num_trainers_per_group`` comes to, as the optimizer decides it."""
-    blocks = sum(
+def _count_blocks(groups: Groups) -> int:
+    return sum(
         layout_of(tensor.shape, values.geometry).blocks
         for values, tensors in groups
         for tensor in tensors
     )
+
+
+def _trainers(groups: Groups, world_size: int, node: int) -> Callable[[int], int]:
+    """What ``num_trainers_per_group`` comes to, as the optimizer decides it."""
+    blocks = _count_blocks(groups)
     return lambda asked: trainers_per_group(asked, world_size, min(node, world_size), blocks)
 
 
@@ -310,6 +275,8 @@ def _recommend_block(
     best, shortest = 0, (asked.together.mean, asked.max_preconditioner_dim)
     for block in sorted({*candidates, asked.max_preconditioner_dim} if candidates else ()):
         cut = [(_with_block(values, block), tensors) for values, tensors in groups]
+        if _count_blocks(cut) > MOST_BLOCKS:
+            continue
         report = asked if block == asked.max_preconditioner_dim else forecast(cut, setting)
         mean = report.together.mean
         shortest = min(shortest, (mean, block))

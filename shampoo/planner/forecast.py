@@ -217,14 +217,16 @@ def _phase_seconds(blocks: _Blocks, frequency: int) -> tuple[StepSeconds, int]:
     }
     ordinary = blocks.per_owner("ordinary")
     # A rank without a root in a phase still takes its ordinary step.
-    longest = [max(ordinary)] * frequency
+    rest = max(ordinary)
+    longest: dict[int, float] = {}  # by phase: a period may have far more steps than roots
     for start, owned in zip(ordinary, refreshed, strict=True):
         refreshing: dict[int, float] = {}
         for each, phase in zip(owned, phases, strict=False):
             refreshing[phase] = refreshing.get(phase, start) + seconds[each]
         for phase, taken in refreshing.items():
-            longest[phase] = max(longest[phase], taken)
-    return StepSeconds(sum(longest) / frequency, max(longest)), len(set(phases))
+            longest[phase] = max(longest.get(phase, rest), taken)
+    total = sum(longest.values()) + (frequency - len(longest)) * rest
+    return StepSeconds(total / frequency, max(longest.values(), default=rest)), len(set(phases))
 
 
 def forecast(groups: Groups, setting: Setting) -> PlanReport:

@@ -188,7 +188,14 @@ def test_a_model_survives_its_file(tmp_path):
         ({"root": [[8.5, 1.0]]}, "Must be pairs"),
         ({"root": 1.0}, "Must be pairs"),
         ({"root": [[8, 1.0], [4, 1.0]]}, "ascending"),
-        ({"root": [[8, math.nan]]}, "Invalid root at side 8=nan"),
+        ({"root": [[8, math.nan]]}, "it has NaN, which is not a number"),
+        ({"root": [[True, 1.0]]}, "Must be pairs"),
+        ({"root": [[1, 10**400]]}, "it has an integer of 401 digits. Must be < 2"),
+        ({"root": [[side, 1e-9] for side in range(1, 1002)]}, "and at most 1000"),
+        ({"apply": [[1, 1e308]]}, r"Invalid apply at side 1=1e\+308. Must be .* <= 1000000.0"),
+        ({"machine": "\x1b[2J"}, r"Invalid machine='\\x1b\[2J'. Must be at most 200 characters"),
+        ({"machine": ["a"]}, r"Invalid machine=\['a'\]"),
+        ({"machine": "a" * 201}, "Invalid machine='aaa"),
         ({"speed": 3}, "holds no cost_model with just accumulate, apply"),
     ],
 )
@@ -202,8 +209,11 @@ def test_bad_models_are_named(tmp_path, changes, words):
 def test_a_file_that_is_no_model_is_named(tmp_path):
     path = tmp_path / "model.json"
     path.write_text("{")
-    with pytest.raises(ValueError, match=r"model\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"model\.json': it is not JSON"):
         CostModel.load(path)
     path.write_text("[]")
+    with pytest.raises(ValueError, match=r"it is \[\]. Must be an object"):
+        CostModel.load(path)
+    path.write_text("{}")
     with pytest.raises(ValueError, match="holds no cost_model"):
         CostModel.load(path)
