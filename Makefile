@@ -23,7 +23,7 @@ CLEAN := $(abspath $(VENV))/clean
 WHEELS := $(abspath $(VENV))/wheels
 SOURCES := shampoo kernels tests benchmarks examples tools setup.py
 
-.PHONY: test slow bench learning lint types pytest wheel clean
+.PHONY: test slow bench learning lint types pytest wheel sanitize soak clean
 
 test: lint pytest types
 
@@ -35,6 +35,17 @@ bench: $(VENV)/installed
 learning: $(VENV)/installed
 	$(BIN)/python -m benchmarks.data fashion-mnist king-james cpython
 	$(BIN)/python -m benchmarks.learning
+
+# The kernels under the sanitizers of addresses and undefined behaviour: the tests of the ops, and
+# FUZZ generated programs. Needs gcc's runtimes of both.
+FUZZ ?= 500
+sanitize: $(VENV)/installed
+	$(BIN)/python tools/sanitize.py --fuzz $(FUZZ) --workers $(WORKERS)
+
+# Trains for STEPS steps while things go wrong, and compares the bits with those of a quiet run.
+STEPS ?= 10000
+soak: $(VENV)/installed
+	$(BIN)/python tools/soak.py --steps $(STEPS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check $(SOURCES)

@@ -23,9 +23,17 @@ from shampoo.step.preflight import Preflight, look
 class Agreeing(Persistent):
     """The part of an optimizer that decides whether a step is taken. No weight moves here."""
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch. Gradients that no step has seen count: all ranks must drop them, or none."""
+        params = self._all_params()
+        self._left_out.drop(params)
+        super().zero_grad(set_to_none)
+        self._left_out.see(params)
+
     def _begin(self, params: Sequence[Tensor]) -> AgreedStep | None:
         """A step that all ranks that must step alike can take, ready to be taken."""
         capture.check_health(self)
+        self._left_out.see(params)
         self._consolidated = None
         if self._late is not None:  # what is due, and the numbers of this step, depend on it
             self._settle_late()
@@ -104,7 +112,7 @@ class Agreeing(Persistent):
         inputs = StepInputs(params, grads, present, hyper)
         preflight = look(plan, inputs, key, is_prepared, self._on_device, self._late)
         if not ranks.is_alone:
-            preflight.add_items(groups.terms())
+            preflight.add_items(groups.terms(), self._left_out.count)
             period = groups.check_replicas_every
             if period and plan.step % period == 0:
                 names = [member.name for member in plan.members]

@@ -93,6 +93,12 @@ def shown(value: Any) -> str:
     return _shown.repr(value)
 
 
+def require(valid: bool, name: str, value: Any, bound: str) -> None:
+    """Raises ValueError with the name of a value, the value, and what it must be, if it is not."""
+    if not valid:
+        raise ValueError(f"Invalid {name}={shown(value)}. Must be {bound}.")
+
+
 def printable(text: str) -> str:
     """A text that cannot move a cursor, ring or clear: what is not printed is escaped.
 

@@ -3,7 +3,6 @@
 import copy
 import functools
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -14,7 +13,7 @@ import torch
 from shampoo.blocks.blocking import MERGE_MODES
 from shampoo.blocks.declared import choices as preconditioners
 from shampoo.blocks.layout import DTYPES, LARGE_DIM_METHODS, Geometry, is_auto, settle_dim
-from shampoo.errors import shown, warn_outside
+from shampoo.errors import require, shown, warn_outside
 from shampoo.grafting import GRAFTING, SecondMoment, weight_of
 from shampoo.ops import Number
 from shampoo.roots.methods import MOST_POWER, ROOT_METHODS
@@ -43,45 +42,44 @@ def settle(group: dict[str, Any]) -> dict[str, Any]:
     return group
 
 
-def _require(valid: bool, name: str, value: Any, bound: str) -> None:
-    if not valid:
-        raise ValueError(f"Invalid {name}={shown(value)}. Must be {bound}.")
-
-
 def _number(group: dict[str, Any], name: str) -> float:
     value = group[name]
     if isinstance(value, torch.Tensor):
-        _require(value.numel() == 1, name, value, "a number or a tensor of one element")
+        _check_tensor(name, value)
         return float(value)
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    _require(is_number, name, value, "a number")
+    require(is_number, name, value, "a number")
     try:
         return float(value)
     except OverflowError:
-        largest = f"a number that a float holds, at most {sys.float_info.max:.1e} in magnitude"
-        _require(False, name, value, largest)
+        require(False, name, value, "a number that a float holds, at most 1.8e+308 in magnitude")
         raise
+
+
+def _check_tensor(name: str, value: torch.Tensor) -> None:
+    is_fit = value.numel() == 1 and not (value.is_complex() or value.is_meta)
+    require(is_fit, name, value, 'a number or a tensor of one element, real and not on "meta"')
 
 
 def _live_number(value: Any, name: str, capturable: bool) -> Number:
     """A number that may move while a graph is replayed: as a tensor, it is never read here."""
     if not (capturable and isinstance(value, torch.Tensor)):
         return _number({name: value}, name)
-    _require(value.numel() == 1, name, value, "a number or a tensor of one element")
+    _check_tensor(name, value)
     return value.detach().reshape(()).double()
 
 
 def _betas(group: dict[str, Any]) -> tuple[Number, Number]:
     betas = group["betas"]
     is_pair = isinstance(betas, Sequence) and not isinstance(betas, str) and len(betas) == 2
-    _require(is_pair, "betas", betas, "a pair (beta1, beta2)")
+    require(is_pair, "betas", betas, "a pair (beta1, beta2)")
     beta1, beta2 = (
         _live_number(beta, f"betas[{i}]", group["capturable"]) for i, beta in enumerate(betas)
     )
     if not isinstance(beta1, torch.Tensor):
-        _require(0.0 <= beta1 < 1.0, "betas[0]", beta1, ">= 0.0 and < 1.0")
+        require(0.0 <= beta1 < 1.0, "betas[0]", beta1, ">= 0.0 and < 1.0")
     if not isinstance(beta2, torch.Tensor):
-        _require(0.0 < beta2 <= 1.0, "betas[1]", beta2, "> 0.0 and <= 1.0")
+        require(0.0 < beta2 <= 1.0, "betas[1]", beta2, "> 0.0 and <= 1.0")
     return beta1, beta2
 
 
@@ -161,49 +159,49 @@ class Hyperparameters:
     def _check(self) -> None:
         finite = math.isfinite
         _check_lr(self.lr)
-        _require(finite(self.eps) and self.eps >= 0.0, "eps", self.eps, ">= 0.0 and finite")
-        _require(
+        require(finite(self.eps) and self.eps >= 0.0, "eps", self.eps, ">= 0.0 and finite")
+        require(
             finite(self.relative_eps) and self.relative_eps >= 0.0,
             "relative_eps",
             self.relative_eps,
             ">= 0.0 and finite",
         )
         pseudo = self.eps == 0.0 and self.relative_eps == 0.0
-        _require(
+        require(
             self.eps > 0.0 or (pseudo and self.root_method in ("auto", "eigh")),
             "eps",
             self.eps,
             "> 0.0 (0.0 asks for the pseudo-inverse, which needs relative_eps=0.0 and"
             ' root_method="eigh" or "auto")',
         )
-        _require(
+        require(
             finite(self.weight_decay) and self.weight_decay >= 0.0,
             "weight_decay",
             self.weight_decay,
             ">= 0.0 and finite",
         )
-        _require(0.0 <= self.momentum < 1.0, "momentum", self.momentum, ">= 0.0 and < 1.0")
-        _require(
+        require(0.0 <= self.momentum < 1.0, "momentum", self.momentum, ">= 0.0 and < 1.0")
+        require(
             finite(self.exponent_multiplier) and self.exponent_multiplier > 0.0,
             "exponent_multiplier",
             self.exponent_multiplier,
             "> 0.0 and finite",
         )
-        _require(
+        require(
             self.exponent_multiplier == 1.0 or self.root_method in ("auto", "eigh"),
             "root_method",
             self.root_method,
             f'"eigh" or "auto" when exponent_multiplier={self.exponent_multiplier} is not 1.0:'
             " an iteration needs an integer root",
         )
-        _require(
+        require(
             _is_integer(self.exponent) or not self.geometry.capturable,
             "exponent",
             self.exponent,
             "a name or an integer when capturable=True: other exponents need"
             ' root_method="eigh", which waits for the device',
         )
-        _require(
+        require(
             _is_integer(self.exponent) or self.root_method in ("auto", "eigh"),
             "root_method",
             self.root_method,
@@ -211,13 +209,13 @@ class Hyperparameters:
             " needs an integer root",
         )
         if not isinstance(self.grafting_beta2, torch.Tensor):
-            _require(
+            require(
                 0.0 < self.grafting_beta2 <= 1.0,
                 "grafting_beta2",
                 self.grafting_beta2,
                 "> 0.0 and <= 1.0, or None for betas[1]",
             )
-        _require(
+        require(
             finite(self.grafting_eps) and self.grafting_eps > 0.0,
             "grafting_eps",
             self.grafting_eps,
@@ -325,7 +323,7 @@ class Hyperparameters:
 
 def _check_lr(lr: Number) -> None:
     if not isinstance(lr, torch.Tensor):
-        _require(math.isfinite(lr) and lr >= 0.0, "lr", lr, ">= 0.0 and finite")
+        require(math.isfinite(lr) and lr >= 0.0, "lr", lr, ">= 0.0 and finite")
 
 
 def _check_flags(group: dict[str, Any]) -> None:
@@ -341,10 +339,10 @@ def _check_flags(group: dict[str, Any]) -> None:
         "capturable",
         "differentiable",
     ):
-        _require(isinstance(group[name], bool), name, group[name], "True or False")
+        require(isinstance(group[name], bool), name, group[name], "True or False")
     for name in ("foreach", "fused"):
         is_choice = group[name] is None or isinstance(group[name], bool)
-        _require(is_choice, name, group[name], "None, True or False")
+        require(is_choice, name, group[name], "None, True or False")
     if group["differentiable"]:
         raise RuntimeError(
             "Shampoo does not support differentiable=True: roots are computed without autograd."
@@ -358,20 +356,20 @@ def _check_capturable(group: dict[str, Any]) -> None:
     """Refuses what would make a captured step wait for the device."""
     why = "when capturable=True: "
     nonfinite = group["nonfinite"]
-    _require(
+    require(
         nonfinite == "skip", "nonfinite", nonfinite, f'"skip" {why}the host cannot see a gradient'
     )
     most = group["max_root_failures"]
-    _require(most is None, "max_root_failures", most, f"None {why}the host cannot see a root")
+    require(most is None, "max_root_failures", most, f"None {why}the host cannot see a root")
     method = group["root_method"]
-    _require(
+    require(
         method != "eigh",
         "root_method",
         method,
         f'"auto", "minimax" or "coupled_newton" {why}eigh waits for the device',
     )
     multiplier = group["exponent_multiplier"]
-    _require(
+    require(
         multiplier == 1.0,
         "exponent_multiplier",
         multiplier,
@@ -379,7 +377,7 @@ def _check_capturable(group: dict[str, Any]) -> None:
     )
     if method == "auto":
         dtype = group["preconditioner_dtype"]
-        _require(
+        require(
             dtype == "float32",
             "preconditioner_dtype",
             dtype,
@@ -389,7 +387,7 @@ def _check_capturable(group: dict[str, Any]) -> None:
         )
         relative_eps = _number(group, "relative_eps")
         smallest = max(map(smallest_relative_eps, tabulated_powers()))
-        _require(
+        require(
             relative_eps >= smallest,
             "relative_eps",
             relative_eps,
@@ -415,16 +413,17 @@ def _check_choices(group: dict[str, Any]) -> None:
         ("refresh_schedule", REFRESH_SCHEDULES),
         ("preconditioner_dtype", tuple(DTYPES)),
     ):
-        _require(group[name] in choices, name, group[name], f"one of {', '.join(choices)}")
+        is_choice = isinstance(group[name], str) and group[name] in choices
+        require(is_choice, name, group[name], f"one of {', '.join(choices)}")
     for name, other in (("max_preconditioner_dim", ', or "auto"'), ("precondition_frequency", "")):
         value = group[name]
         is_count = isinstance(value, Integral) and not isinstance(value, bool)
         is_count = is_count and 1 <= int(value) <= MOST_STEPS
         is_count |= bool(other) and is_auto(value)
-        _require(is_count, name, value, f"an integer >= 1 and <= {MOST_STEPS}{other}")
+        require(is_count, name, value, f"an integer >= 1 and <= {MOST_STEPS}{other}")
     most = group["max_root_failures"]
     is_bound = isinstance(most, int) and not isinstance(most, bool) and 0 <= most <= MOST_STEPS
-    _require(
+    require(
         most is None or is_bound,
         "max_root_failures",
         most,
@@ -451,7 +450,7 @@ def _check_exponent(group: dict[str, Any]) -> None:
         is_exponent = exponent in EXPONENTS
     else:
         is_exponent = _is_real(exponent) and 0 < exponent <= MOST_POWER
-    _require(is_exponent, "exponent", exponent, bound)
+    require(is_exponent, "exponent", exponent, bound)
 
 
 def _is_real(value: Any) -> bool:
@@ -468,11 +467,11 @@ def _is_integer(exponent: str | float | Sequence[float]) -> bool:
 
 def _start(group: dict[str, Any]) -> float:
     start, frequency = group["start_preconditioning_step"], group["precondition_frequency"]
-    if start == -1:
-        return float(frequency)
     is_number = isinstance(start, Real) and not isinstance(start, bool)
+    if is_number and start == -1:
+        return float(frequency)
     is_step = is_number and (start == math.inf or (start <= MOST_STEPS and start % 1 == 0))
-    _require(
+    require(
         is_step and start >= 1,
         "start_preconditioning_step",
         start,

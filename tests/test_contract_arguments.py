@@ -1,8 +1,11 @@
 """Every argument has its range, and an error that says what was wrong: K1."""
 
+import inspect
 import math
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import Parameter
@@ -273,3 +276,65 @@ def test_train_and_eval_are_not_taken():
     opt = Shampoo(one())
     assert not hasattr(opt, "train")
     assert not hasattr(opt, "eval")
+
+
+def deep(levels: int = 5000):
+    value: list = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+class Loud:
+    def __repr__(self) -> str:
+        return "\x1b[2J" * 10_000
+
+
+STRANGE = {
+    "nan": math.nan,
+    "inf": math.inf,
+    "-inf": -math.inf,
+    "1e400": 10**400,
+    "-1e6000": -(10**6000),
+    "fraction": Fraction(10**400),
+    "complex": 1j,
+    "word": "\x1b[2J",
+    "long word": "x" * 100_000,
+    "bytes": b"\x00",
+    "None": None,
+    "list": [],
+    "long list": [1e400] * 100_000,
+    "deep list": deep(),
+    "dict": {"\x1b[2J": 1},
+    "object": Loud(),
+    "tensor": torch.tensor([1.0, 2.0]),
+    "tensor of nan": torch.tensor(math.nan),
+    "empty tensor": torch.tensor([]),
+    "complex tensor": torch.tensor(1j),
+    "meta tensor": torch.ones((), device="meta"),
+    "array": np.array(["a", "b"]),
+    "array of nan": np.array(math.nan),
+    "int64": np.int64(2**62),
+    "bool": np.bool_(True),
+}
+NAMES = [
+    name
+    for name in inspect.signature(Shampoo).parameters
+    if name not in ("params", "process_group")
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", STRANGE)
+def test_k1_a_value_of_any_type_and_size_is_taken_or_refused_by_name(kind):
+    for name in NAMES:
+        values = [STRANGE[kind]] + [(STRANGE[kind], 0.9), (0.9, STRANGE[kind])] * (name == "betas")
+        for value in values:
+            try:
+                Shampoo(one(), **{name: value})
+            except (ValueError, RuntimeError) as error:
+                said = str(error)
+                assert f"Invalid {name}" in said, (name, said)
+                assert "Must be" in said, (name, said)
+                assert said.isprintable(), (name, said)
+                assert len(said) < 2000, name

@@ -59,9 +59,14 @@ class MustAgree:
     noun: str  # what the entries are of
     digest: int
     entries: Callable[[], Sequence[Entry]]
+    remedy: str = (
+        "All ranks must train the same parameters, in the same order, with the same"
+        " hyper-parameters."
+    )
 
 
-ITEMS = 4  # of a step: values of hyper-parameters, its plan, which gradients are there, steps
+# Of a step: steps left out, values of hyper-parameters, its plan, which gradients are there, steps.
+ITEMS = 5
 
 
 class Vote(NamedTuple):
@@ -155,7 +160,7 @@ class Consensus:
             self.fail(error)
         for item, high, low in zip(must_agree, agreed[::2], agreed[1::2], strict=True):
             if high != -low:
-                self._name_difference(item.noun, item.entries())
+                self._name_difference(item)
         return Vote(status, bool(nonzero), not unprepared)
 
     def confirm(self, status: int) -> int:
@@ -190,8 +195,9 @@ class Consensus:
         agreed: list[int] = tensor.tolist()
         return agreed
 
-    def _name_difference(self, noun: str, entries: Sequence[Entry]) -> NoReturn:
+    def _name_difference(self, item: MustAgree) -> NoReturn:
         """Raises with the first entry in which a rank differs from the first rank."""
+        noun, entries = item.noun, item.entries()
         group = self._group.live()
         everyone: list[Sequence[Entry]] = [()] * dist.get_world_size(group)
         dist.all_gather_object(everyone, entries, group=group)
@@ -209,7 +215,6 @@ class Consensus:
                     raise PlanMismatchError(
                         f"rank {rank} has {other['name']} with {key}={other.get(key)},"
                         f" rank {ranks[0]} has {own['name']} with {key}={own.get(key)}."
-                        " All ranks must train the same parameters, in the same order, with the"
-                        " same hyper-parameters. No rank has changed anything in this step."
+                        f" {item.remedy} No rank has changed anything in this step."
                     )
         raise AssertionError("digests differ but entries do not")

@@ -57,7 +57,8 @@ class ProcessGroups:
                 f" integer >= -1 and <= {_MOST_COUNT} (-1: the ranks of one node, 1: blocks are"
                 " not divided)."
             )
-        if communication_dtype is not None and communication_dtype not in COMMUNICATION_DTYPES:
+        wire, is_dtype = communication_dtype, isinstance(communication_dtype, torch.dtype)
+        if wire is not None and not (is_dtype and wire in COMMUNICATION_DTYPES):
             raise ValueError(
                 f"Invalid communication_dtype={shown(communication_dtype)}. Must be None or one of"
                 f" {', '.join(map(str, COMMUNICATION_DTYPES))}."

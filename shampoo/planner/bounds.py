@@ -22,7 +22,7 @@ MOST_NUMEL = 1 << 60  # of a tensor: its bytes are an integer of 64 bits
 MOST_BLOCKS = 1 << 21
 _MOST_CANDIDATES = 64
 _MOST_SIDE = 1 << 53
-_MOST_BANDWIDTH = 1e18
+_MOST_BANDWIDTH = 1e30
 
 
 def tensors_of(shapes: Shapes, dtype: torch.dtype) -> list[Tensor]:

@@ -33,6 +33,7 @@ from shampoo.step import capture
 from shampoo.step.block_plan import BlockPlan
 from shampoo.step.distributors import Distributors
 from shampoo.step.group_reader import GroupReader
+from shampoo.step.left_out import LeftOut
 from shampoo.step.parameters import check_distinct
 from shampoo.step.ridge_watch import RidgeWatch
 from shampoo.step.verdict import LateVerdicts
@@ -140,6 +141,11 @@ class Persistent(Optimizer):
     def _reader(self) -> GroupReader:
         """What has been read of the groups; a copy reads them anew."""
         return GroupReader()
+
+    @functools.cached_property
+    def _left_out(self) -> LeftOut:
+        """Steps that were left out since this optimizer was made, copied or loaded."""
+        return LeftOut()
 
     @functools.cached_property
     def _ridges(self) -> RidgeWatch:
@@ -417,6 +423,7 @@ class Persistent(Optimizer):
         self._kept = self._owners()
         self._plan = self._distributors = self._on_device = self._late = self._consolidated = None
         self._damage = ""
+        self.__dict__.pop("_left_out", None)
         if self._incoming is not None:
             for param, entries in self._incoming.items():
                 self.state[param] = {**entries, **self.state.get(param, {})}

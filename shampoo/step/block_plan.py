@@ -272,8 +272,9 @@ class BlockPlan:
         """What ranks that train together must have planned alike, parameter by parameter."""
         return [
             {
-                "name": member.name,
+                # Before the name, which holds the shape where a parameter has no other.
                 "shape": str(tuple(param.shape)),
+                "name": member.name,
                 "dtype": str(param.dtype),
                 **{
                     field.name: str(getattr(self.geometry(member), field.name))

@@ -19,6 +19,11 @@ from shampoo.step.verdict import LateVerdicts, complaint_of, unfit
 
 _COUPLED_DECAY = operator.attrgetter("coupled_decay")
 
+_ALL_OR_NONE = (
+    "A rank that has gradients and calls no step(), on a condition of its own, makes the others use"
+    " those of another batch. All ranks must leave a step out, or none."
+)
+
 
 @dataclass
 class Preflight:
@@ -45,11 +50,12 @@ class Preflight:
     checksums: Sequence[ReplicaChecksums] = ()
     accepted: Tensor | None = None
 
-    def add_items(self, terms: Mapping[str, str]) -> None:
+    def add_items(self, terms: Mapping[str, str], left_out: int) -> None:
         """Adds what must be alike, causes before what they lead to.
 
         Args:
             terms: arguments of the optimizer that belong to no group.
+            left_out: how many steps this rank has left out on its own.
         """
         plan, hyper, present = self.plan, self.inputs.hyper, self.inputs.present
         # A rank that alone has loaded a checkpoint, or lost its state, is some steps off: its bias
@@ -77,7 +83,11 @@ class Preflight:
                 for member, count in zip(plan.members, steps, strict=True)
             ]
 
+        def dropped() -> list[dict[str, str]]:
+            return [{"name": "zero_grad()", "calls that dropped unused gradients": str(left_out)}]
+
         self.must_agree = (
+            MustAgree("calls", digest(repr(left_out)), dropped, _ALL_OR_NONE),
             MustAgree("parameter groups", digest(repr((terms, hyper))), values),
             MustAgree("parameters to train", plan.digest, plan.entries),
             MustAgree("parameters to train", digest(repr(present)), gradients),
