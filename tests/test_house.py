@@ -35,8 +35,8 @@ IMPORTS = {
     " agreement",
     "replay": "blocks optimizer",
     "checkpoint": "errors blocks preconditioner state optimizer",
-    "planner": "errors inputs groups blocks grafting hyperparameters preconditioner distributed step"
-    " optimizer",
+    "planner": "errors inputs groups blocks grafting hyperparameters preconditioner distributed"
+    " step optimizer",
     "__init__": "errors groups roots optimizer replay planner",
     "__main__": "errors inputs ops blocks grafting hyperparameters distributed planner",
 }
