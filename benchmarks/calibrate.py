@@ -24,9 +24,9 @@ import torch
 
 from benchmarks import machine
 from benchmarks.shapes import MODELS
-from benchmarks.timing import Clock
 from shampoo import ops, plan
 from shampoo.blocks.cost import CostModel
+from shampoo.certificates.timing import Clock
 from shampoo.roots.methods import ROOT_METHODS
 from shampoo.roots.refresh import refresh_roots_
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks import floor
 from benchmarks.shapes import Model
-from benchmarks.timing import Clock, interleaved, quantiles
+from shampoo.certificates.timing import Clock, interleaved, quantiles
 
 Groups = list[dict[str, Any]]
 Factory = Callable[[Groups], torch.optim.Optimizer]

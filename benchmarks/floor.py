@@ -24,8 +24,8 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.timing import Clock
 from shampoo.blocks.blocking import cut, merge_dims
+from shampoo.certificates.timing import Clock
 
 Shape = tuple[int, ...]
 FLOAT32 = 4  # bytes

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch.nn import Parameter
 
 from benchmarks.machine import describe, is_busy
-from benchmarks.timing import Clock, interleaved, quantiles
+from shampoo.certificates.timing import Clock, interleaved, quantiles
 
 ROOT = Path(__file__).parents[1]
 VECTORS, MATRICES = 107, 54  # of ResNet-50: batch norms and biases, convolutions and the head

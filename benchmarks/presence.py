@@ -16,8 +16,8 @@ from rich.table import Table
 from torch.nn import Parameter
 
 from benchmarks.machine import describe, is_busy
-from benchmarks.timing import Clock, interleaved, quantiles
 from shampoo import Shampoo
+from shampoo.certificates.timing import Clock, interleaved, quantiles
 
 
 class Matrices:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import Clock
+from shampoo.certificates.timing import Clock
 
 MATMULS = {
     "float32": (torch.float32, False),

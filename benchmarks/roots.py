@@ -6,7 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernels import implementations, random_factors, text_of, timed, whitened_error
+from benchmarks.kernels import implementations, text_of
+from shampoo.certificates.checks import whitened_error
+from shampoo.certificates.timing import timed
+from shampoo.certificates.workloads import random_factors
 from shampoo.roots import inverse_root
 from shampoo.roots.minimax_table import minimax_schedule
 

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import contest, floor, peers
 from benchmarks.shapes import MODELS, Model, shrunk
-from benchmarks.timing import quantiles
+from shampoo.certificates.timing import quantiles
 
 NAMES = ("gpt2", "resnet50", "vit-b16", "llama-1b")  # in order of importance
 REFRESHES = (1, 10, 50)

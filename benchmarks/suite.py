@@ -39,8 +39,8 @@ USUAL = 45.0
 
 _STACKS = ((1024, 64), (128, 512), (512, 128), (256, 256), (64, 512), (2048, 16))  # (n, batch)
 _ELEMENTS = (1 << 24, 1 << 20, 1 << 27)
-_PRODUCTS = [op for op in kernels.TRIALS if not OPS[op].is_elementwise]
-_FLAT = [op for op in kernels.TRIALS if OPS[op].is_elementwise]
+_PRODUCTS = [op for op in kernels.MEASURED if not OPS[op].is_elementwise]
+_FLAT = [op for op in kernels.MEASURED if OPS[op].is_elementwise]
 _SMALL = {"stacks": ((48, 2), (32, 2)), "elements": (1 << 14,), "factor": 16}
 
 

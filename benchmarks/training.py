@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from benchmarks import peers
 from benchmarks.contest import Groups
 from benchmarks.models import GPT2, ResNet50
-from benchmarks.timing import Clock, interleaved, quantiles
+from shampoo.certificates.timing import Clock, interleaved, quantiles
 
 MODELS = ("resnet50", "gpt2")
 CONTESTANTS = ("adamw-fused", "shampoo")

@@ -1,6 +1,7 @@
 """Builds the kernels ahead of time and says what this machine can use.
 
-The command plan says instead what the optimizer would hold, send and take on many ranks.
+The command tune checks and times the kernels of a device anew, and says how they did. The command
+plan says what the optimizer would hold, send and take on many ranks.
 """
 
 import argparse
@@ -11,10 +12,11 @@ from typing import Any, NoReturn
 
 import torch
 
-from shampoo import ops
+from shampoo import certificates, ops
 from shampoo.blocks.cost import CostModel
 from shampoo.blocks.declared import choices
 from shampoo.blocks.layout import AUTO, DTYPES, LARGE_DIM_METHODS
+from shampoo.certificates import tune
 from shampoo.distributed.process_groups import COMMUNICATION_DTYPES
 from shampoo.errors import printable, shown
 from shampoo.grafting import GRAFTING
@@ -31,17 +33,20 @@ _PARAMETER_DTYPES = (*DTYPES, "bfloat16", "float16")
 
 def report(build: bool) -> dict[str, object]:
     """The facts a bug report needs: versions, compiler, kernels, cache, threads."""
-    reason = ""
+    reason, backend = "", backends.chosen()
     try:
         if build:
-            jit.load(retry=True)
+            jit.build(retry=True)
+            if backend != ops.REFERENCE:
+                certificates.load_kernels()
         library = str(jit.library_path())
     except jit.BuildError as error:
         reason, library = str(error), ""
-    kernels = {
-        name: "cpp" if usable else "reference" for name, usable in ops.kernels("CPU").items()
-    }
-    card, backend = backends.card(), backends.chosen()
+    kernels = {name: "cpp" if ops.runs_kernel_on_cpu(name) else "reference" for name in ops.OPS}
+    card, table = backends.card(), backends.table()
+    in_use = [torch.device("cpu")]
+    in_use += [torch.device("cuda", torch.cuda.current_device())] if card else []
+    licences = [certificates.licence_of(each) for each in in_use] if build and not reason else []
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -53,8 +58,16 @@ def report(build: bool) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "cache": str(jit.cache_dir()),
         "library": library,
+        "certificate": {
+            str(device): tune.in_words(device) for device in (in_use if licences else ())
+        },
+        "set_aside": [
+            line for each in licences for line in each.complaints(("cpp", "cuda", "triton"))
+        ],
         "cpu_kernels": kernels,
-        "gpu_kernels": backends.describe(backend, card, backends.table()) if card else {},
+        "gpu_kernels": backends.describe(backend, card, table, licences[-1] if licences else None)
+        if card
+        else {},
         "reason": reason,
     }
 
@@ -141,12 +154,15 @@ def main() -> int:
     parser = _Parser(prog="python -m shampoo", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--no-build", action="store_true", help="report only, compile nothing")
-    commands = parser.add_subparsers(dest="command", metavar="plan")
+    commands = parser.add_subparsers(dest="command", metavar="plan | tune")
+    tune.add_arguments(commands.add_parser("tune", help="checks and times kernels, and says how"))
     planning = commands.add_parser("plan", help="memory, balance, traffic and time on many ranks")
     _add_plan_arguments(planning)
     options = parser.parse_args()
     is_plan = options.command == "plan"
     try:
+        if options.command == "tune":
+            return tune.run(options)
         if is_plan:
             print_plan(options)
             return 0
@@ -164,6 +180,8 @@ def print_facts(facts: dict[str, object], as_json: bool) -> int:
         for name, value in facts.items():
             if isinstance(value, dict):
                 value = ", ".join(f"{op} {kind}" for op, kind in value.items())
+            elif isinstance(value, list):
+                value = "; ".join(value)
             print(printable(f"{name:<12} {value or 'none'}"))
     return 1 if facts["reason"] else 0
 

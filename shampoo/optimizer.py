@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from shampoo import ops
+from shampoo import certificates
 from shampoo.agreement import Agreeing
 from shampoo.blocks.layout import AUTO, AUTOMATIC
 from shampoo.distributed.process_groups import ProcessGroups
@@ -270,7 +270,7 @@ class Shampoo(Agreeing):
         self._is_being_built = False
         warn_of_thin(self.param_groups)
         warn_of_long_sides(self.param_groups, self._unasked)
-        ops.load_kernels(required=fused is True)
+        certificates.load_kernels(required=fused is True)
         tracing.run_eagerly(type(self))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -407,7 +407,7 @@ class Shampoo(Agreeing):
         for group in self.param_groups:
             extra = complete(group, self.defaults).get("extra", {})
             group["extra"] = {name: extra.get(name, value) for name, value in _EXTRA.items()}
-        ops.load_kernels()
+        certificates.load_kernels()
         tracing.run_eagerly(type(self))
 
 

@@ -21,6 +21,7 @@ IMPORTS = {
     "kernels": "",
     "ops": "errors inputs kernels",
     "roots": "errors kernels ops",
+    "certificates": "kernels ops roots",
     "blocks": "errors inputs ops",
     "grafting": "ops",
     "hyperparameters": "errors ops roots blocks grafting",
@@ -31,14 +32,14 @@ IMPORTS = {
     " distributed",
     "state": "errors blocks hyperparameters preconditioner distributed step",
     "agreement": "errors blocks hyperparameters distributed step state",
-    "optimizer": "groups ops blocks hyperparameters preconditioner distributed step state"
+    "optimizer": "groups certificates blocks hyperparameters preconditioner distributed step state"
     " agreement",
     "replay": "blocks optimizer",
     "checkpoint": "errors blocks preconditioner state optimizer",
     "planner": "errors inputs groups blocks grafting hyperparameters preconditioner distributed"
     " step optimizer",
     "__init__": "errors groups roots optimizer replay planner",
-    "__main__": "errors inputs ops blocks grafting hyperparameters distributed planner",
+    "__main__": "errors inputs ops certificates blocks grafting hyperparameters distributed planner",
 }
 MODULES = [path for path in sorted((ROOT / "shampoo").rglob("*.py")) if ".egg" not in str(path)]
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))

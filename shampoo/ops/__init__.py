@@ -10,10 +10,12 @@ from shampoo.kernels.reference import minimax, root_check
 from shampoo.kernels.reference import ops as reference
 from shampoo.kernels.reference.ops import Number
 from shampoo.ops import supports
+from shampoo.ops.licence import REFERENCE
 from shampoo.ops.registry import OPS, Cpp, Cuda, Op, Triton, declare
-from shampoo.ops.routes import has_kernel, kernels, load_kernels
+from shampoo.ops.routes import grant, has_kernel, kernels, load_kernels, runs_kernel_on_cpu
 
-__all__ = ["OPS", "Number", "has_kernel", "kernels", "load_kernels"]
+__all__ = ["OPS", "REFERENCE", "Number", "grant", "has_kernel", "kernels", "load_kernels"]
+__all__ += ["runs_kernel_on_cpu"]
 __all__ += ["gather_blocks_", "graft_moments_", "magnitudes_", "update_blocks_"]
 __all__ += ["gram_ema_", "precondition_"]
 __all__ += ["check_roots_", "eigh_", "minimax_root_", "minimax_small_root_"]

@@ -1,10 +1,11 @@
-"""Which kernel runs an op: what ``SHAMPOO_BACKEND`` names, or what measured fastest.
+"""Which kernel runs an op: what ``SHAMPOO_BACKEND`` names, or what passed and measured fastest.
 
 On a CUDA device an op may have a kernel in CUDA C++, one in Triton, both or neither, beside its
 *reference* in plain PyTorch, whose products are cuBLAS. ``cuda`` and ``triton`` name one of them.
-``auto`` asks a table of measurements: for a card, an op and a dtype the seconds of every kernel at
-some sizes, so it also says where a kernel loses to cuBLAS. A card that is not in the table has not
-been measured, and keeps the references. On a CPU the kernels are those in C++ (``cpp``).
+``auto`` asks the licence of the device (:mod:`shampoo.ops.licence`): which kernels passed their
+checks on it, and which is fastest at some sizes, so it also says where a kernel loses to cuBLAS. A
+table of measurements by card may know better what is fastest, but licenses nothing. On a CPU the
+kernels are those in C++ (``cpp``).
 
 ``backends.json`` ships with the package; ``SHAMPOO_BACKEND_TABLE`` names another one, such as
 ``python -m benchmarks.gpu --write-table`` writes. Nothing here runs a kernel.
@@ -29,10 +30,10 @@ from shampoo.inputs import (
     is_number,
     read_json,
 )
+from shampoo.ops.licence import REFERENCE, Licence, Row
 from shampoo.ops.registry import OPS, Op, kinds_of
 
-BACKENDS = ("auto", "cuda", "triton", "reference")
-REFERENCE = "reference"
+BACKENDS = ("auto", "cuda", "triton", REFERENCE)
 _MOST_SECONDS = 1e6  # of a measurement
 
 Table = Mapping[str, Any]
@@ -113,7 +114,15 @@ def _check_kernel(op: str, kernel: Any, device: str) -> None:
 
 
 def choose(
-    op: str, device: str, dtype: str, size: int, *, backend: str, card: str, table: Table
+    op: str,
+    device: str,
+    dtype: str,
+    size: int,
+    *,
+    backend: str,
+    card: str,
+    table: Table,
+    licence: Licence | None = None,
 ) -> str:
     """The kernel that runs an op.
 
@@ -125,6 +134,7 @@ def choose(
         backend: One of ``BACKENDS``.
         card: The card's key in the table: its compute capability, such as ``"9.0"``.
         table: Of measurements.
+        licence: Of the device; without one every kernel counts as passed.
 
     Returns:
         ``"cpp"``, ``"cuda"``, ``"triton"`` or ``"reference"``. A backend that has no kernel for
@@ -133,60 +143,86 @@ def choose(
     """
     if device == "cpu":
         if backend == "auto":
-            return str(table["cpu"].get(op, REFERENCE))
+            kernel = str(table["cpu"].get(op, REFERENCE))
+            is_licensed = licence is None or (
+                licence.allows_always(op, kernel) and licence.pays(op)
+            )
+            return kernel if is_licensed else REFERENCE
         return "cpp" if backend == "cuda" and "cpp" in kinds_of(op, "cpu") else REFERENCE
     if device != "cuda":
         return REFERENCE
     if backend != "auto":
         return backend if backend in kinds_of(op, "cuda") else REFERENCE
-    rows: Sequence[Mapping[str, Any]]
     rows = table["cuda"].get(card, {}).get("ops", {}).get(op, {}).get(dtype, ())
-    # The measurement of the next size above; beyond the last one, the last.
+    named = _fastest(rows, size)
+    if licence is None:
+        return named or REFERENCE
+    measured = _fastest(licence.rows.get(op, {}).get(dtype, ()), size)
+    for fastest in (named, measured):
+        if fastest is not None and licence.allows(op, fastest, dtype):
+            return fastest
+    return REFERENCE
+
+
+def _fastest(rows: Sequence[Row], size: int) -> str | None:
+    """The kernel of the next measured size above; beyond the last one, of the last."""
     above = [row for row in rows if row["size"] >= size]
     nearest = min(above, key=_size) if above else max(rows, key=_size, default=None)
-    return REFERENCE if nearest is None else str(nearest["kernel"])
+    return None if nearest is None else str(nearest["kernel"])
 
 
-def _size(row: Mapping[str, Any]) -> float:
+def _size(row: Row) -> float:
     return float(row["size"])
 
 
 def wanted(backend: str, card: str, table: Table) -> frozenset[str]:
-    """The kinds of kernels that a process has to load: of ``cpp``, ``cuda`` and ``triton``.
+    """The kinds of kernels that a process has to build: of ``cpp``, ``cuda`` and ``triton``.
 
-    ``card`` is empty where there is no CUDA device.
+    ``card`` is empty where there is no CUDA device. Where there is one, ``auto`` wants them all:
+    its licence says which are used.
     """
     if backend == "auto":
         kinds = {kind for kind in table["cpu"].values() if kind != REFERENCE}
-        measured = table["cuda"].get(card, {}).get("ops", {})
-        for dtypes in measured.values():
-            kinds |= {row["kernel"] for rows in dtypes.values() for row in rows} - {REFERENCE}
-        return frozenset(kinds)
+        return frozenset(kinds | ({"cuda", "triton"} if card else set()))
     named = {"cuda": {"cpp", "cuda"}, "triton": {"triton"}, "reference": set[str]()}
     return frozenset(named[backend])
 
 
-def router(op: Op, backend: str, table: Table) -> Callable[[Sequence[Any]], str]:
+def router(
+    op: Op,
+    backend: str,
+    table: Table,
+    licence_of: Callable[[torch.device], Licence | None] = lambda device: None,
+) -> Callable[[Sequence[Any]], str]:
     """:func:`choose` for the arguments of a call on a CUDA device, whether or not it takes them."""
     places = op.places_of(op.subject)
 
     @functools.lru_cache(maxsize=1024)
-    def remembered(dtype: torch.dtype, size: int, card: str) -> str:
-        name = str(dtype).removeprefix("torch.")
-        return choose(op.name, "cuda", name, size, backend=backend, card=card, table=table)
+    def remembered(dtype: torch.dtype, size: int, device: torch.device) -> str:
+        name, card, licence = dtype_name(dtype), card_of(device), licence_of(device)
+        settings = {"backend": backend, "card": card, "table": table, "licence": licence}
+        return choose(op.name, "cuda", name, size, **settings)  # type: ignore[arg-type]
 
     def kernel_for(arguments: Sequence[Any]) -> str:
         subject: Tensor | Sequence[Tensor]
         subject = next(arguments[at] for at in places if arguments[at] is not None)
-        tensors = [subject] if isinstance(subject, Tensor) else subject
-        first = tensors[0]
-        if op.is_elementwise:
-            size = sum(tensor.numel() for tensor in tensors)
-        else:
-            size = max(first.shape[1:], default=0)
-        return remembered(first.dtype, size, card_of(first.device))
+        first = subject if isinstance(subject, Tensor) else subject[0]
+        return remembered(first.dtype, size_of(op, subject), first.device)
 
     return kernel_for
+
+
+def size_of(op: Op, subject: Tensor | Sequence[Tensor]) -> int:
+    """The size of a call: elements, or columns of the largest factor."""
+    tensors = [subject] if isinstance(subject, Tensor) else subject
+    if op.is_elementwise:
+        return sum(tensor.numel() for tensor in tensors)
+    return max(tensors[0].shape[1:], default=0)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as tables and certificates name it: ``"float32"``."""
+    return str(dtype).removeprefix("torch.")
 
 
 @functools.cache
@@ -204,7 +240,9 @@ def card() -> str:
     return card_of(torch.device("cuda", torch.cuda.current_device()))
 
 
-def describe(backend: str, card: str, table: Table) -> dict[str, str]:
+def describe(
+    backend: str, card: str, table: Table, licence: Licence | None = None
+) -> dict[str, str]:
     """For every op with kernels on a CUDA device, in words which one runs, and where it loses."""
     names = [op.name for op in OPS.values() if op.kinds("cuda")]
     if backend != "auto":
@@ -215,12 +253,13 @@ def describe(backend: str, card: str, table: Table) -> dict[str, str]:
     measured = table["cuda"].get(card, {}).get("ops", {})
     said = {}
     for op in names:
-        rows = sorted(measured.get(op, {}).get("float32", ()), key=_size)
-        said[op] = "; ".join(map(_in_words, rows)) or "reference (not yet measured on this card)"
+        rows = measured.get(op, {}) or (licence.rows.get(op, {}) if licence else {})
+        in_order = sorted(rows.get("float32", ()), key=_size)
+        said[op] = "; ".join(map(_in_words, in_order)) or "reference (not yet measured here)"
     return said
 
 
-def _in_words(row: Mapping[str, Any]) -> str:
+def _in_words(row: Row) -> str:
     seconds: Mapping[str, float] = row.get("seconds", {})
     base = seconds.get(REFERENCE, math.nan)
     ratios = [f"{kind} {base / s:.2g}x" for kind, s in seconds.items() if kind != REFERENCE]

@@ -2,7 +2,9 @@
 
 A build is named by a hash of everything that shapes it, made in a private folder and published by
 one atomic rename, so no reader ever sees half a library. The lock only saves ranks from compiling
-the same thing twice; the operating system drops it when its holder dies.
+the same thing twice; the operating system drops it when its holder dies. The compiler runs in a
+process apart, since torch loads what it has built at once: here it is loaded when it was checked.
+A library that somebody else may have written is not loaded at all.
 """
 
 import contextlib
@@ -15,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 
@@ -23,6 +25,8 @@ import torch
 from filelock import FileLock
 
 from shampoo.ops import backends
+from shampoo.ops.apart import Apart
+from shampoo.ops.trust import make_folder, objection, private_folder
 
 LIBRARY = "shampoo_csrc.so"
 FAILURE = "failure.txt"
@@ -30,6 +34,8 @@ FAILURE = "failure.txt"
 # A failed build is not repeated by the ranks that waited for it, nor for this many seconds after:
 # longer would keep the references in use after a full disk was emptied.
 FAILURE_LIFETIME = 3600.0
+
+_LONGEST = 3600.0  # seconds of a build
 
 # No -std: torch passes the one its own headers need, and the last one given would win. The rest
 # leaves every value as IEEE 754 has it, and bits independent of where a loop was cut.
@@ -47,7 +53,7 @@ COMPILER_ENVIRONMENT = (
 
 
 class BuildError(RuntimeError):
-    """The sources could not be built or loaded."""
+    """Kernels that were asked for could not be built or loaded, or did not pass their checks."""
 
 
 def source_dir() -> Path:
@@ -174,10 +180,18 @@ def library_path() -> Path:
     for path in sorted(folder.rglob("*")):
         if path.suffix in {".h", ".cuh", ".cpp", ".cu"}:
             parts += [str(path.relative_to(folder)), path.read_text(encoding="utf-8")]
-    return cache_dir() / _digest(*parts) / _digest(*compiler_versions()) / LIBRARY
+    return trusted(Path(digest(*parts), digest(*compiler_versions()), LIBRARY))
 
 
-def _digest(*parts: str) -> str:
+def trusted(name: Path) -> Path:
+    """Where a file of the cache lies: elsewhere if others may have written it."""
+    path = cache_dir() / name
+    reason = objection(path, cache_dir())
+    return private_folder(reason) / name if reason else path
+
+
+def digest(*parts: str) -> str:
+    """16 hexadecimal digits that stand for some text."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -190,30 +204,58 @@ def load(retry: bool = False) -> None:
     Raises:
         BuildError: with the reason and what to do about it.
     """
+    library = build(retry)
+    if not _loads(library):
+        library = rebuild(library, retry)
+        if not _loads(library):
+            raise BuildError(f"{library} was built and cannot be loaded. Check CXX.")
+
+
+def build(retry: bool = False) -> Path:
+    """Where the library lies, which is built if nobody has. It is not loaded.
+
+    Args:
+        retry: build even if the same build failed a short while ago.
+
+    Raises:
+        BuildError: with the reason and what to do about it.
+    """
     if os.environ.get("SHAMPOO_DISABLE_JIT") == "1":
         raise BuildError("SHAMPOO_DISABLE_JIT=1 forbids building csrc/. Unset it.")
     try:
         library = library_path()
-        if _loads(library):
-            return
-        lacking = not all(compiler_versions())
-        if lacking and any(map(_loads, library.parent.parent.glob(f"*/{LIBRARY}"))):
-            return
-        _require_compiler()
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(library.with_suffix(".lock")):
-            if _loads(library):  # another process built it while this one waited
-                return
-            _raise_known_failure(library.parent, retry)
-            _build(library)
+        if library.exists():
+            return library
+        if not all(compiler_versions()):
+            for other in sorted(library.parent.parent.glob(f"*/{LIBRARY}")):
+                if not objection(other, library.parents[2]):
+                    return other
+        return _made(library, retry, lambda: library.exists())
     except OSError as error:
         raise BuildError(f"{error}. Set SHAMPOO_CACHE_DIR to a writable folder.") from error
 
 
+def rebuild(library: Path, retry: bool = False) -> Path:
+    """Builds a library that cannot be loaded anew, unless another process already has."""
+    before = library.stat().st_ino
+    try:
+        return _made(library, retry, lambda: library.stat().st_ino != before)
+    except OSError as error:
+        raise BuildError(f"{error}. Set SHAMPOO_CACHE_DIR to a writable folder.") from error
+
+
+def _made(library: Path, retry: bool, is_there: Callable[[], bool]) -> Path:
+    _require_compiler()
+    make_folder(library.parent, library.parents[2])
+    with FileLock(library.with_suffix(".lock")):
+        if not is_there():  # no other process built it while this one waited
+            _raise_known_failure(library.parent, retry)
+            _build(library)
+    return library
+
+
 def _loads(library: Path) -> bool:
     """Loads a built library. One that does not load counts as not built."""
-    if not library.exists():
-        return False
     try:
         torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except OSError:
@@ -234,7 +276,7 @@ def _require_compiler() -> None:
 
 def _surroundings() -> str:
     """One line that changes when the compiler may find other things than before."""
-    return _digest(*(os.environ.get(name, "") for name in COMPILER_ENVIRONMENT))
+    return digest(*(os.environ.get(name, "") for name in COMPILER_ENVIRONMENT))
 
 
 def _raise_known_failure(folder: Path, retry: bool) -> None:
@@ -247,7 +289,7 @@ def _raise_known_failure(folder: Path, retry: bool) -> None:
 
 
 def _build(library: Path) -> None:
-    """Compiles, loads and publishes the library. The caller holds the lock."""
+    """Compiles and publishes the library. The caller holds the lock."""
     folder = library.parent
     for abandoned in folder.glob("build-*"):  # by a holder that died
         shutil.rmtree(abandoned, ignore_errors=True)
@@ -260,11 +302,13 @@ def _build(library: Path) -> None:
     )
     with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as scratch, _ninja_on_path():
         try:
-            _compile(Path(scratch))
+            with Apart() as process:
+                process.ask(_compile, Path(scratch), timeout=_LONGEST)
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             text = f"csrc/ could not be built with {shlex.join(compiler())}.\n{error}"
             (folder / FAILURE).write_text(f"{_surroundings()}\n{text}")
             raise BuildError(text) from error
+        (Path(scratch) / LIBRARY).chmod(0o755)  # whatever the umask
         os.replace(Path(scratch) / LIBRARY, library)
     (folder / FAILURE).unlink(missing_ok=True)
 

@@ -109,6 +109,13 @@ class Op:
         inside = self.schema[self.schema.index("(") + 1 : self.schema.index(") ->")]
         return tuple(re.sub(r"=.*", "", part.split()[-1]) for part in inside.split(","))
 
+    @functools.cached_property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of the arguments that are written."""
+        inside = self.schema[self.schema.index("(") + 1 : self.schema.index(") ->")]
+        parts = re.findall(r"\([a-z]!\)[^ ]* (\w+)", inside)
+        return tuple(parts)
+
     def places_of(self, names: tuple[str, ...]) -> tuple[int, ...]:
         """Where arguments stand among all of them."""
         return tuple(self.arguments.index(name) for name in names)

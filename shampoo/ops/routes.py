@@ -9,54 +9,155 @@ from typing import Any
 import torch
 
 from shampoo.ops import backends, jit
+from shampoo.ops.licence import REFERENCE, Licence
 from shampoo.ops.registry import OPS, Op, Run, Supports, library
 
+Ask = Callable[[torch.device], Licence]
+"""What says which kernels a device may run. They are built then, and not yet loaded."""
+
+CPU = torch.device("cpu")
+
 _routes: dict[str, Run] = {}  # what runs on CUDA devices, where not the reference
+_licences: dict[torch.device, Licence] = {}  # of the CUDA devices that were asked about
+_set_aside: dict[str, torch.library.Library] = {}  # references over kernels of the CPU, by op
 
 
-def load_kernels(required: bool = False) -> None:
+def load_kernels(required: bool = False, ask: Ask | None = None) -> None:
     """Registers the kernels that :mod:`shampoo.ops.backends` chooses, or says why references stay.
 
-    ``SHAMPOO_BACKEND`` decides: ``auto`` (default) takes the C++ kernels for the CPU and on a GPU
-    what its table says is fastest, and warns once for each process if they are not there; ``cuda``
-    insists on the kernels in C++ and, where torch has CUDA, on those in CUDA C++; ``triton`` on
-    those in Triton, without the others; ``reference`` does not even try. It is read at every call,
-    for the whole process: on a GPU the last choice holds, kernels for the CPU stay once loaded.
+    ``SHAMPOO_BACKEND`` decides: ``auto`` (default) takes what has a licence, and warns once for
+    each process if kernels are not there; ``cuda`` insists on the kernels in C++ and, where torch
+    has CUDA, on those in CUDA C++; ``triton`` on those in Triton, without the others;
+    ``reference`` does not even try. It is read at every call, for the whole process: on a GPU the
+    last choice holds, kernels for the CPU stay once loaded, whether they are set aside or not.
 
     Args:
         required: turns the reason why the chosen kernels are not there into an error, for a caller
             that was asked for them.
+        ask: who licenses kernels. The CPU's are asked about here, before they are loaded; those of
+            a CUDA device when its licence is granted (:func:`grant`), and until then it runs
+            references. Without, every kernel counts as passed.
 
     Raises:
         ValueError: if ``SHAMPOO_BACKEND`` is none of the four, or the table is not one.
-        shampoo.ops.jit.BuildError: if the kernels must be there and are not.
+        shampoo.ops.jit.BuildError: if the kernels must be there and are not, or did not pass.
     """
     backend, table = backends.chosen(), backends.table()
-    if backend == backends.REFERENCE and required:
+    if backend == REFERENCE and required:
         raise jit.BuildError("SHAMPOO_BACKEND=reference forbids the kernels. Unset it.")
     kinds = set(backends.wanted(backend, backends.card(), table))
     if not torch.version.cuda:
         kinds.discard("cuda")  # no tensor could reach them
+    insists = required or backend != "auto"
+    licence = None
     for kind in sorted(kinds):
-        if reason := _reason(kind):
-            if required or backend != "auto":
+        reason = _reason(kind)
+        if kind == "cpp" and not reason and ask is not None:
+            licence = ask(CPU)
+            if insists:
+                raise_complaints(licence, ["cpp"])
+                if required and not licence.passed:
+                    reason = "the kernels were not checked on this machine. Unset SHAMPOO_TUNE."
+        if kind == "cpp" and not reason and (licence is None or licence.passed or insists):
+            reason = _load_once(jit.needs_cuda())
+        if reason:
+            if insists:
                 raise jit.BuildError(reason)
             _warn_once(reason)
             kinds.remove(kind)
+    if licence is not None or ask is None:  # else what was set aside stays so
+        _set_aside_on_cpu(licence, backend, table)
+    _licences.clear()
+    _state[:] = backend, table, frozenset(kinds), ask is not None
+    _route()
+
+
+_state: list[Any] = []  # of the last choice: backend, table, kinds, and whether licences count
+
+
+def grant(device: torch.device, licence: Licence) -> None:
+    """Lets a CUDA device run what it is licensed for.
+
+    Raises:
+        shampoo.ops.jit.BuildError: if ``SHAMPOO_BACKEND`` insists on a kernel that was refused.
+    """
+    backend, _, kinds, _ = _state
+    if backend != "auto":
+        raise_complaints(licence, [backend])
+    if kinds and _licences.get(device) != licence:
+        _licences[device] = licence
+        _route()
+
+
+def raise_complaints(licence: Licence, kinds: Sequence[str]) -> None:
+    """Raises with the words of a licence if it refuses kernels of these kinds."""
+    if complaints := licence.complaints(kinds):
+        raise jit.BuildError(
+            "kernels that were asked for did not pass their checks: "
+            f"{'; '.join(complaints)}. Unset SHAMPOO_BACKEND and fused to go on without them."
+        )
+
+
+def _route() -> None:
+    backend, table, kinds, is_licensed = _state
+    nothing = Licence() if is_licensed else None
     _routes.clear()
     for op in OPS.values():
-        for name, run in routes_of(op, backend, table, kinds).items():
+        for name, run in routes_of(
+            op, backend, table, kinds, lambda device: _licences.get(device, nothing)
+        ).items():
             _routes[name] = run
             _register(name, op.reference)
 
 
+def _set_aside_on_cpu(licence: Licence | None, backend: str, table: backends.Table) -> None:
+    """Puts the reference over every kernel of the CPU that is not licensed, in all its dtypes.
+
+    No call asks on a CPU which kernel to take: what passed is called by torch itself.
+    """
+    _set_aside.clear()  # which takes away what they registered
+    if licence is None:
+        return
+    settings = {"backend": backend, "card": "", "table": table, "licence": licence}
+    for op in OPS.values():
+        kernel = backends.choose(op.name, "cpu", "float32", 1, **settings)  # type: ignore[arg-type]
+        if "cpp" in op.kinds("cpu") and kernel == REFERENCE:
+            _set_aside[op.name] = _over_kernel(op)
+
+
+def _over_kernel(op: Op) -> torch.library.Library:
+    """The reference of an op in place of its kernel for the CPU, for as long as this is held."""
+    aside = torch.library.Library("shampoo", "IMPL")  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that a kernel is overridden, as it should be
+        for overload in op.schemas:
+            if has_kernel(op.full_name(overload), "CPU"):
+                aside.impl(op.full_name(overload), op.reference, "CPU")  # type: ignore[no-untyped-call]
+    return aside
+
+
+def runs_kernel_on_cpu(op: str) -> bool:
+    """Whether a kernel runs an op on the CPU, and not its reference."""
+    return has_kernel(op, "CPU") and op not in _set_aside
+
+
 def _reason(kind: str) -> str:
-    """Tries to load the kernels of one kind: the reason why not, or nothing."""
+    """Tries to build the kernels of one kind: the reason why not, or nothing."""
     if kind == "triton":
         return _load_triton_once()
     if kind == "cuda" and not jit.needs_cuda():
         return "no CUDA toolkit for the kernels in CUDA C++. Install it or set CUDA_HOME."
-    return _load_once(jit.needs_cuda())
+    return _build_once(jit.needs_cuda())
+
+
+@functools.cache
+def _build_once(cuda: bool) -> str:
+    """Tries to build the compiled kernels: the reason why not, or nothing."""
+    try:
+        jit.build()
+    except jit.BuildError as error:
+        return str(error)
+    return ""
 
 
 @functools.cache
@@ -81,7 +182,13 @@ def _load_triton_once() -> str:
     return ""
 
 
-def routes_of(op: Op, backend: str, table: backends.Table, kinds: Iterable[str]) -> dict[str, Run]:
+def routes_of(
+    op: Op,
+    backend: str,
+    table: backends.Table,
+    kinds: Iterable[str],
+    licence_of: Callable[[torch.device], Licence | None] = lambda device: None,
+) -> dict[str, Run]:
     """What runs an op and its overload on CUDA devices, by name.
 
     Each call goes to the kernel that is chosen for its arguments, if that takes them, and to the
@@ -90,7 +197,7 @@ def routes_of(op: Op, backend: str, table: backends.Table, kinds: Iterable[str])
     there = [kind for kind in op.kinds("cuda") if kind in kinds]
     if not there:
         return {}
-    choose = backends.router(op, backend, table)
+    choose = backends.router(op, backend, table, licence_of)
     return {
         op.full_name(overload): _switch(
             {kind: op.load(kind, overload) for kind in there}, op.reference, choose

@@ -97,3 +97,20 @@ def interleaved(
             samples[name].append(clock.time(variants[name]))
         after_round()
     return samples
+
+
+_MOST = 200  # rounds of a small call
+
+
+def timed(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, seconds: float, least: int
+) -> dict[str, Quantiles]:
+    """Quantiles of calls that take turns, ``least`` rounds and on until ``seconds`` are over."""
+    if not calls:
+        return {}
+    clock = Clock(device)
+    warm = interleaved(calls, clock, rounds=2)
+    round_s = max(1e-9, sum(samples[-1] for samples in warm.values()))
+    rounds = max(least, min(_MOST, int(seconds / round_s)))
+    times = interleaved(calls, clock, rounds=rounds, first_round=2)
+    return {name: quantiles(samples) for name, samples in times.items()}

@@ -1,0 +1,176 @@
+"""Cases of the ops that work on stacks of blocks and factors."""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from shampoo.certificates.cases.case import SIZES, Arguments, Case, dtype_name, strided
+from shampoo.kernels.reference import minimax
+from shampoo.roots.minimax_table import minimax_schedule
+
+FLAT = (torch.float32, torch.float64)
+HALF = (torch.bfloat16, torch.float16)
+_BLOCKS = 3
+
+# Shapes of a block: ragged sizes, of which one may be long, and every order.
+SHAPES = [(size,) for size in SIZES] + [(5, 7), (65, 130), (257, 33), (33, 5, 40), (2, 3, 4, 5)]
+
+
+def symmetric(batch: int, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[batch, n, n]: random, bitwise symmetric, positive semi-definite."""
+    square = torch.randn(batch, n, n, dtype=dtype) / n**0.5
+    product: Tensor = square @ square.mT
+    return (product + product.mT).div(2)
+
+
+def spread(batch: int, n: int, decades: float = 6.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[batch, n, n]: bitwise symmetric, with log-spaced eigenvalues and random eigenvectors."""
+    Q = torch.linalg.qr(torch.randn(batch, n, n, dtype=torch.float64)).Q
+    A: Tensor = Q * torch.logspace(0, -decades, n, dtype=torch.float64) @ Q.mT
+    return (A + A.mT).div(2).to(dtype)
+
+
+def _gram(shape: tuple[int, ...], flat: torch.dtype, data: torch.dtype, kind: str) -> list[Case]:
+    """One case a mode, and those with a diagonal factor."""
+    cases = []
+    for k, full in itertools.product(range(len(shape)), (True, False)):
+        if not full and (data != flat or kind != "contiguous"):
+            continue
+
+        def arguments(k: int = k, full: bool = full) -> Arguments:
+            grad = strided(torch.randn(_BLOCKS, *shape).to(data), kind)
+            factor = symmetric(_BLOCKS, shape[k], flat)
+            if not full:
+                factor = factor.diagonal(dim1=1, dim2=2).clone()
+            return {"factor": factor, "grad": grad, "k": k, "beta": 0.9, "weight": 0.2}
+
+        words = f"mode {k} of {[*shape]} {dtype_name(data)}" + (", diagonal" if not full else "")
+        cases.append(
+            Case(
+                "gram_ema_",
+                flat,
+                words + (f", {kind}" if kind != "contiguous" else ""),
+                arguments,
+                symmetric=("factor",) if full else (),
+                stacked=("factor", "grad"),
+                on_cpu=data == flat,
+            )
+        )
+    return cases
+
+
+def _precondition(
+    shape: tuple[int, ...], flat: torch.dtype, data: torch.dtype, kind: str, diagonal: int | None
+) -> Case:
+    def arguments() -> Arguments:
+        grad = strided(torch.randn(_BLOCKS, *shape).to(data), kind)
+        roots = [symmetric(_BLOCKS, n, flat) for n in shape]
+        if diagonal is not None:
+            roots[diagonal] = roots[diagonal].diagonal(dim1=1, dim2=2).clone()
+        out = torch.zeros(_BLOCKS, *shape, dtype=flat)
+        return {"out": out, "norm": torch.zeros(_BLOCKS, dtype=flat), "grad": grad, "roots": roots}
+
+    words = f"{[*shape]} {dtype_name(data)}" + (f", {kind}" if kind != "contiguous" else "")
+    return Case(
+        "precondition_",
+        flat,
+        words + (f", mode {diagonal} diagonal" if diagonal is not None else ""),
+        arguments,
+        overwritten=("out", "norm"),
+        stacked=("out", "norm", "grad", "roots"),
+        on_cpu=data == flat,
+    )
+
+
+def _eigh(n: int, flat: torch.dtype) -> Case:
+    def arguments() -> Arguments:
+        stack = spread(_BLOCKS, n, 4.0, flat)
+        return {"values": torch.zeros_like(stack[:, 0]), "vectors": stack.clone(), "stack": stack}
+
+    every = ("values", "vectors", "stack")
+    return Case("eigh_", flat, f"n={n}", arguments, every[:2], stacked=every)
+
+
+def root_arguments(A: Tensor, p: int, relative_eps: float) -> Arguments:
+    """Arguments of an inverse root by iteration."""
+    return {
+        "root": torch.zeros_like(A),
+        "ridge": torch.zeros(len(A), dtype=torch.float64),
+        "factor": A,
+        "p": p,
+        "eps": 0.0,
+        "relative_eps": relative_eps,
+        "schedule": [c for step in minimax_schedule(p, relative_eps) for c in step],
+    }
+
+
+def _root(op: str, n: int, p: int, relative_eps: float, flat: torch.dtype) -> Case:
+    def arguments() -> Arguments:
+        return root_arguments(spread(_BLOCKS, n, dtype=flat), p, relative_eps)
+
+    return Case(
+        op,
+        flat,
+        f"n={n}, p={p}, relative_eps={relative_eps:g}",
+        arguments,
+        overwritten=("root", "ridge"),
+        symmetric=("root",),
+        stacked=("root", "ridge", "factor"),
+    )
+
+
+def spoiled_roots(n: int, p: int) -> Arguments:
+    """Roots of six matrices: three right, and three that must be refused."""
+    given = root_arguments(spread(6, n, 5.0), p, 1e-6)
+    minimax.minimax_root_(*given.values())
+    root = given["root"]
+    root[0, 0, n // 2] = torch.nan
+    root[1] *= 1.3
+    root[2, n - 1, n - 1] *= -1.0
+    rest = {name: given[name] for name in ("root", "factor", "ridge")}
+    return {"ok": torch.zeros(6, dtype=torch.bool), **rest, "p": float(p)}
+
+
+def _check(n: int, p: int) -> Case:
+    return Case(
+        "check_roots_",
+        torch.float32,
+        f"n={n}, p={p}, three of six to be refused",
+        lambda: spoiled_roots(n, p),
+        overwritten=("ok",),
+        stacked=("ok", "root", "factor", "ridge"),
+    )
+
+
+def stack_cases() -> dict[str, list[Case]]:
+    """Those of the ops that work on stacks."""
+    gram, precondition = [], []
+    for flat, shape in itertools.product(FLAT, SHAPES):
+        gram += _gram(shape, flat, flat, "contiguous")
+        for diagonal in (None, 0) if len(shape) < 4 else (None, 0, 3):
+            precondition.append(_precondition(shape, flat, flat, "contiguous", diagonal))
+    single = torch.float32
+    for data, shape in itertools.product(HALF, [(63,), (65, 130), (257, 33), (33, 5, 40)]):
+        gram += _gram(shape, single, data, "contiguous")
+        precondition.append(_precondition(shape, single, data, "contiguous", None))
+    for kind in ("transposed", "sliced"):
+        gram += _gram((65, 130), single, single, kind)
+        precondition.append(_precondition((65, 130), single, single, kind, None))
+    sizes = sorted({*SIZES, 17, 128})
+    schedules = [(4, 1e-6), (2, 1e-4), (6, 1e-6)]
+    roots = [(n, *(4, 1e-6), flat) for flat, n in itertools.product(FLAT, sizes)] + [
+        (65, *schedule, single) for schedule in schedules[1:]
+    ]
+    return {
+        "gram_ema_": gram,
+        "precondition_": precondition,
+        "eigh_": [_eigh(n, flat) for flat, n in itertools.product(FLAT, (1, 3, 63, 127))],
+        "minimax_root_": [_root("minimax_root_", *each) for each in roots],
+        "minimax_small_root_": [
+            _root("minimax_small_root_", *each)
+            for each in roots
+            if each[0] <= 128 and each[3] == single
+        ],
+        "check_roots_": [_check(n, p) for n in (3, 65, 257) for p in (4, 2)],
+    }

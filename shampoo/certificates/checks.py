@@ -1,0 +1,324 @@
+"""What is asked of a kernel that runs a case.
+
+It is judged by its reference: at most twice as far from float64 as that is in the same dtype, give
+or take a rounding of the largest value. Roots are judged by what they are for. Beside that it must
+write all of its outputs and nothing else, give the same bits a second time, in a stack of one, at
+another place in memory and with its numbers on the device, and be symmetric where that is promised.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shampoo.certificates.cases.case import Arguments, Case
+from shampoo.certificates.cases.tiles import one_tile
+from shampoo.certificates.memory import Guarded, guarded, is_intact
+from shampoo.ops.licence import REFERENCE
+from shampoo.ops.registry import Op, Run
+
+# What sums in another order, or products in split precision, may differ by, of the whole. Kernels
+# for the CPU round as the references do.
+_NEAR = {"cpp": 0.0, "cuda": 2.0**-18, "triton": 2.0**-18}
+
+# Whitened error of a root by iteration, from (p, relative_eps) on: the "standard" level.
+_ROOT_LIMITS = {(4, 1e-6): 2e-2, (2, 1e-4): 4e-3, (6, 1e-6): 2e-2}
+
+Load = Callable[[str], Run]
+"""A kernel for each overload of its op."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How a kernel did in a case.
+
+    Attributes:
+        error: How far it was from float64, of the whole; of a check, how many verdicts are wrong.
+        limit: How far it may be.
+        failure: What was wrong, in words; empty if nothing was.
+    """
+
+    error: float
+    limit: float
+    failure: str = ""
+
+
+class _FailedError(Exception):
+    """A check that did not pass."""
+
+
+class Trial:
+    """One case on one device, and what is right for it.
+
+    Args:
+        case: the case.
+        op: its op, whose reference says what is right.
+        device: where kernels run.
+        kind: of the kernels, which decides how near they must come.
+    """
+
+    def __init__(self, case: Case, op: Op, device: torch.device, kind: str) -> None:
+        self.case, self.op, self.device, self.kind = case, op, device, kind
+        self.given = case.arguments()
+        self.outputs = op.outputs
+        truth = {name: _in_float64(value) for name, value in self.given.items()}
+        self._call(op.reference, truth)
+        self.truth = truth
+        self._measured = 0.0, 0.0
+        plain = {name: _copied(value) for name, value in self.given.items()}
+        if case.stacked and "grad" in plain:  # which references take in the dtype of the others
+            plain["grad"] = plain["grad"].to(case.dtype)
+        self._call(op.reference, plain)
+        self.plain = plain
+
+    def accepts(self, supports: Callable[..., bool] | None) -> bool:
+        """Whether a kernel takes this call, as far as it says."""
+        if not self.case.on_cpu and (self.device.type == "cpu" or self.kind == REFERENCE):
+            return False
+        placed = [_placed(value, self.device)[0] for value in self.given.values()]
+        return supports is None or supports(*placed)
+
+    def examine(self, load: Load) -> Finding:
+        """Runs a kernel, and says how it did."""
+        self._measured = 0.0, 0.0
+        try:
+            first = self._run_first(load(""))
+            if self.kind != REFERENCE:  # whose sums may follow the shape of a stack
+                self._look_for_asymmetry(first)
+                self._run_again(load(""), first)
+                self._run_with_live_numbers(load, first)
+                self._run_in_parts(load(""), first)
+        except _FailedError as failure:
+            return Finding(*self._measured, str(failure))
+        except Exception as error:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # raises again if the context is lost
+            words = f"raised {type(error).__name__}: {str(error)[:300]}"
+            return Finding(*self._measured, words)
+        return Finding(*self._measured)
+
+    def _run_first(self, run: Run) -> Arguments:
+        results, guards = self._results(run, fill=False)
+        for name, guard in guards:
+            if not is_intact(guard):
+                raise _FailedError(f"wrote beside {name}")
+        for name, value in results.items():
+            if name not in self.outputs and not _are_equal(value, self.given[name]):
+                raise _FailedError(f"wrote to {name}, which it only reads")
+        for name in self.outputs:
+            for mine, true in _pairs(results[name], self.truth[name]):
+                if mine.is_floating_point() and bool((mine.isnan() != true.isnan()).any()):
+                    is_unwritten = bool((mine.isnan() & ~true.isnan()).any())
+                    raise _FailedError(
+                        f"left an element of {name} unwritten, or NaN"
+                        if is_unwritten
+                        else f"wrote a number into {name} where there is none"
+                    )
+        self._measured = error, limit = self.measured(results)
+        if not error <= limit:
+            raise _FailedError(f"error {error:.3g} exceeds {limit:.3g}")
+        return results
+
+    def _look_for_asymmetry(self, first: Arguments) -> None:
+        for name in self.case.symmetric:
+            if not torch.equal(first[name], first[name].mT):
+                raise _FailedError(f"{name} is not symmetric")
+
+    def _run_again(self, run: Run, first: Arguments) -> None:
+        again, _ = self._results(run, fill=True, shift=1 if self.device.type == "cpu" else 32)
+        if not self._outputs_are_equal(again, first):
+            raise _FailedError("gave other bits in a second run, elsewhere in memory")
+
+    def _run_with_live_numbers(self, load: Load, first: Arguments) -> None:
+        if not self.op.moving:
+            return
+        live = dict(self.given)
+        for name in self.op.moving:
+            live[name] = torch.tensor(self.given[name], dtype=torch.float64)
+        results, _ = self._results(load("Tensor"), fill=False, given=live)
+        if not self._outputs_are_equal(results, first):
+            raise _FailedError("gave other bits with its numbers on the device")
+
+    def _run_in_parts(self, run: Run, first: Arguments) -> None:
+        for place, given, parts in self._parts():
+            results, _ = self._results(run, fill=False, given=given)
+            for name in self.outputs:
+                whole, part = first[name], parts.get(name)
+                if part is None:
+                    continue
+                mine = results[name][-(part.stop - part.start) :]
+                if not torch.equal(_bits(mine), _bits(whole[part])):
+                    raise _FailedError(f"gave other bits for block {place} alone than in the batch")
+
+    def _parts(self) -> list[tuple[int, Arguments, Mapping[str, slice]]]:
+        """The call for the first and the last block alone."""
+        found: list[tuple[int, Arguments, Mapping[str, slice]]] = []
+        if self.case.stacked:
+            count = len(self.given[self.case.stacked[0]])
+            for place in sorted({0, count - 1}):
+                part = slice(place, place + 1)
+                alone = {
+                    name: _sliced(value, part) if name in self.case.stacked else value
+                    for name, value in self.given.items()
+                }
+                found.append((place, alone, dict.fromkeys(self.outputs, part)))
+        elif "tiles" in self.given:
+            rows = len(self.given["tiles"])
+            for row in sorted({0, rows - 1}):
+                found.append((row, *one_tile(self.given, row, 4)))
+        return found
+
+    def measured(self, results: Arguments) -> tuple[float, float]:
+        """The error of results, and what it may be."""
+        if self.op.name == "check_roots_":
+            wrong = (results["ok"] != self.truth["ok"]).double().mean()
+            return float(wrong), 0.0
+        if self.op.name in ("minimax_root_", "minimax_small_root_"):
+            p, eps = self.given["p"], self.given["relative_eps"]
+            factor = self.given["factor"]
+            limit = _ROOT_LIMITS[p, eps]
+            return whitened_error(results["root"], factor, p, eps), limit
+        if self.op.name == "eigh_":
+            error = _eigh_error(results, self.given["stack"])
+            return error, 64 * max(1, len(results["vectors"][0])) * _eps(results["values"])
+        worst = worst_limit = 0.0
+        for name in self.outputs:
+            pairs = zip(
+                _pairs(results[name], self.truth[name]),
+                _pairs(self.plain[name], self.truth[name]),
+                strict=True,
+            )
+            for (mine, true), (plain, _) in pairs:
+                error, limit = self._distance(mine, plain, true)
+                if error - limit > worst - worst_limit or worst_limit == 0.0:
+                    worst, worst_limit = error, limit
+        return worst, worst_limit
+
+    def _distance(self, mine: Tensor, plain: Tensor, true: Tensor) -> tuple[float, float]:
+        """Of one output, as parts of its largest value."""
+        is_number = true.isfinite()
+        if not torch.equal(mine[~is_number].double().nan_to_num(), true[~is_number].nan_to_num()):
+            return float("inf"), 0.0
+        true = true[is_number]
+        largest = float(true.abs().max()) if true.numel() else 0.0
+        if largest == 0.0:
+            return float((mine[is_number] != 0).any()), 0.0
+        error, reference = (
+            float((each[is_number].double() - true).abs().max()) / largest for each in (mine, plain)
+        )
+        rounding = _eps(mine) * (16 if mine.dtype == torch.float64 else 1)
+        segments = self.given.get("direction")
+        if segments is not None and isinstance(segments, Tensor):
+            rounding = max(rounding, _eps(segments) if mine.dtype == torch.float64 else 0.0)
+        return error, 2 * reference + max(rounding, _NEAR.get(self.kind, 0.0))
+
+    def _results(
+        self, run: Run, fill: bool, given: Arguments | None = None, shift: int = 0
+    ) -> tuple[Arguments, list[tuple[str, Guarded]]]:
+        """The arguments after a call, on the CPU, and the memory they lie in.
+
+        Args:
+            run: a kernel.
+            fill: what booleans that are overwritten hold before.
+            given: other arguments than the case's.
+            shift: elements by which tensors start later in memory.
+        """
+        given = self.given if given is None else given
+        call: Arguments = {}
+        guards: list[tuple[str, Guarded]] = []
+        for name, value in given.items():
+            if name in self.case.overwritten and isinstance(value, Tensor):
+                value = torch.full_like(value, fill if value.dtype == torch.bool else torch.nan)
+            call[name], new = _placed(value, self.device, shift)
+            guards += [(name, guard) for guard in new]
+        run(*call.values())
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        results = {name: _copied(value, torch.device("cpu")) for name, value in call.items()}
+        return results, guards
+
+    def _call(self, run: Run, arguments: Arguments) -> None:
+        for name in self.case.overwritten:
+            if isinstance(arguments[name], Tensor) and arguments[name].is_floating_point():
+                arguments[name].fill_(torch.nan)
+        run(*arguments.values())
+
+    def _outputs_are_equal(self, one: Arguments, other: Arguments) -> bool:
+        return all(_are_equal(one[name], other[name]) for name in self.outputs)
+
+
+def whitened_error(X: Tensor, A: Tensor, p: float, relative_eps: float) -> float:
+    """Largest spectral norm of ``A_r^(1/2p) X A_r^(1/2p) - I``, A_r with its ridge, in float64."""
+    values, vectors = torch.linalg.eigh(A.double())
+    ridge = relative_eps * values.pow(4).sum(1, keepdim=True).pow(0.25)
+    half = torch.maximum(values + ridge, 0.2 * ridge).pow(0.5 / p)
+    E = half[:, :, None] * (vectors.mT @ X.double() @ vectors) * half[:, None, :]
+    E.diagonal(dim1=1, dim2=2).sub_(1)
+    return float(torch.linalg.eigvalsh(0.5 * (E + E.mT)).abs().max())
+
+
+def _eigh_error(results: Arguments, stack: Tensor) -> float:
+    """How far vectors are from orthogonal, or from those of the matrices, of their norms."""
+    values, vectors, A = (each.double() for each in (results["values"], results["vectors"], stack))
+    rebuilt = vectors * values[:, None] @ vectors.mT
+    norms = A.flatten(1).norm(dim=1).clamp(min=1e-300)
+    error = (rebuilt - A).flatten(1).norm(dim=1) / norms
+    eye = torch.eye(A.shape[-1], dtype=torch.float64)
+    skew = (vectors.mT @ vectors - eye).flatten(1).norm(dim=1)
+    ordered = bool((values.diff(dim=1) >= 0).all())
+    return float(torch.maximum(error, skew).max()) if ordered else float("inf")
+
+
+def _eps(tensor: Tensor) -> float:
+    return torch.finfo(tensor.dtype).eps
+
+
+def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """An argument with its tensors changed."""
+    if isinstance(value, list):
+        return [_each(one, change) for one in value]
+    return change(value) if isinstance(value, Tensor) else value
+
+
+def _in_float64(value: Any) -> Any:
+    return _each(value, lambda t: t.to(torch.float64 if t.is_floating_point() else t.dtype).clone())
+
+
+def _copied(value: Any, device: torch.device | None = None) -> Any:
+    return _each(value, lambda t: t.detach().to(device or t.device, copy=True))
+
+
+def _sliced(value: Any, part: slice) -> Any:
+    return _each(value, lambda t: t[part].clone())
+
+
+def _placed(value: Any, device: torch.device, shift: int = 0) -> tuple[Any, list[Guarded]]:
+    """An argument on a device, its tensors between guards; tables stay on the host."""
+    guards: list[Guarded] = []
+
+    def place(tensor: Tensor) -> Tensor:
+        if tensor.dtype == torch.int64:
+            return tensor.clone()
+        if tensor.dim() == 0 and tensor.dtype == torch.float64:  # a number on the device
+            return tensor.to(device, copy=True)
+        guards.append(guarded(tensor, device, shift))
+        return guards[-1].tensor
+
+    return _each(value, place), guards
+
+
+def _pairs(one: Any, other: Any) -> list[tuple[Tensor, Tensor]]:
+    """The tensors of two arguments; none of numbers, or of what is not there."""
+    both = list(zip(one, other, strict=True)) if isinstance(one, list) else [(one, other)]
+    return [(a, b) for a, b in both if isinstance(a, Tensor)]
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    return all(torch.equal(_bits(a), _bits(b)) for a, b in _pairs(one, other))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """What compares as its bits do, but for zeros and NaNs, which are all alike."""
+    return tensor.nan_to_num(nan=-97.0) if tensor.is_floating_point() else tensor

@@ -1,0 +1,225 @@
+"""Gives certificates: reads the one there is, or examines the device and writes it."""
+
+import contextlib
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+from shampoo.certificates import certificate
+from shampoo.certificates.certificate import Certificate
+from shampoo.certificates.runner import (
+    DoesNotLoadError,
+    Progress,
+    Subject,
+    UnavailableError,
+    examine,
+)
+from shampoo.ops import OPS, backends, jit
+from shampoo.ops.licence import Licence
+from shampoo.ops.trust import make_folder
+
+_given: dict[tuple[torch.device, Path | None], Certificate] = {}  # of this process
+_warned: set[str] = set()
+
+
+def mode() -> str:
+    """What ``SHAMPOO_TUNE`` says: ``"0"``, ``"1"``, or nothing.
+
+    Raises:
+        ValueError: if it is something else.
+    """
+    found = os.environ.get("SHAMPOO_TUNE", "")
+    if found not in ("", "0", "1"):
+        raise ValueError(f"Invalid SHAMPOO_TUNE={found!r}. Must be 0, 1, or not set.")
+    return found
+
+
+def subjects_on(device: torch.device) -> list[Subject]:
+    """Every kernel that the device has beside the references."""
+    return [(op, kind) for op in OPS.values() for kind in op.kinds(device.type)]
+
+
+def library_for(subjects: Sequence[Subject]) -> Path | None:
+    """The compiled kernels, if one of these is in them and they can be built."""
+    if all(kind == "triton" for _, kind in subjects):
+        return None
+    try:
+        return jit.build()
+    except jit.BuildError:
+        return None
+
+
+def certificate_of(
+    device: torch.device, *, is_forced: bool = False, is_timed: bool | None = None
+) -> Certificate | None:
+    """The certificate of a device, which is made if there is none.
+
+    Args:
+        device: an index is needed of a GPU.
+        is_forced: make it anew, whatever there is and ``SHAMPOO_TUNE`` says.
+        is_timed: whether kernels are timed too; by default on a GPU only, since on a CPU those of
+            the package win. A certificate without times is made anew where they are asked for.
+
+    Returns:
+        None if it must not or cannot be made, which one line on stderr says.
+    """
+    subjects = subjects_on(device)
+    library = library_for(subjects)
+    if library is None:
+        subjects = [(op, kind) for op, kind in subjects if kind not in ("cpp", "cuda")]
+    key, tune = (device, library), mode()
+    found = _given.get(key)
+    if found is not None and not is_forced and (found.is_timed or not is_timed):
+        return found
+    is_timed = device.type != "cpu" if is_timed is None else is_timed
+    is_forced = is_forced or (tune == "1" and found is None)
+    facts = certificate.facts_of(device, library)
+    path = certificate.path_of(facts)
+    found = certificate.read(path, facts)
+    if not is_forced and found is not None and (found.is_timed or not is_timed):
+        return _given.setdefault(key, found)
+    if tune == "0" and not is_forced:
+        _say(f"SHAMPOO_TUNE=0 forbids checking the kernels on {facts['name']}: none is used")
+        return None
+    began, before = time.time(), path.stat().st_mtime_ns if path.exists() else 0
+    with _lock(path):
+        if path.exists() and path.stat().st_mtime_ns != before:
+            found = certificate.read(path, facts)  # another process made it while this one waited
+            if found is not None and (found.is_timed or not is_timed):
+                _given[key] = found
+                return found
+        try:
+            found = _made(device, subjects, library, is_timed, facts["name"])
+        except UnavailableError as reason:
+            _say(f"kernels are not checked, and none is used: {reason}")
+            return None
+        except DoesNotLoadError:
+            assert library is not None
+            jit.rebuild(library)
+            facts = certificate.facts_of(device, library)
+            path = certificate.path_of(facts)
+            found = _made(device, subjects, library, is_timed, facts["name"])
+        found = Certificate(facts, found.reports, is_timed, certificate.now(), time.time() - began)
+        with contextlib.suppress(OSError):  # then the next process makes it again
+            certificate.write(path, found)
+    _given[key] = found
+    return found
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Held while a certificate is made, which the system drops with its holder."""
+    try:
+        make_folder(path.parent, path.parents[1])
+        lock = FileLock(path.with_suffix(".lock"))
+        lock.acquire()
+    except OSError:  # nowhere to write: each process for itself
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _made(
+    device: torch.device,
+    subjects: Sequence[Subject],
+    library: Path | None,
+    is_timed: bool,
+    name: str,
+) -> Certificate:
+    seconds = 5 if device.type == "cpu" else 30
+    _say(f"checking kernels on {name}, once, about {seconds} s")
+    with shown_progress() as progress:
+        reports = examine(subjects, device, library, is_timed=is_timed, progress=progress)
+    return Certificate({}, reports, is_timed, "", 0.0)
+
+
+def _say(text: str) -> None:
+    if text not in _warned:
+        _warned.add(text)
+        print(f"shampoo: {text}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def shown_progress() -> Iterator[Progress]:
+    """A bar where a person watches and rich is installed."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as Bar
+    except ImportError:
+        yield lambda done, total, text: None
+        return
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=1)
+
+        def show(done: int, total: int, text: str) -> None:
+            bar.update(task, completed=done, total=total, description=text[:60])
+
+        yield show
+
+
+def licence_of(device: torch.device) -> Licence:
+    """What a device may run: nothing beside references where it has no certificate."""
+    found = certificate_of(device)
+    if found is None:
+        return Licence()
+    complain(found.licence, device)
+    return found.licence
+
+
+def complain(licence: Licence, device: torch.device) -> None:
+    """Names the kernels that were refused, in one warning a process."""
+    complaints = licence.complaints(["cpp", "cuda", "triton"])
+    text = (
+        f"shampoo uses PyTorch's own kernels on {device} in place of {len(complaints)} that did not"
+        f" pass their checks: {'; '.join(complaints)}. `python -m shampoo tune --force` checks them"
+        " again."
+    )
+    if complaints and text not in _warned:
+        _warned.add(text)
+        warnings.warn(text, RuntimeWarning, stacklevel=5)
+
+
+Choose = Callable[[int], str]
+
+
+def kernels_in_use(device: torch.device | str) -> dict[str, dict[str, list[tuple[float, str]]]]:
+    """Which kernel runs what on a device, as ``SHAMPOO_BACKEND`` and its certificate have it.
+
+    Args:
+        device: such as ``"cpu"`` or ``"cuda:0"``. Kernels are built and checked if they were not.
+
+    Returns:
+        By op and dtype, ``(size, kernel)`` with sizes that ascend: the kernel runs up to this size
+        and, the last one, beyond (``inf``). The size counts elements, or columns of the largest
+        factor; kernels are ``"cpp"``, ``"cuda"``, ``"triton"`` and ``"reference"``.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    backend, table, card = backends.chosen(), backends.table(), backends.card_of(device)
+    licence = Licence() if backend == "reference" else licence_of(device)
+    settings = {"backend": backend, "card": card, "table": table, "licence": licence}
+    found: dict[str, dict[str, list[tuple[float, str]]]] = {}
+    for op in OPS.values():
+        rows = (table["cuda"].get(card, {}).get("ops", {}), licence.rows)
+        for dtype in ("float32", "float64", "bfloat16", "float16"):
+            sizes = {row["size"] for each in rows for row in each.get(op.name, {}).get(dtype, ())}
+            ends = [*sorted(sizes)[:-1], float("inf")]
+            chosen = [
+                (end, backends.choose(op.name, device.type, dtype, end, **settings))  # type: ignore[arg-type]
+                for end in ends
+            ]
+            found.setdefault(op.name, {})[dtype] = chosen
+    return found
