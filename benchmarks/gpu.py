@@ -8,8 +8,9 @@ has. Rows are measured in another process (:mod:`benchmarks.worker`): a kernel t
 breaks the CUDA context costs its row. What does not fit into the budget is written as skipped.
 
 ``--write-table`` adopts what was measured: of every op and size the fastest kernel that passed its
-check goes into ``shampoo/ops/backends.json``, which ``SHAMPOO_BACKEND=auto`` follows. Rows of whole
-steps and training iterations are taken with these choices, adopted or not.
+check goes into ``shampoo/ops/backends.json``, which ``SHAMPOO_BACKEND=auto`` follows before the
+times of a certificate. Rows of whole steps and training iterations are taken with these choices,
+adopted or not, of kernels that have a certificate, which the first of them makes.
 """
 
 import argparse

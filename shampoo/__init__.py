@@ -1,5 +1,6 @@
 """Distributed Shampoo for PyTorch: the AdamW line, replaced by one line."""
 
+from shampoo.certificates import kernels_in_use
 from shampoo.errors import (
     BlockGridMismatchError,
     DamagedCheckpointError,
@@ -38,5 +39,6 @@ __all__ = [
     "UnsafeCheckpointError",
     "groups",
     "inverse_root",
+    "kernels_in_use",
     "plan",
 ]

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from shampoo import certificates
 from shampoo.blocks.ownership import Team
-from shampoo.distributed.consensus import FAILED, OK, SKIPPED, DeferredError, Vote
+from shampoo.certificates.shared import Choices
+from shampoo.distributed.consensus import FAILED, OK, SKIPPED, DeferredError, Vote, digest
 from shampoo.distributed.distributor import StepInputs
 from shampoo.distributed.replica_checksums import check_checksums, checksums_of
 from shampoo.distributed.shard_regions import local_tensor
@@ -133,12 +135,22 @@ class Agreeing(Persistent):
         return key, True
 
     def _prepare(self, preflight: Preflight) -> None:
-        """Makes process groups and buffers; all ranks do in the step in which one needs them."""
+        """Makes process groups and buffers; all ranks do in the step in which one needs them.
+
+        Kernels of a GPU are examined here too, if nobody has, and ranks agree on those that they
+        share.
+        """
         plan, groups = preflight.plan, self._process_groups
         join_groups(plan, groups)
         deferred = DeferredError(is_shared=not plan.stepping_ranks.is_alone)
         self._distributors = None  # its buffers are free before new ones are asked for
+        devices = dict.fromkeys(arena.device for arena in plan.arenas)
+        shared: Choices = {}
         with deferred:
+            certificates.prepare(devices)
+            shared = certificates.shared_choices(devices)
             self._distributors = Distributors(preflight.key, plan.planned, groups)
         if not plan.stepping_ranks.is_alone:
-            groups.consensus(plan.stepping_ranks, plan.arenas[0].device).check(deferred)
+            consensus = groups.consensus(plan.stepping_ranks, plan.arenas[0].device)
+            if not consensus.check(deferred, digest(repr(shared))):
+                certificates.agree(consensus.share(shared))

@@ -31,14 +31,14 @@ IMPORTS = {
     "step": "errors groups ops roots blocks grafting hyperparameters scalars preconditioner"
     " distributed",
     "state": "errors blocks hyperparameters preconditioner distributed step",
-    "agreement": "errors blocks hyperparameters distributed step state",
+    "agreement": "errors certificates blocks hyperparameters distributed step state",
     "optimizer": "groups certificates blocks hyperparameters preconditioner distributed step state"
     " agreement",
     "replay": "blocks optimizer",
     "checkpoint": "errors blocks preconditioner state optimizer",
     "planner": "errors inputs groups blocks grafting hyperparameters preconditioner distributed"
     " step optimizer",
-    "__init__": "errors groups roots optimizer replay planner",
+    "__init__": "errors groups certificates roots optimizer replay planner",
     "__main__": "errors inputs ops certificates blocks grafting hyperparameters distributed planner",
 }
 MODULES = [path for path in sorted((ROOT / "shampoo").rglob("*.py")) if ".egg" not in str(path)]

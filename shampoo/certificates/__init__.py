@@ -8,12 +8,15 @@ then runs references; ``SHAMPOO_TUNE=1`` repeats it, once a process.
 
 from shampoo.certificates.issue import certificate_of, complain, kernels_in_use, licence_of
 from shampoo.certificates.loading import load_kernels, prepare
+from shampoo.certificates.shared import agree, shared_choices
 
 __all__ = [
+    "agree",
     "certificate_of",
     "complain",
     "kernels_in_use",
     "licence_of",
     "load_kernels",
     "prepare",
+    "shared_choices",
 ]

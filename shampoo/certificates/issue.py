@@ -1,11 +1,12 @@
 """Gives certificates: reads the one there is, or examines the device and writes it."""
 
 import contextlib
+import importlib.util
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from shampoo.certificates.runner import (
     examine,
 )
 from shampoo.ops import OPS, backends, jit
-from shampoo.ops.licence import Licence
+from shampoo.ops.licence import REFERENCE, Licence
 from shampoo.ops.trust import make_folder
 
 _given: dict[tuple[torch.device, Path | None], Certificate] = {}  # of this process
@@ -41,8 +42,13 @@ def mode() -> str:
 
 
 def subjects_on(device: torch.device) -> list[Subject]:
-    """Every kernel that the device has beside the references."""
-    return [(op, kind) for op in OPS.values() for kind in op.kinds(device.type)]
+    """Every kernel that the device has beside the references, as far as it can be built here."""
+    missing = {
+        "cuda": device.type == "cuda" and not jit.needs_cuda(),
+        "triton": importlib.util.find_spec("triton") is None,
+    }
+    kernels = [(op, kind) for op in OPS.values() for kind in op.kinds(device.type)]
+    return [(op, kind) for op, kind in kernels if not missing.get(kind)]
 
 
 def library_for(subjects: Sequence[Subject]) -> Path | None:
@@ -67,12 +73,15 @@ def certificate_of(
             the package win. A certificate without times is made anew where they are asked for.
 
     Returns:
-        None if it must not or cannot be made, which one line on stderr says.
+        None if there are no kernels; or if it must not or cannot be made, which one line on stderr
+        says.
     """
     subjects = subjects_on(device)
     library = library_for(subjects)
     if library is None:
         subjects = [(op, kind) for op, kind in subjects if kind not in ("cpp", "cuda")]
+    if not subjects:
+        return None
     key, tune = (device, library), mode()
     found = _given.get(key)
     if found is not None and not is_forced and (found.is_timed or not is_timed):
@@ -81,13 +90,14 @@ def certificate_of(
     is_forced = is_forced or (tune == "1" and found is None)
     facts = certificate.facts_of(device, library)
     path = certificate.path_of(facts)
+    before = path.stat().st_mtime_ns if path.exists() else 0
     found = certificate.read(path, facts)
     if not is_forced and found is not None and (found.is_timed or not is_timed):
         return _given.setdefault(key, found)
     if tune == "0" and not is_forced:
         _say(f"SHAMPOO_TUNE=0 forbids checking the kernels on {facts['name']}: none is used")
         return None
-    began, before = time.time(), path.stat().st_mtime_ns if path.exists() else 0
+    began = time.time()
     with _lock(path):
         if path.exists() and path.stat().st_mtime_ns != before:
             found = certificate.read(path, facts)  # another process made it while this one waited
@@ -105,7 +115,8 @@ def certificate_of(
             facts = certificate.facts_of(device, library)
             path = certificate.path_of(facts)
             found = _made(device, subjects, library, is_timed, facts["name"])
-        found = Certificate(facts, found.reports, is_timed, certificate.now(), time.time() - began)
+        took = time.time() - began
+        found = Certificate(facts, tuple(found.reports), is_timed, certificate.now(), took)
         with contextlib.suppress(OSError):  # then the next process makes it again
             certificate.write(path, found)
     _given[key] = found
@@ -191,9 +202,6 @@ def complain(licence: Licence, device: torch.device) -> None:
         warnings.warn(text, RuntimeWarning, stacklevel=5)
 
 
-Choose = Callable[[int], str]
-
-
 def kernels_in_use(device: torch.device | str) -> dict[str, dict[str, list[tuple[float, str]]]]:
     """Which kernel runs what on a device, as ``SHAMPOO_BACKEND`` and its certificate have it.
 
@@ -208,18 +216,6 @@ def kernels_in_use(device: torch.device | str) -> dict[str, dict[str, list[tuple
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    backend, table, card = backends.chosen(), backends.table(), backends.card_of(device)
-    licence = Licence() if backend == "reference" else licence_of(device)
-    settings = {"backend": backend, "card": card, "table": table, "licence": licence}
-    found: dict[str, dict[str, list[tuple[float, str]]]] = {}
-    for op in OPS.values():
-        rows = (table["cuda"].get(card, {}).get("ops", {}), licence.rows)
-        for dtype in ("float32", "float64", "bfloat16", "float16"):
-            sizes = {row["size"] for each in rows for row in each.get(op.name, {}).get(dtype, ())}
-            ends = [*sorted(sizes)[:-1], float("inf")]
-            chosen = [
-                (end, backends.choose(op.name, device.type, dtype, end, **settings))  # type: ignore[arg-type]
-                for end in ends
-            ]
-            found.setdefault(op.name, {})[dtype] = chosen
-    return found
+    backend, table = backends.chosen(), backends.table()
+    licence = Licence() if backend == REFERENCE else licence_of(device)
+    return {op.name: backends.choices(op, device, backend, table, licence) for op in OPS.values()}

@@ -23,5 +23,5 @@ def prepare(devices: Iterable[torch.device]) -> None:
     if backends.chosen() == ops.REFERENCE:
         return
     for device in devices:
-        if device.type == "cuda":
+        if device.type == "cuda" and torch.cuda.is_available():  # and is not imagined by a tracer
             ops.grant(device, licence_of(device))

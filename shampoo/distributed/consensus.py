@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,7 @@ from shampoo.errors import (
 # What a rank says of its step; the largest status counts.
 OK, SKIPPED, REFUSED, FAILED = range(4)
 
+T = TypeVar("T")
 Entry = Mapping[str, str]  # what a rank says of one parameter or group, by the name of it
 
 # Errors that keep their type on the ranks that only hear of them.
@@ -167,10 +168,19 @@ class Consensus:
         """The largest status of all ranks."""
         return self._max([status])[0]
 
-    def check(self, deferred: DeferredError) -> None:
-        """Raises on all ranks if one has failed."""
-        if self.confirm(deferred.status) != OK:
+    def check(self, deferred: DeferredError, number: int = 0) -> bool:
+        """Raises on all ranks if one has failed; whether a number is the same on all."""
+        status, high, low = self._max([deferred.status, number, -number])
+        if status != OK:
             self.fail(deferred.error)
+        return high == -low
+
+    def share(self, value: T) -> list[T]:
+        """What each rank gives, which can be pickled, in the order of ranks."""
+        group = self._group.live()
+        everyone: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, value, group=group)
+        return everyone
 
     def fail(self, error: Exception | None) -> NoReturn:
         """Raises on all ranks alike, naming the first rank that has an error."""

@@ -33,6 +33,7 @@ from shampoo.inputs import (
 from shampoo.ops.licence import REFERENCE, Licence, Row
 from shampoo.ops.registry import OPS, Op, kinds_of
 
+DTYPES = ("float32", "float64", "bfloat16", "float16")  # of what ops work on
 BACKENDS = ("auto", "cuda", "triton", REFERENCE)
 _MOST_SECONDS = 1e6  # of a measurement
 
@@ -117,7 +118,7 @@ def choose(
     op: str,
     device: str,
     dtype: str,
-    size: int,
+    size: float,
     *,
     backend: str,
     card: str,
@@ -164,7 +165,7 @@ def choose(
     return REFERENCE
 
 
-def _fastest(rows: Sequence[Row], size: int) -> str | None:
+def _fastest(rows: Sequence[Row], size: float) -> str | None:
     """The kernel of the next measured size above; beyond the last one, of the last."""
     above = [row for row in rows if row["size"] >= size]
     nearest = min(above, key=_size) if above else max(rows, key=_size, default=None)
@@ -186,6 +187,29 @@ def wanted(backend: str, card: str, table: Table) -> frozenset[str]:
         return frozenset(kinds | ({"cuda", "triton"} if card else set()))
     named = {"cuda": {"cpp", "cuda"}, "triton": {"triton"}, "reference": set[str]()}
     return frozenset(named[backend])
+
+
+def choices(
+    op: Op, device: torch.device, backend: str, table: Table, licence: Licence | None
+) -> dict[str, list[tuple[float, str]]]:
+    """What :func:`choose` says of an op on a device.
+
+    Returns:
+        By dtype, ``(size, kernel)`` with sizes that ascend up to infinity: the kernel runs up to
+        this size.
+    """
+    card = card_of(device)
+    measured = [table["cuda"].get(card, {}).get("ops", {}), licence.rows if licence else {}]
+    settings = {"backend": backend, "card": card, "table": table, "licence": licence}
+    found = {}
+    for dtype in DTYPES:
+        sizes = {row["size"] for each in measured for row in each.get(op.name, {}).get(dtype, ())}
+        ends = [*sorted(sizes)[:-1], math.inf]
+        found[dtype] = [
+            (end, choose(op.name, device.type, dtype, end, **settings))  # type: ignore[arg-type]
+            for end in ends
+        ]
+    return found
 
 
 def router(

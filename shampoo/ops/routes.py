@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -15,10 +16,14 @@ from shampoo.ops.registry import OPS, Op, Run, Supports, library
 Ask = Callable[[torch.device], Licence]
 """What says which kernels a device may run. They are built then, and not yet loaded."""
 
+Choices = Mapping[str, Sequence[tuple[float, str]]]
+"""By dtype: sizes that ascend up to infinity, and the kernel that runs up to each of them."""
+
 CPU = torch.device("cpu")
 
 _routes: dict[str, Run] = {}  # what runs on CUDA devices, where not the reference
 _licences: dict[torch.device, Licence] = {}  # of the CUDA devices that were asked about
+_imposed: dict[tuple[str, str], Choices] = {}  # by type of device and op: what ranks agreed on
 _set_aside: dict[str, torch.library.Library] = {}  # references over kernels of the CPU, by op
 
 
@@ -101,13 +106,55 @@ def raise_complaints(licence: Licence, kinds: Sequence[str]) -> None:
 def _route() -> None:
     backend, table, kinds, is_licensed = _state
     nothing = Licence() if is_licensed else None
+
+    def licence_of(device: torch.device) -> Licence | None:
+        return _licences.get(device, nothing)
+
     _routes.clear()
     for op in OPS.values():
-        for name, run in routes_of(
-            op, backend, table, kinds, lambda device: _licences.get(device, nothing)
-        ).items():
+        if imposed := _imposed.get(("cuda", op.name)):
+            routes = routes_of(op, "auto", {"cuda": {}}, kinds, _imposing(op.name, imposed))
+        else:
+            routes = routes_of(op, backend, table, kinds, licence_of)
+        for name, run in routes.items():
             _routes[name] = run
             _register(name, op.reference)
+
+
+def _imposing(op: str, imposed: Choices) -> Callable[[torch.device], Licence]:
+    """A licence of every device that leaves no choice."""
+    rows = {
+        dtype: [{"size": end, "kernel": kernel} for end, kernel in sized]
+        for dtype, sized in imposed.items()
+    }
+    kinds = {kind for sized in imposed.values() for _, kind in sized}
+    licence = Licence({(op, kind): frozenset(imposed) for kind in kinds}, rows={op: rows})
+    return lambda device: licence
+
+
+def choices(op: Op, device: torch.device) -> Choices:
+    """What runs an op on a device, as things are."""
+    if device.type == "cpu":
+        kind = "cpp" if runs_kernel_on_cpu(op.name) else REFERENCE
+        return {"": [(math.inf, kind)]}
+    backend, table, _, is_licensed = _state
+    licence = _licences.get(device, Licence() if is_licensed else None)
+    return backends.choices(op, device, backend, table, licence)
+
+
+def impose(device: str, op: str, chosen: Choices) -> None:
+    """Fixes what runs an op on a type of device from now on, whatever else says.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``.
+        op: its name.
+        chosen: for a CPU, under the dtype ``""``, one kernel for all sizes.
+    """
+    _imposed[device, op] = chosen
+    if device == "cuda":
+        _route()
+    elif chosen[""][-1][1] == REFERENCE and runs_kernel_on_cpu(op):
+        _set_aside[op] = _over_kernel(OPS[op])
 
 
 def _set_aside_on_cpu(licence: Licence | None, backend: str, table: backends.Table) -> None:
@@ -121,7 +168,8 @@ def _set_aside_on_cpu(licence: Licence | None, backend: str, table: backends.Tab
     settings = {"backend": backend, "card": "", "table": table, "licence": licence}
     for op in OPS.values():
         kernel = backends.choose(op.name, "cpu", "float32", 1, **settings)  # type: ignore[arg-type]
-        if "cpp" in op.kinds("cpu") and kernel == REFERENCE:
+        imposed = _imposed.get(("cpu", op.name), {"": [(math.inf, kernel)]})
+        if "cpp" in op.kinds("cpu") and REFERENCE in (kernel, imposed[""][-1][1]):
             _set_aside[op.name] = _over_kernel(op)
 
 

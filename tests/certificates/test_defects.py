@@ -78,6 +78,7 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.delenv("SHAMPOO_TUNE", raising=False)
     monkeypatch.delenv("SHAMPOO_BACKEND", raising=False)
     yield tmp_path / "cache"
+    monkeypatch.delenv("SHAMPOO_BACKEND", raising=False)
     ops.load_kernels(required=True)  # whatever was set aside comes back
 
 

@@ -1,5 +1,6 @@
 """Which kernel runs: the routing by synthetic tables, the shipped table, and what is loaded."""
 
+import functools
 import itertools
 import json
 import math
@@ -14,6 +15,7 @@ from root_cases import stack
 from shampoo import ops
 from shampoo.kernels.reference import minimax
 from shampoo.ops import OPS, backends, jit, routes, supports
+from shampoo.ops.licence import Licence
 from shampoo.roots.minimax_table import minimax_schedule
 
 ON_CUDA = {name: op.kinds("cuda") for name, op in OPS.items() if op.kinds("cuda")}
@@ -35,8 +37,19 @@ MEASURED = table(
 )
 
 
-def choose(op, size, *, device="cuda", dtype="float32", backend="auto", card="9.0", rows=MEASURED):
-    return backends.choose(op, device, dtype, size, backend=backend, card=card, table=rows)
+def choose(
+    op,
+    size,
+    *,
+    device="cuda",
+    dtype="float32",
+    backend="auto",
+    card="9.0",
+    rows=MEASURED,
+    licence=None,
+):
+    settings = {"backend": backend, "card": card, "table": rows, "licence": licence}
+    return backends.choose(op, device, dtype, size, **settings)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +77,83 @@ def test_auto_keeps_the_reference_where_nothing_was_measured():
         assert choose(op, size, card="") == "reference"
         assert choose(op, size, dtype="float64") == "reference"
         assert choose(op, size, rows=NOTHING) == "reference"
+
+
+def licence(rows, *passed):
+    """Of an imaginary card: what a certificate found fastest, and what passed."""
+    return Licence({key: frozenset({"float32"}) for key in passed}, rows=rows)
+
+
+def sized(**sizes):
+    return {op: {"float32": [{"size": s, "kernel": k} for s, k in at]} for op, at in sizes.items()}
+
+
+def test_auto_takes_what_the_certificate_of_an_unknown_card_says():
+    rows = sized(minimax_root_=[(128, "cuda"), (2048, "triton")], gram_ema_=[(64, "reference")])
+    found = licence(rows, *(("minimax_root_", kind) for kind in ("cuda", "triton")))
+    with_licence = functools.partial(choose, card="12.0", rows=NOTHING, licence=found)
+    assert with_licence("minimax_root_", 128) == "cuda"
+    assert with_licence("minimax_root_", 129) == "triton"
+    assert with_licence("minimax_root_", 10**6) == "triton"
+    assert with_licence("minimax_root_", 128, dtype="float64") == "reference"
+    assert with_licence("gram_ema_", 64) == with_licence("precondition_", 64) == "reference"
+    assert choose("minimax_root_", 128, card="12.0", rows=NOTHING, licence=Licence()) == "reference"
+
+
+def test_what_has_no_pass_is_not_run_though_a_table_praises_it():
+    praised = table(gram_ema_=[(256, "triton")], minimax_root_=[(128, "cuda")])
+    rows = sized(minimax_root_=[(128, "triton")])
+    found = licence(rows, ("minimax_root_", "triton"))
+    assert choose("gram_ema_", 64, rows=praised, licence=found) == "reference"
+    assert choose("minimax_root_", 64, rows=praised, licence=found) == "triton", "the next best"
+    both = licence(rows, ("minimax_root_", "triton"), ("minimax_root_", "cuda"))
+    assert choose("minimax_root_", 64, rows=praised, licence=both) == "cuda", "as the table says"
+    cpu = {"device": "cpu", "rows": {"cpu": {"gram_ema_": "cpp"}, "cuda": {}}}
+    assert choose("gram_ema_", 64, **cpu, licence=Licence()) == "reference"
+    assert choose("gram_ema_", 64, **cpu, licence=licence({}, ("gram_ema_", "cpp"))) == "cpp"
+    key = "gram_ema_", "cpp"
+    refused = Licence({key: frozenset({"float32"})}, {key: {"float64": "error"}})
+    assert choose("gram_ema_", 64, **cpu, licence=refused) == "reference", "a CPU asks no dtype"
+
+
+@pytest.fixture
+def card_without_a_name(small_root, monkeypatch):
+    """Tensors of the CPU as if they lay on a card, which runs references."""
+    device = torch.device("cpu")
+    monkeypatch.setattr(routes, "_state", ["auto", NOTHING, frozenset({"cuda"}), True])
+    monkeypatch.setattr(routes, "_licences", {})
+    monkeypatch.setattr(routes, "_imposed", {})
+    monkeypatch.setattr(routes, "_register", lambda *_: None)
+    routes._route()
+    yield device
+    routes._routes.clear()
+
+
+def runs_kernel(n=64):
+    root, *rest = root_call(n)
+    routes._routes["minimax_root_"](root, *rest)
+    return bool((root == n).all())
+
+
+def test_a_device_runs_references_until_it_is_granted_more(card_without_a_name):
+    assert not runs_kernel()
+    found = licence(sized(minimax_root_=[(128, "cuda")]), ("minimax_root_", "cuda"))
+    routes.grant(card_without_a_name, found)
+    assert runs_kernel()
+    routes.grant(card_without_a_name, Licence())
+    assert not runs_kernel()
+
+
+def test_what_ranks_agreed_on_outlives_a_licence(card_without_a_name):
+    found = licence(sized(minimax_root_=[(128, "cuda")]), ("minimax_root_", "cuda"))
+    routes.grant(card_without_a_name, found)
+    infinite = float("inf")
+    small = {"float32": [(32, "cuda"), (infinite, "reference")]}
+    routes.impose("cuda", "minimax_root_", small)
+    assert runs_kernel(32)
+    assert not runs_kernel(33)
+    routes.grant(card_without_a_name, Licence())
+    assert runs_kernel(32)
 
 
 @pytest.mark.parametrize("op", ON_CUDA)

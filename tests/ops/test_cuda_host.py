@@ -7,7 +7,6 @@ import pytest
 import torch
 from host_build import HostOps
 from test_graft_moments import (  # noqa: F401 - the same
-    packed,
     test_graft_moments,
     test_graft_moments_gathers,
     test_graft_moments_keeps_a_nan_in_its_block,
@@ -26,14 +25,12 @@ from test_op_numbers import (  # noqa: F401 - the same
     test_numbers_may_lie_on_the_device,
 )
 from test_ops import (  # noqa: F401 - collected here too, with the fixture below
-    LAYOUTS,
-    PARAM,
-    table,
     test_gather_blocks,
     test_update_blocks,
     test_update_blocks_leaves_the_gaps_of_a_strided_parameter_alone,
 )
 
+from shampoo.certificates.cases.tiles import PARAM, packed, table
 from shampoo.kernels.reference import ops as reference
 
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from host_build import HostOps
 from pairwise import pairwise
-from test_ops import PARAM
 from test_stack_ops import (  # noqa: F401 - collected here too, with the fixture below
     test_magnitudes_miss_no_bad_element,
     test_magnitudes_nan_outranks_inf,
     test_magnitudes_of_any_layout,
 )
 
+from shampoo.certificates.cases.tiles import PARAM
 from shampoo.kernels.reference import ops as reference
 
 CHUNK = 8192  # elements that one thread block reads

@@ -6,20 +6,10 @@ import math
 import pytest
 import torch
 from pairwise import pairwise
-from test_ops import FLAT, LAYOUTS, assert_as_good, make, table
+from test_ops import assert_as_good
 
+from shampoo.certificates.cases.tiles import FLAT, LAYOUTS, make, packed, table
 from shampoo.kernels.reference import ops as reference
-
-
-def packed(runs):
-    """Tiles of a segment that is its own source, as ``count`` blocks of ``size`` elements."""
-    numel = sum(count * size for count, size in runs)
-    rows, start = [], 0
-    for count, size in runs:
-        rows.append([0, start, numel, start, count, size])
-        start += count * size
-    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 6)
-
 
 RUNS = [(3, 2500), (2, 1), (5, 63), (1, 1024), (4, 257)]
 NUMEL = sum(count * size for count, size in RUNS)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from compiled import load_compiled
 from op_arguments import good_arguments
-from test_ops import FLAT, table
 from torch import Tensor
 
 from shampoo import ops
+from shampoo.certificates.cases.tiles import FLAT, table
 
 NUMBERS = {name: op.moving for name, op in ops.OPS.items() if op.moving}
 

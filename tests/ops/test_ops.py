@@ -1,7 +1,6 @@
 """Every op, as reference and as compiled kernel, against float64 arithmetic written out here."""
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -11,82 +10,15 @@ from pairwise import pairwise
 from torch import Tensor
 
 from shampoo import ops
+from shampoo.certificates.cases.case import strided
+from shampoo.certificates.cases.tiles import FLAT, LAYOUTS, PARAM, make, table
 from shampoo.kernels.reference import ops as reference
-
-FLAT = [torch.float32, torch.float64]
-PARAM = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
 @pytest.fixture
 def compiled():
     load_compiled()
     return ops
-
-
-def table(shapes, limit, skip=0):
-    """Every tensor cut at multiples of ``limit``, all whole parts before the remainders.
-
-    Returns the ``tiles`` of :mod:`shampoo.kernels.reference.ops`, the boxes that they stand for,
-    block by block in the order of the segment, as ``(source, slices, offset)``, and the elements
-    needed. ``skip`` elements in front of every tile belong to nobody.
-    """
-    order = max(len(dims) for dims in shapes)
-    rows, boxes, offset = [], [], 0
-    for source, dims in enumerate(shapes):
-        pad = order - len(dims)
-        choices = []
-        for size in dims:
-            whole, rest = divmod(size, limit)
-            choices.append(
-                ([(0, whole, limit)] if whole else [])
-                + ([(whole * limit, 1, rest)] if rest else [])
-            )
-        for parts in itertools.product(*choices):
-            offset += skip
-            start, grid, extent = ([p[i] for p in parts] for i in range(3))
-            rows.append([source, offset, *[1] * pad, *dims, *[0] * pad, *start])
-            rows[-1] += [*[1] * pad, *grid, *[1] * pad, *extent]
-            for cell in itertools.product(*map(range, grid)):
-                lows = [s + g * e for s, g, e in zip(start, cell, extent, strict=True)]
-                box = tuple(slice(a, a + e) for a, e in zip(lows, extent, strict=True))
-                boxes.append((source, box, offset))
-                offset += math.prod(extent)
-    return torch.tensor(rows), boxes, offset + skip
-
-
-def strided(values: Tensor, kind: str) -> Tensor:
-    """The same values in other memory."""
-    if kind == "transposed":
-        return values.mT.contiguous().mT
-    if kind == "sliced":
-        wide = torch.full((*values.shape[:-1], 2 * values.shape[-1]), 7.0, dtype=values.dtype)
-        wide[..., ::2] = values
-        return wide[..., ::2]
-    if kind == "channels_last":
-        return values.contiguous(memory_format=torch.channels_last)
-    return values
-
-
-# (shape of the tensor, merged shape) and how its memory is laid out
-LAYOUTS = {
-    "scalar": ((), (1,), "contiguous"),
-    "vector": ((257,), (257,), "contiguous"),
-    "vector_sliced": ((127,), (127,), "sliced"),
-    "matrix": ((63, 40), (63, 40), "contiguous"),
-    "matrix_transposed": ((63, 40), (63, 40), "transposed"),
-    "matrix_sliced": ((33, 40), (33, 40), "sliced"),
-    "whole": ((16, 16), (16, 16), "contiguous"),
-    "merged": ((6, 5, 3, 3), (6, 45), "contiguous"),
-    "channels_last": ((6, 5, 3, 3), (6, 45), "channels_last"),
-    "channels_last_unmerged": ((20, 17, 3, 3), (20, 17, 3, 3), "channels_last"),
-    "cube": ((18, 1, 17, 19), (18, 17, 19), "contiguous"),
-    "cube_transposed": ((18, 17, 19), (18, 17, 19), "transposed"),
-}
-
-
-def make(layout: str, dtype: torch.dtype) -> Tensor:
-    shape, _, kind = LAYOUTS[layout]
-    return strided(torch.randn(shape).to(dtype), kind)
 
 
 def error(actual: Tensor, truth: Tensor) -> float:

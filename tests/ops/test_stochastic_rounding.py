@@ -7,11 +7,11 @@ import torch
 from compiled import load_compiled
 from host_build import HostOps
 from tape import Tape, record_tape
-from test_ops import table
 from torch.nn import Parameter
 from trajectory import assert_same_bits, snapshot
 
 from shampoo import Replay, Shampoo, ops
+from shampoo.certificates.cases.tiles import table
 from shampoo.kernels.reference import ops as reference
 from shampoo.kernels.reference.philox import philox
 from shampoo.step import capture
