@@ -47,7 +47,7 @@ class Certificate:
     made: str
     seconds: float
 
-    @property
+    @functools.cached_property
     def licence(self) -> Licence:
         """What the device may run."""
         passed: dict[tuple[str, str], set[str]] = {}

@@ -25,7 +25,7 @@ from shampoo.ops import OPS, backends, jit
 from shampoo.ops.licence import REFERENCE, Licence
 from shampoo.ops.trust import make_folder
 
-_given: dict[tuple[torch.device, Path | None], Certificate] = {}  # of this process
+_given: dict[tuple[torch.device, bool, Path], Certificate] = {}  # to this process
 _warned: set[str] = set()
 
 
@@ -76,16 +76,16 @@ def certificate_of(
         None if there are no kernels; or if it must not or cannot be made, which one line on stderr
         says.
     """
+    key, tune = (device, jit.needs_cuda(), jit.cache_dir()), mode()
+    found = _given.get(key)
+    if found is not None and not is_forced and (found.is_timed or not is_timed):
+        return found
     subjects = subjects_on(device)
     library = library_for(subjects)
     if library is None:
         subjects = [(op, kind) for op, kind in subjects if kind not in ("cpp", "cuda")]
     if not subjects:
         return None
-    key, tune = (device, library), mode()
-    found = _given.get(key)
-    if found is not None and not is_forced and (found.is_timed or not is_timed):
-        return found
     is_timed = device.type != "cpu" if is_timed is None else is_timed
     is_forced = is_forced or (tune == "1" and found is None)
     facts = certificate.facts_of(device, library)
@@ -97,7 +97,6 @@ def certificate_of(
     if tune == "0" and not is_forced:
         _say(f"SHAMPOO_TUNE=0 forbids checking the kernels on {facts['name']}: none is used")
         return None
-    began = time.time()
     with _lock(path):
         if path.exists() and path.stat().st_mtime_ns != before:
             found = certificate.read(path, facts)  # another process made it while this one waited
@@ -105,22 +104,37 @@ def certificate_of(
                 _given[key] = found
                 return found
         try:
-            found = _made(device, subjects, library, is_timed, facts["name"])
-        except UnavailableError as reason:
+            found = _examined(device, subjects, library, is_timed, facts)
+        except (UnavailableError, DoesNotLoadError, jit.BuildError) as reason:
             _say(f"kernels are not checked, and none is used: {reason}")
             return None
+        with contextlib.suppress(OSError):  # then the next process makes it again
+            certificate.write(certificate.path_of(found.facts), found)
+    _given[key] = found
+    return found
+
+
+def _examined(
+    device: torch.device,
+    subjects: Sequence[Subject],
+    library: Path | None,
+    is_timed: bool,
+    facts: certificate.Facts,
+) -> Certificate:
+    """A new certificate. A library that is damaged is built again first."""
+    began = time.time()
+    seconds = 5 if device.type == "cpu" else 30
+    _say(f"checking kernels on {facts['name']}, once, about {seconds} s")
+    with shown_progress() as progress:
+        try:
+            reports = examine(subjects, device, library, is_timed=is_timed, progress=progress)
         except DoesNotLoadError:
             assert library is not None
             jit.rebuild(library)
             facts = certificate.facts_of(device, library)
-            path = certificate.path_of(facts)
-            found = _made(device, subjects, library, is_timed, facts["name"])
-        took = time.time() - began
-        found = Certificate(facts, tuple(found.reports), is_timed, certificate.now(), took)
-        with contextlib.suppress(OSError):  # then the next process makes it again
-            certificate.write(path, found)
-    _given[key] = found
-    return found
+            reports = examine(subjects, device, library, is_timed=is_timed, progress=progress)
+    took = time.time() - began
+    return Certificate(facts, tuple(reports), is_timed, certificate.now(), took)
 
 
 @contextlib.contextmanager
@@ -137,20 +151,6 @@ def _lock(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _made(
-    device: torch.device,
-    subjects: Sequence[Subject],
-    library: Path | None,
-    is_timed: bool,
-    name: str,
-) -> Certificate:
-    seconds = 5 if device.type == "cpu" else 30
-    _say(f"checking kernels on {name}, once, about {seconds} s")
-    with shown_progress() as progress:
-        reports = examine(subjects, device, library, is_timed=is_timed, progress=progress)
-    return Certificate({}, reports, is_timed, "", 0.0)
 
 
 def _say(text: str) -> None:

@@ -21,7 +21,7 @@ from shampoo.certificates import certificate, issue, tune
 from shampoo.certificates.certificate import Certificate
 from shampoo.certificates.report import Report, Timing
 from shampoo.certificates.runner import DoesNotLoadError, UnavailableError
-from shampoo.ops import OPS, jit, trust
+from shampoo.ops import OPS, backends, jit, trust
 from shampoo.ops.licence import Licence
 
 CPU = torch.device("cpu")
@@ -368,3 +368,33 @@ def test_a_killed_one_leaves_none_and_no_process(start, tmp_path):
 def children_of(process: int) -> list[int]:
     found = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     return [int(child) for child in found]
+
+
+def test_auto_takes_what_the_file_of_an_imaginary_card_says(tmp_path):
+    facts = {"device": "cuda", "name": "a card to come", "capability": "17.0"}
+    times = (Timing(64, 2e-5, 1e-5), Timing(512, 1e-5, 3e-5))
+    found = [
+        Report("gram_ema_", "triton", "float32", 9, timings=times),
+        Report("precondition_", "triton", "float32", 9, failure="out is not symmetric"),
+        Report("gather_blocks_", "cuda", "float32", 9, timings=(Timing(4096, 1e-6, 5e-6),)),
+        Report("gather_blocks_", "cuda", "float64", 9, failure="error 1 exceeds 0"),
+    ]
+    path = tmp_path / "certificates" / "cuda.json"
+    certificate.write(path, Certificate(facts, tuple(found), True, certificate.now(), 20.0))
+    prepared = certificate.read(path, facts)
+    assert prepared is not None
+    assert certificate.read(path, {**facts, "name": "another"}) is None
+    praised = {"size": 4096, "kernel": "triton"}
+    table = {"cpu": {}, "cuda": {"17.0": {"ops": {"precondition_": {"float32": [praised]}}}}}
+
+    def chosen(op, size, dtype="float32"):
+        settings = {"backend": "auto", "card": "17.0", "table": table}
+        return backends.choose(op, "cuda", dtype, size, **settings, licence=prepared.licence)
+
+    assert [chosen("gram_ema_", size) for size in (1, 64, 65, 10**6)] == [
+        *("reference", "reference", "triton", "triton")
+    ]
+    assert chosen("precondition_", 64) == "reference", "the table praises it, and it failed here"
+    assert chosen("gather_blocks_", 10) == "cuda"
+    assert chosen("gather_blocks_", 10, "float64") == "reference"
+    assert chosen("update_blocks_", 10) == "reference"

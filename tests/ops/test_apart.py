@@ -52,7 +52,7 @@ def test_it_answers_and_is_started_again_when_it_was_lost():
         value, first = process.ask(told, 3, timeout=60, on_note=noted.append)
         assert (value, noted) == (3, ["got 3"])
         assert first != os.getpid()
-        assert process.ask(os.environ.get, "SHAMPOO_APART", timeout=60) == "1"
+        assert process.ask(os.getenv, "SHAMPOO_APART", timeout=60) == "1"
         with pytest.raises(ValueError, match="Invalid value=4"):
             process.ask(fails, 4, timeout=60)
         with pytest.raises((RuntimeError, TypeError)):
