@@ -70,7 +70,7 @@ class Certificate:
             for timing in report.timings if report.passed else ():
                 sizes = speeds.setdefault((report.op, report.dtype), {})
                 at = sizes.setdefault(timing.size, {})
-                at[report.kernel] = timing.speed if timing.wins else 0.0
+                at[report.kernel] = timing.speed if report.wins(timing) else 0.0
         rows: dict[str, dict[str, list[dict[str, Any]]]] = {}
         for (op, dtype), sizes in speeds.items():
             mine = rows.setdefault(op, {}).setdefault(dtype, [])

@@ -294,7 +294,13 @@ def test_a_kernel_must_win_by_five_percent_somewhere():
     rows = Certificate({}, both, True, "", 0.0).licence.rows["minimax_root_"]["float32"]
     found = [(row["size"], row["kernel"]) for row in rows]
     assert found == [(64, "reference"), (256, "cuda"), (1024, "reference")]
-    assert Certificate({}, licence((64, 1.04)), True, "", 0.0).licence.pays("gram_ema_") is False
+    for kernel, speed, pays in (
+        *(("triton", 1.04, False), ("triton", 1.06, True)),
+        *(("cpp", 0.9, True), ("cpp", 0.7, False)),
+    ):
+        timed = licence((64, speed), (256, 0.5), kernel=kernel)
+        assert Certificate({}, timed, True, "", 0.0).licence.pays("gram_ema_") is pays
+        assert timed[0].is_used is pays
 
 
 PROGRAM = """
