@@ -4,6 +4,7 @@ No kernel is timed before it has passed the cases of its op in the same process,
 certificates and tests. What is timed is also what ``auto`` chooses by: :func:`measured_table`.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from shampoo import ops
 from shampoo.certificates.cases import CASES
+from shampoo.certificates.checks import Finding
 from shampoo.certificates.checks import Trial as Checked
 from shampoo.certificates.timing import timed
 from shampoo.certificates.workloads import RELATIVE_EPS, WORKLOADS, P
@@ -157,7 +159,7 @@ def text_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:500]
 
 
-def check(op: str, kind: str, load: Callable[[str], Any], device: torch.device) -> Any:
+def check(op: str, kind: str, load: Callable[[str], Any], device: torch.device) -> Finding | None:
     """How a kernel did in its worst case of those that it takes; None if it takes none.
 
     Args:
@@ -166,16 +168,22 @@ def check(op: str, kind: str, load: Callable[[str], Any], device: torch.device) 
         load: the kernel for an overload, and its test of arguments.
         device: where it runs.
     """
-    worst = None
+    worst: Finding | None = None
     for case in CASES[op]:
-        checked = Checked(case, OPS[op], device, kind)
-        if checked.accepts(load("")[1]):
-            found = checked.examine(lambda overload: load(overload)[0])
+        examined = Checked(case, OPS[op], device, kind)
+        if examined.accepts(load("")[1]):
+            found = examined.examine(lambda overload: load(overload)[0])
             if found.failure:
                 return found
             if worst is None or found.error - found.limit > worst.error - worst.limit:
                 worst = found
     return worst
+
+
+@functools.cache
+def checked(op: str, kind: str, device: torch.device) -> Finding | None:
+    """:func:`check` of one of the package's kernels, once a process: rows differ in size alone."""
+    return check(op, kind, functools.partial(OPS[op].load, kind), device)
 
 
 def measure(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -185,9 +193,7 @@ def measure(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     errors, limits, passed = {}, {}, {}
     for kind in found:
         try:
-            judged = check(
-                op, kind, lambda overload, kind=kind: OPS[op].load(kind, overload), device
-            )
+            judged = checked(op, kind, device)
             if judged is None:
                 failures[kind] = "takes none of the cases"
                 continue

@@ -25,6 +25,7 @@ _NEAR = {"cpp": 0.0, "cuda": 2.0**-18, "triton": 2.0**-18}
 
 # Whitened error of a root by iteration, from (p, relative_eps) on: the "standard" level.
 _ROOT_LIMITS = {(4, 1e-6): 2e-2, (2, 1e-4): 4e-3, (6, 1e-6): 2e-2}
+_RIDGE_LIMIT = 1e-3
 
 Load = Callable[[str], Run]
 """A kernel for each overload of its op."""
@@ -177,9 +178,10 @@ class Trial:
             return float(wrong), 0.0
         if self.op.name in ("minimax_root_", "minimax_small_root_"):
             p, eps = self.given["p"], self.given["relative_eps"]
-            factor = self.given["factor"]
-            limit = _ROOT_LIMITS[p, eps]
-            return whitened_error(results["root"], factor, p, eps), limit
+            limit, ridge = _ROOT_LIMITS[p, eps], self.truth["ridge"]
+            if not bool(((results["ridge"] - ridge).abs() <= _RIDGE_LIMIT * ridge).all()):
+                raise _FailedError(f"ridge is not within {_RIDGE_LIMIT:g} of itself")
+            return whitened_error(results["root"], self.given["factor"], p, eps), limit
         if self.op.name == "eigh_":
             error = _eigh_error(results, self.given["stack"])
             return error, 64 * max(1, len(results["vectors"][0])) * _eps(results["values"])
@@ -209,9 +211,6 @@ class Trial:
             float((each[is_number].double() - true).abs().max()) / largest for each in (mine, plain)
         )
         rounding = _eps(mine) * (16 if mine.dtype == torch.float64 else 1)
-        segments = self.given.get("direction")
-        if segments is not None and isinstance(segments, Tensor):
-            rounding = max(rounding, _eps(segments) if mine.dtype == torch.float64 else 0.0)
         return error, 2 * reference + max(rounding, _NEAR.get(self.kind, 0.0))
 
     def _results(

@@ -57,24 +57,32 @@ def load_kernels(required: bool = False, ask: Ask | None = None) -> None:
     licence = None
     for kind in sorted(kinds):
         reason = _reason(kind)
-        if kind == "cpp" and not reason and ask is not None:
-            licence = ask(CPU)
-            if insists:
-                raise_complaints(licence, ["cpp"])
-                if required and not licence.passed:
-                    reason = "the kernels were not checked on this machine. Unset SHAMPOO_TUNE."
-        if kind == "cpp" and not reason and (licence is None or licence.passed or insists):
-            reason = _load_once(jit.needs_cuda())
+        if kind in ("cpp", "cuda") and not reason:  # in one library
+            licence = ask(CPU) if ask is not None and licence is None else licence
+            reason = _load_licensed(licence, insists, required)
+            if licence is not None and not licence.passed and not insists:
+                kinds.discard("cuda")
         if reason:
             if insists:
                 raise jit.BuildError(reason)
             _warn_once(reason)
-            kinds.remove(kind)
+            kinds.discard(kind)
     if licence is not None or ask is None:  # else what was set aside stays so
         _set_aside_on_cpu(licence, backend, table)
     _licences.clear()
     _state[:] = backend, table, frozenset(kinds), ask is not None
     _route()
+
+
+def _load_licensed(licence: Licence | None, insists: bool, required: bool) -> str:
+    """Loads the library, unless none of its kernels passed: the reason why not, or nothing."""
+    if licence is None:
+        return _load_once(jit.needs_cuda())
+    if insists:
+        raise_complaints(licence, ["cpp"])
+    if required and not licence.passed:
+        return "the kernels were not checked on this machine. Unset SHAMPOO_TUNE."
+    return _load_once(jit.needs_cuda()) if licence.passed or insists else ""
 
 
 _state: list[Any] = []  # of the last choice: backend, table, kinds, and whether licences count
