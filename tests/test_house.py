@@ -39,7 +39,8 @@ IMPORTS = {
     "planner": "errors inputs groups blocks grafting hyperparameters preconditioner distributed"
     " step optimizer",
     "__init__": "errors groups certificates roots optimizer replay planner",
-    "__main__": "errors inputs ops certificates blocks grafting hyperparameters distributed planner",
+    "__main__": "errors inputs ops certificates blocks grafting hyperparameters distributed"
+    " planner",
 }
 MODULES = [path for path in sorted((ROOT / "shampoo").rglob("*.py")) if ".egg" not in str(path)]
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))

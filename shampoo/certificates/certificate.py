@@ -6,9 +6,7 @@ not found. It is written by one rename, and read only where nobody else can have
 
 import datetime
 import functools
-import hashlib
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ import torch
 from shampoo.certificates.report import Report
 from shampoo.ops import jit
 from shampoo.ops.licence import REFERENCE, Licence
-from shampoo.ops.trust import make_folder, objection
+from shampoo.ops.trust import digest_of, make_folder, objection, write_text
 
 VERSION = 1
 FOLDER = "certificates"
@@ -63,6 +61,18 @@ class Certificate:
             {key: frozenset(each) for key, each in passed.items()}, refused, self._rows()
         )
 
+    def to_json(self) -> str:
+        """What its file holds."""
+        content = {
+            "version": VERSION,
+            "facts": dict(self.facts),
+            "is_timed": self.is_timed,
+            "made": self.made,
+            "seconds": self.seconds,
+            "reports": [report.to_json() for report in self.reports],
+        }
+        return json.dumps(content, indent=1) + "\n"
+
     def _rows(self) -> dict[str, dict[str, list[dict[str, Any]]]]:
         """By op and dtype the fastest kernel at every size at which one was timed."""
         speeds: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
@@ -90,7 +100,7 @@ def facts_of(device: torch.device, library: Path | None) -> dict[str, str]:
     facts = {
         "device": device.type,
         "torch": torch.__version__,
-        "library": _content(library) if library is not None else "",
+        "library": digest_of(library)[:16] if library is not None else "",
         "sources": _sources(),
     }
     if device.type == "cuda":
@@ -105,10 +115,6 @@ def facts_of(device: torch.device, library: Path | None) -> dict[str, str]:
         facts["name"], facts["flags"] = _processor()
         facts["capability"] = torch.backends.cpu.get_cpu_capability()
     return facts
-
-
-def _content(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 @functools.cache
@@ -175,23 +181,7 @@ def read(path: Path, facts: Facts) -> Certificate | None:
 def write(path: Path, certificate: Certificate) -> None:
     """Writes a certificate into the cache, whole or not at all."""
     make_folder(path.parent, path.parents[1])
-    write_to(path, certificate)
-
-
-def write_to(path: Path, certificate: Certificate) -> None:
-    """Writes a certificate anywhere, whole or not at all."""
-    content = {
-        "version": VERSION,
-        "facts": dict(certificate.facts),
-        "is_timed": certificate.is_timed,
-        "made": certificate.made,
-        "seconds": certificate.seconds,
-        "reports": [report.to_json() for report in certificate.reports],
-    }
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    scratch.chmod(0o644)  # whatever the umask
-    os.replace(scratch, path)
+    write_text(path, certificate.to_json())
 
 
 def now() -> str:

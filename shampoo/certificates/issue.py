@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
 from shampoo.certificates import certificate
 from shampoo.certificates.certificate import Certificate
@@ -23,7 +22,7 @@ from shampoo.certificates.runner import (
 )
 from shampoo.ops import OPS, backends, jit
 from shampoo.ops.licence import REFERENCE, Licence
-from shampoo.ops.trust import make_folder
+from shampoo.ops.trust import locked, make_folder
 
 _given: dict[tuple[torch.device, bool, Path], Certificate] = {}  # to this process
 _warned: set[str] = set()
@@ -139,18 +138,12 @@ def _examined(
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Held while a certificate is made, which the system drops with its holder."""
-    try:
-        make_folder(path.parent, path.parents[1])
-        lock = FileLock(path.with_suffix(".lock"))
-        lock.acquire()
-    except OSError:  # nowhere to write: each process for itself
+    """Held while a certificate is made, where a file can be."""
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):  # nowhere to write: each process for itself
+            make_folder(path.parent, path.parents[1])
+            held.enter_context(locked(path.with_suffix(".lock")))
         yield
-        return
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _say(text: str) -> None:

@@ -12,8 +12,7 @@ from shampoo.certificates.report import Report, Timing
 from shampoo.certificates.timing import timed
 from shampoo.certificates.workloads import WORKLOADS, grid, in_dtype, size_of
 from shampoo.ops.apart import Apart, LostError, note
-from shampoo.ops.registry import Cpp, Cuda, Op, Run, Supports
-from shampoo.ops.routes import has_kernel
+from shampoo.ops.registry import Cpp, Cuda, Op, Run, Supports, has_kernel
 
 PATIENCE = 120.0  # seconds for one case, in which a kernel may have to be compiled first
 _MEASURE = {"cpu": 0.05, "cuda": 0.1}  # seconds of one op at one size

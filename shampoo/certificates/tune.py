@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from shampoo.certificates import certificate
 from shampoo.certificates.certificate import Certificate
 from shampoo.certificates.issue import certificate_of
 from shampoo.certificates.report import Report
@@ -32,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
     if found is None:
         return 1
     if options.file is not None:
-        certificate.write_to(options.file, found)
+        options.file.write_text(found.to_json(), encoding="utf-8")
     show(found)
     return 0 if all(report.is_used for report in found.reports) else SET_ASIDE
 

@@ -105,6 +105,7 @@ class Apart:
                 stdin=subprocess.DEVNULL,
                 stdout=self._said,
                 stderr=self._said,
+                start_new_session=True,  # so that what it has started can be ended with it
             )
         self._connection = Connection(ours.detach())
         try:
@@ -129,6 +130,8 @@ class Apart:
     def stop(self) -> None:
         """Ends the process, if there is one."""
         if self._process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # compilers too
             self._process.kill()
             self._process.wait()
         if self._connection is not None:
@@ -167,7 +170,16 @@ def _serve(end: int) -> None:
     os._exit(0)  # what is loaded here may not live through an orderly end
 
 
-def _die_with_the_parent() -> None:
+def take_children_along() -> None:
+    """Lets the death of the parent end what this process starts, too, while it waits for that.
+
+    A compiler would go on for minutes otherwise, in a folder that somebody else clears.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: os.killpg(0, signal.SIGKILL))
+    _die_with_the_parent(signal.SIGTERM)
+
+
+def _die_with_the_parent(by: signal.Signals = signal.SIGKILL) -> None:
     """A kernel that hangs must not outlive a run that was killed. No image of memory is kept."""
     with contextlib.suppress(Exception):
         import resource
@@ -176,4 +188,4 @@ def _die_with_the_parent() -> None:
     with contextlib.suppress(Exception):  # Linux only
         import ctypes
 
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, by, 0, 0, 0)  # PR_SET_PDEATHSIG

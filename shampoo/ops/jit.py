@@ -4,7 +4,8 @@ A build is named by a hash of everything that shapes it, made in a private folde
 one atomic rename, so no reader ever sees half a library. The lock only saves ranks from compiling
 the same thing twice; the operating system drops it when its holder dies. The compiler runs in a
 process apart, since torch loads what it has built at once: here it is loaded when it was checked.
-A library that somebody else may have written is not loaded at all.
+A library that somebody else may have written, or whose content is not the recorded one, is not
+loaded at all (:mod:`shampoo.ops.trust`).
 """
 
 import contextlib
@@ -22,11 +23,20 @@ from importlib import resources
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
+from shampoo.errors import shown
 from shampoo.ops import backends
-from shampoo.ops.apart import Apart
-from shampoo.ops.trust import make_folder, objection, private_folder
+from shampoo.ops.apart import Apart, take_children_along
+from shampoo.ops.registry import OPS, has_kernel
+from shampoo.ops.trust import (
+    is_whole,
+    locked,
+    make_folder,
+    objection,
+    private_folder,
+    publish_recorded,
+    write_text,
+)
 
 LIBRARY = "shampoo_csrc.so"
 FAILURE = "failure.txt"
@@ -35,7 +45,8 @@ FAILURE = "failure.txt"
 # longer would keep the references in use after a full disk was emptied.
 FAILURE_LIFETIME = 3600.0
 
-_LONGEST = 3600.0  # seconds of a build
+_LONGEST = 1800.0  # seconds of a build
+_LONGEST_ANSWER = 20.0  # seconds until a compiler has said which one it is
 
 # No -std: torch passes the one its own headers need, and the last one given would win. The rest
 # leaves every value as IEEE 754 has it, and bits independent of where a loop was cut.
@@ -116,21 +127,43 @@ def cuda_flags() -> list[str]:
 
 
 def compiler() -> list[str]:
-    """The command of the C++ compiler: ``CXX``, else ``c++``, as torch chooses it."""
-    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    """The command of the C++ compiler: ``CXX``, else ``c++``, as torch chooses it.
+
+    Raises:
+        BuildError: if ``CXX`` is no command.
+    """
+    asked = os.environ.get("CXX", "")
+    try:
+        return shlex.split(asked) or ["c++"]
+    except ValueError as error:
+        raise BuildError(
+            f"Invalid CXX={shown(asked)}: {error}. Must be a command as a shell reads it."
+        ) from error
 
 
 @functools.cache
 def _version(command: tuple[str, ...]) -> str:
-    answer = subprocess.run(
-        [*command, "--version"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    return answer.stdout.strip()
+    """What a command says of itself; nothing if it does not say so in time."""
+    try:
+        answer = subprocess.run(
+            [*command, "--version"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=_LONGEST_ANSWER,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout.decode(errors="replace").strip()
 
 
 def compiler_version() -> str:
-    """What the compiler says of itself; empty if there is none."""
-    command = compiler()
+    """What the compiler says of itself; empty if there is none that answers."""
+    try:
+        command = compiler()
+    except BuildError:
+        return ""
     return _version(tuple(command)) if shutil.which(command[0]) else ""
 
 
@@ -164,7 +197,10 @@ def cache_dir() -> Path:
     """``SHAMPOO_CACHE_DIR``, else ``shampoo`` in the user's cache folder."""
     if path := os.environ.get("SHAMPOO_CACHE_DIR"):
         return Path(path).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:  # a user whom the system does not know
+        raise BuildError(f"{error} Set SHAMPOO_CACHE_DIR to a folder of yours.") from error
     return Path(home) / "shampoo"
 
 
@@ -224,13 +260,13 @@ def build(retry: bool = False) -> Path:
         raise BuildError("SHAMPOO_DISABLE_JIT=1 forbids building csrc/. Unset it.")
     try:
         library = library_path()
-        if library.exists():
+        if is_whole(library):
             return library
         if not all(compiler_versions()):
             for other in sorted(library.parent.parent.glob(f"*/{LIBRARY}")):
-                if not objection(other, library.parents[2]):
+                if not objection(other, library.parents[2]) and is_whole(other):
                     return other
-        return _made(library, retry, lambda: library.exists())
+        return _made(library, retry, lambda: is_whole(library))
     except OSError as error:
         raise BuildError(f"{error}. Set SHAMPOO_CACHE_DIR to a writable folder.") from error
 
@@ -239,7 +275,7 @@ def rebuild(library: Path, retry: bool = False) -> Path:
     """Builds a library that cannot be loaded anew, unless another process already has."""
     before = library.stat().st_ino
     try:
-        return _made(library, retry, lambda: library.stat().st_ino != before)
+        return _made(library, retry, lambda: library.stat().st_ino != before and is_whole(library))
     except OSError as error:
         raise BuildError(f"{error}. Set SHAMPOO_CACHE_DIR to a writable folder.") from error
 
@@ -247,7 +283,7 @@ def rebuild(library: Path, retry: bool = False) -> Path:
 def _made(library: Path, retry: bool, is_there: Callable[[], bool]) -> Path:
     _require_compiler()
     make_folder(library.parent, library.parents[2])
-    with FileLock(library.with_suffix(".lock")):
+    with locked(library.with_suffix(".lock")):
         if not is_there():  # no other process built it while this one waited
             _raise_known_failure(library.parent, retry)
             _build(library)
@@ -255,18 +291,25 @@ def _made(library: Path, retry: bool, is_there: Callable[[], bool]) -> Path:
 
 
 def _loads(library: Path) -> bool:
-    """Loads a built library. One that does not load counts as not built."""
+    """Loads a built library. One that does not load, or has no kernel, counts as not built."""
     try:
         torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except OSError:
         return False
-    return True
+    return any(has_kernel(name, "CPU") for name in OPS)
 
 
 def _require_compiler() -> None:
     command = compiler()[0]
     if not shutil.which(command):
-        raise BuildError(f"no C++ compiler: {command!r} is not on PATH. Install g++ or set CXX.")
+        raise BuildError(
+            f"no C++ compiler: {shown(command)} is not on PATH. Install g++ or set CXX."
+        )
+    if not compiler_version():
+        raise BuildError(
+            f"{shown(command)} does not answer --version within {_LONGEST_ANSWER:g} s. Set CXX to a"
+            " compiler that does."
+        )
     if has_cuda_sources():
         toolkit = _toolkit()
         if not _has_toolkit(toolkit):
@@ -306,16 +349,16 @@ def _build(library: Path) -> None:
                 process.ask(_compile, Path(scratch), timeout=_LONGEST)
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             text = f"csrc/ could not be built with {shlex.join(compiler())}.\n{error}"
-            (folder / FAILURE).write_text(f"{_surroundings()}\n{text}")
+            write_text(folder / FAILURE, f"{_surroundings()}\n{text}")
             raise BuildError(text) from error
-        (Path(scratch) / LIBRARY).chmod(0o755)  # whatever the umask
-        os.replace(Path(scratch) / LIBRARY, library)
+        publish_recorded(Path(scratch) / LIBRARY, library)
     (folder / FAILURE).unlink(missing_ok=True)
 
 
 def _compile(scratch: Path) -> None:
     from torch.utils import cpp_extension
 
+    take_children_along()
     cpp_extension.load(
         name=Path(LIBRARY).stem,
         sources=[str(path) for path in sources()],

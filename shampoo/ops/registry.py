@@ -264,3 +264,8 @@ def _as_tensor(number: Any, like: Tensor) -> Tensor:
 def _constant(number: float) -> Tensor:
     """A number on the host as a tensor, which nobody writes to."""
     return torch.tensor(number, dtype=torch.float64, device="cpu")
+
+
+def has_kernel(name: str, device: str) -> bool:
+    """Whether a name of an op has a kernel for a dispatch key."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"shampoo::{name}", device)

@@ -11,7 +11,7 @@ import torch
 
 from shampoo.ops import backends, jit
 from shampoo.ops.licence import REFERENCE, Licence
-from shampoo.ops.registry import OPS, Op, Run, Supports, library
+from shampoo.ops.registry import OPS, Op, Run, Supports, has_kernel, library
 
 Ask = Callable[[torch.device], Licence]
 """What says which kernels a device may run. They are built then, and not yet loaded."""
@@ -69,7 +69,6 @@ def load_kernels(required: bool = False, ask: Ask | None = None) -> None:
             kinds.discard(kind)
     if licence is not None or ask is None:  # else what was set aside stays so
         _set_aside_on_cpu(licence, backend, table)
-    _licences.clear()
     _state[:] = backend, table, frozenset(kinds), ask is not None
     _route()
 
@@ -298,8 +297,3 @@ def _warn_once(reason: str) -> None:
 def kernels(device: str = "CPU") -> dict[str, bool]:
     """For every op, whether a kernel of its own is registered for a dispatch key."""
     return {name: has_kernel(name, device) for name in OPS}
-
-
-def has_kernel(name: str, device: str) -> bool:
-    """Whether a name of an op has a kernel for a dispatch key."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"shampoo::{name}", device)

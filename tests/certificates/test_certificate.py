@@ -174,7 +174,7 @@ def test_the_key_changes_with_everything_that_shapes_a_kernel(machine, change, m
     elif change == "torch":
         monkeypatch.setattr(torch, "__version__", "0.0.0")
     elif change == "library":
-        monkeypatch.setattr(certificate, "_content", lambda path: "0")
+        monkeypatch.setattr(certificate, "digest_of", lambda path: "0")
     elif change == "sources":
         monkeypatch.setattr(certificate, "_sources", lambda: "0")
     else:
