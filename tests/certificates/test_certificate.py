@@ -321,6 +321,7 @@ def start(tmp_path):
     copy = tmp_path / "cache" / library.relative_to(library.parents[2])
     copy.parent.mkdir(parents=True)
     shutil.copy(library, copy)
+    shutil.copy(f"{library}{trust.RECORD}", f"{copy}{trust.RECORD}")
     kept = {key: value for key, value in os.environ.items() if not key.startswith("SHAMPOO_")}
     environment = {**kept, "SHAMPOO_CACHE_DIR": str(tmp_path / "cache")}
 

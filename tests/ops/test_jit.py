@@ -17,7 +17,7 @@ from torch.utils import cpp_extension
 import shampoo
 import shampoo.kernels
 from shampoo import ops
-from shampoo.ops import jit
+from shampoo.ops import jit, trust
 
 
 @pytest.fixture
@@ -57,7 +57,8 @@ def test_a_build_writes_into_the_cache_alone(cold):
     folder, _, before = cold
     assert installed_files() == before
     built = {path.name for path in (folder / "cache").glob("*/*/*") if path.is_file()}
-    assert built == {jit.LIBRARY, Path(jit.LIBRARY).with_suffix(".lock").name}
+    lock, record = Path(jit.LIBRARY).with_suffix(".lock").name, jit.LIBRARY + trust.RECORD
+    assert built == {jit.LIBRARY, lock, record}
     proved = {path.suffix for path in (folder / "cache" / "certificates").iterdir()}
     assert proved == {".json", ".lock"}
 
@@ -311,9 +312,12 @@ def test_a_machine_without_nvcc_uses_what_another_has_built(toolkits, monkeypatc
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(toolkits[0]))
     library = jit.library_path()
     library.parent.mkdir(parents=True)
-    library.write_bytes(b"a library")
+    scratch = library.with_suffix(".new")
+    scratch.write_bytes(b"a library")
+    trust.publish_recorded(scratch, library)
     loaded = []
     monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    monkeypatch.setattr(jit, "has_kernel", lambda name, device: True)
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
     jit.load()
     assert loaded == [str(library)]
