@@ -11,8 +11,8 @@ from shampoo.kernels.reference import ops as reference
 from shampoo.kernels.reference.ops import Number
 from shampoo.ops import supports
 from shampoo.ops.licence import REFERENCE
-from shampoo.ops.registry import OPS, Cpp, Cuda, Op, Triton, declare
-from shampoo.ops.routes import grant, has_kernel, kernels, load_kernels, runs_kernel_on_cpu
+from shampoo.ops.registry import OPS, Cpp, Cuda, Op, Triton, declare, has_kernel
+from shampoo.ops.routes import grant, kernels, load_kernels, runs_kernel_on_cpu
 
 __all__ = ["OPS", "REFERENCE", "Number", "grant", "has_kernel", "kernels", "load_kernels"]
 __all__ += ["runs_kernel_on_cpu"]
