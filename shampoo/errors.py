@@ -120,9 +120,9 @@ def shown_bytes(number: float) -> str:
     return f"{number:.4g} TiB"
 
 
-def warn_outside(message: str) -> None:
+def warn_outside(message: str, category: type[Warning] = UserWarning) -> None:
     """Warns at the innermost line that is neither of the package nor of torch."""
     frame, depth = sys._getframe(), 1
     while frame.f_back and frame.f_globals["__name__"].split(".")[0] in _INSIDE:
         frame, depth = frame.f_back, depth + 1
-    warnings.warn(message, stacklevel=depth)
+    warnings.warn(message, category, stacklevel=depth)

@@ -21,7 +21,7 @@ IMPORTS = {
     "kernels": "",
     "ops": "errors inputs kernels",
     "roots": "errors kernels ops",
-    "certificates": "kernels ops roots",
+    "certificates": "errors kernels ops roots",
     "blocks": "errors inputs ops",
     "grafting": "ops",
     "hyperparameters": "errors ops roots blocks grafting",

@@ -5,7 +5,6 @@ import importlib.util
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from shampoo.certificates.runner import (
     UnavailableError,
     examine,
 )
+from shampoo.errors import warn_outside
 from shampoo.ops import OPS, backends, jit
 from shampoo.ops.licence import REFERENCE, Licence
 from shampoo.ops.trust import locked, make_folder
@@ -192,7 +192,7 @@ def complain(licence: Licence, device: torch.device) -> None:
     )
     if complaints and text not in _warned:
         _warned.add(text)
-        warnings.warn(text, RuntimeWarning, stacklevel=5)
+        warn_outside(text, RuntimeWarning)
 
 
 def kernels_in_use(device: torch.device | str) -> dict[str, dict[str, list[tuple[float, str]]]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from shampoo.errors import warn_outside
 from shampoo.ops import backends, jit
 from shampoo.ops.licence import REFERENCE, Licence
 from shampoo.ops.registry import OPS, Op, Run, Supports, has_kernel, library
@@ -287,11 +288,8 @@ def _register(name: str, reference: Run) -> None:
 
 @functools.cache
 def _warn_once(reason: str) -> None:
-    warnings.warn(
-        f"shampoo uses PyTorch's own kernels, which are slower: {reason}",
-        RuntimeWarning,
-        stacklevel=4,  # the caller of the optimizer's constructor
-    )
+    text = f"shampoo uses PyTorch's own kernels, which are slower: {reason}"
+    warn_outside(text, RuntimeWarning)
 
 
 def kernels(device: str = "CPU") -> dict[str, bool]:
