@@ -1,6 +1,7 @@
 # `make test`, `make slow` and `make bench` set up all they need, in .venv, and are quick the second
 # time. `make slow` is the rest of the tests: those that build, compile or interpret kernels for
-# minutes, run the examples, and generate programs.
+# minutes, run the examples, and generate programs. `make test-frameworks` trains in Accelerate,
+# Lightning and others (docs/frameworks.md), and installs them, about 1 GB.
 #
 # TORCH is what to install where .venv has no torch yet, as pip takes it; for a CPU wheel alone,
 # which is a tenth of the size, name its index: PIP_EXTRA_INDEX_URL=... make test
@@ -20,10 +21,11 @@ WORKERS ?= 2
 BIN := $(abspath $(VENV))/bin
 CUDA := $(abspath $(VENV))/cuda
 CLEAN := $(abspath $(VENV))/clean
+FRAMEWORKS := $(abspath $(VENV))/frameworks
 WHEELS := $(abspath $(VENV))/wheels
 SOURCES := shampoo kernels tests benchmarks examples tools setup.py
 
-.PHONY: test slow bench learning lint types pytest wheel sanitize soak clean
+.PHONY: test slow test-frameworks bench learning lint types pytest wheel sanitize soak clean
 
 test: lint pytest types
 
@@ -60,7 +62,12 @@ endif
 
 pytest slow: $(VENV)/installed
 	$(BIN)/pytest -q --durations=10 -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
-	  -m $(if $(filter slow,$@),slow,"not slow")
+	  -m $(if $(filter slow,$@),slow,"not slow and not frameworks")
+
+# What docs/frameworks.md says, with the real packages, in an environment of their own.
+test-frameworks: $(FRAMEWORKS)/installed
+	PYTHONPATH=$(CURDIR) $(FRAMEWORKS)/bin/python -m pytest -q --durations=10 \
+	  -m frameworks tests/frameworks
 
 # Builds the wheel and uses it as a stranger would: in an environment of its own, from elsewhere.
 # torch is lent to it by a path file, which does not make the development install visible.
@@ -99,6 +106,14 @@ $(VENV)/torch:
 
 $(VENV)/installed: $(VENV)/torch pyproject.toml setup.py
 	$(BIN)/pip install -q -e ".[dev,bench]"
+	touch $@
+
+# All that .venv has, torch with it, is lent by a path file; PYTHONPATH brings the clone.
+$(FRAMEWORKS)/installed: tests/frameworks/requirements.txt | $(VENV)/installed
+	$(PYTHON) -m venv $(FRAMEWORKS)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$($(FRAMEWORKS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/lent.pth"
+	DS_BUILD_OPS=0 $(FRAMEWORKS)/bin/pip install -q --no-deps --no-build-isolation -r $<
 	touch $@
 
 $(CUDA)/installed: | $(VENV)/torch

@@ -21,6 +21,14 @@ _MODULE = "torch.distributed.checkpoint.state_dict"
 _SAVE, _LOAD = "_get_optim_state_dict", "_load_optim_state_dict"
 _UNFLATTEN = "_unflatten_optim_state_dict"
 
+# Frameworks that save what one rank says, and what makes them save all; the Trainer of the first
+# works with the second.
+_REMEDIES = {
+    "transformers": "give the Trainer the callback"
+    " shampoo.integrations.transformers.ShampooCallback()",
+    "accelerate": "call shampoo.integrations.accelerate.attach(accelerator) after prepare()",
+}
+
 
 @dataclass(frozen=True)
 class Inquiry:
@@ -93,6 +101,31 @@ def flattened_file() -> Mapping[str, Any] | None:
         return None
     file = frame.f_locals.get("state_dict")
     return file if isinstance(file, Mapping) else None
+
+
+def remedy_of_caller() -> str | None:
+    """What makes the framework that asks for a state save all of it; None for any other caller."""
+    packages = set()
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        packages.add(str(frame.f_globals.get("__name__", "")).partition(".")[0])
+        frame = frame.f_back
+    return next((remedy for name, remedy in _REMEDIES.items() if name in packages), None)
+
+
+# Modules that put flat copies of all parameters into the groups of an optimizer.
+_FLATTENING = ("deepspeed.runtime.zero", "deepspeed.runtime.bf16", "deepspeed.runtime.fp16.fused")
+
+
+def flattening_caller() -> str | None:
+    """The module among the callers that has flattened the parameters, which bear no mark of it."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__", ""))
+        if module.startswith(_FLATTENING):
+            return module
+        frame = frame.f_back
+    return None
 
 
 def _brought(file: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[Tensor, Mapping[str, Any]]:

@@ -27,14 +27,14 @@ from shampoo.preconditioner import KINDS
 from shampoo.state.fillable import Blank, fillable_state
 from shampoo.state.former import named_in, to_be_laid_under
 from shampoo.state.gathering import Whole, consolidate
-from shampoo.state.inquiry import flattened_file, inquiry
+from shampoo.state.inquiry import flattened_file, flattening_caller, inquiry, remedy_of_caller
 from shampoo.state.loading import check_origin, foreign_state, match, renumbered, signed
 from shampoo.step import capture
 from shampoo.step.block_plan import BlockPlan
 from shampoo.step.distributors import Distributors
 from shampoo.step.group_reader import GroupReader
 from shampoo.step.left_out import LeftOut
-from shampoo.step.parameters import check_distinct
+from shampoo.step.parameters import check_distinct, flat_error
 from shampoo.step.ridge_watch import RidgeWatch
 from shampoo.step.verdict import LateVerdicts
 from shampoo.step.versions import mark_replayed
@@ -105,6 +105,8 @@ class Persistent(Optimizer):
     def _make_plan(self, is_capturable: bool) -> BlockPlan:
         """A plan of what is there, in place of the one before."""
         check_distinct(self.param_groups)  # frameworks write into the lists
+        if module := flattening_caller():
+            raise flat_error(f"what {module} makes of parameters")
         self._settle_skipped()
         before, made_by = dict(self.state), self._made_by() or {}
         plan = BlockPlan(self.param_groups, self.state, self._process_groups, kept=self._owners())
@@ -320,9 +322,10 @@ class Persistent(Optimizer):
             self._has_warned = True
             logger.warning(
                 "shampoo: state_dict() on rank %d holds %d of %d blocks, those that this rank owns."
-                " To save from one rank, call consolidate_state_dict() on all ranks first; or use"
+                " To save from one rank, %s; or use"
                 " shampoo.checkpoint or torch.distributed.checkpoint, in which all ranks save.",
                 *(stepping_ranks.ranks[stepping_ranks.me], part, len(owners)),
+                remedy_of_caller() or "call consolidate_state_dict() on all ranks first",
             )
 
     def _gather(self, stepping_ranks: Team, to: int | None) -> Whole | None:

@@ -8,9 +8,11 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from shampoo.distributed.shard_regions import check_placements
+from shampoo.distributed.shard_regions import check_placements, local_tensor
 
 _FEW = 3  # duplicates that a message names
 
@@ -96,11 +98,21 @@ def is_trained(param: Tensor) -> bool:
     return param.numel() > 0 and (param.requires_grad or param.grad is not None)
 
 
+def flat_error(what: str) -> RuntimeError:
+    """For what has lost the shapes of its parameters."""
+    return RuntimeError(
+        f"Shampoo got {what}. FSDP1 and DeepSpeed ZeRO >= 1 (or its fp16 and bf16) hide the shapes"
+        " of matrices: use fully_shard (FSDP2), DistributedDataParallel, or DeepSpeed with"
+        ' "zero_optimization": {"stage": 0}, in float32 or under torch.autocast.'
+    )
+
+
 def check_parameter(param: Tensor, name: str) -> None:
     """Refuses what cannot be cut into blocks, naming the parameter and the remedy.
 
     Raises:
-        RuntimeError: for a complex or flat parameter, or a DTensor with Partial placements.
+        RuntimeError: for a complex, flat or quantized parameter, or a DTensor with Partial
+            placements.
     """
     if param.is_complex():
         raise RuntimeError(
@@ -109,8 +121,26 @@ def check_parameter(param: Tensor, name: str) -> None:
         )
     check_placements(param, name)
     if getattr(param, "_fsdp_flattened", False) or hasattr(param, "_is_flat_param"):
+        raise flat_error(f"a flat parameter of {param.numel()} elements ({name})")
+    if is_trained(param):  # frozen ones, under adapters, may be what they like
+        _check_quantized(local_tensor(param), name)
+
+
+# Of a subclass that wraps tensors, those that a step can write an update into.
+_WRITABLE = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+
+def _check_quantized(param: Tensor, name: str) -> None:
+    """Refuses a subclass of tensors that keeps its values in fewer bits than it shows."""
+    if not is_traceable_wrapper_subclass(param):
+        return
+    attributes, _ = param.__tensor_flatten__()  # type: ignore[attr-defined]
+    kept = {getattr(param, attribute).dtype for attribute in attributes}
+    if not kept <= _WRITABLE:
+        kinds = ", ".join(sorted(map(str, kept - _WRITABLE)))
         raise RuntimeError(
-            f"Shampoo got a flat parameter of {param.numel()} elements ({name}). FSDP1 and"
-            " DeepSpeed ZeRO >= 1 hide the shapes of matrices: use fully_shard (FSDP2) or"
-            " DistributedDataParallel."
+            f"Shampoo does not support quantized parameters ({name}: a {type(param).__name__} with"
+            f" values in {kinds}). Quantize in the forward pass alone, which leaves the weights in"
+            " floating point (quantization-aware or float8 training), or give this parameter an"
+            " optimizer of its own: torch.optim.AdamW(..., foreach=False)."
         )
