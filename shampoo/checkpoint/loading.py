@@ -13,14 +13,13 @@ from torch.optim import Optimizer
 
 from shampoo.checkpoint.folder import EXTRA, checkpoints, step_of
 from shampoo.checkpoint.manifest import MANIFEST, check_file, damaged, read_manifest
-from shampoo.checkpoint.matching import adopt, ask_for_what_is_saved, check_cuts, former_values
+from shampoo.checkpoint.matching import asking
 from shampoo.checkpoint.metadata import METADATA, read_metadata
 from shampoo.checkpoint.ranks import on_every_rank, on_first_rank, rank_and_world
 from shampoo.checkpoint.reading import check_archives, read_extra, read_into
 from shampoo.checkpoint.stateful import Stateful
-from shampoo.checkpoint.states import states_of
+from shampoo.checkpoint.states import listed
 from shampoo.errors import DamagedCheckpointError, UnsafeCheckpointError
-from shampoo.optimizer import Shampoo
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +27,7 @@ logger = logging.getLogger(__name__)
 def load(
     folder: str | os.PathLike[str],
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     *,
     extra: Mapping[str, Stateful] | None = None,
     verify: bool = True,
@@ -41,6 +40,7 @@ def load(
 
     Args:
         folder: of :func:`save`; need not exist.
+        optimizer: one, or several in the order in which they were saved.
         extra: what loads the states that were saved by these names.
         verify: compare every file with the length and the SHA-256 that it was written with, before
             anything changes. Ranks divide the files; it takes one more reading of them. Of a
@@ -51,7 +51,7 @@ def load(
         The step at which it was saved; None, with nothing changed, if there is no checkpoint.
 
     Raises:
-        ValueError: for ``fallback`` without ``verify``.
+        ValueError: for ``fallback`` without ``verify``, or a parameter that two optimizers have.
         DamagedCheckpointError: naming a file that is missing or is not what was written; with
             ``fallback`` if no checkpoint is whole. Nothing has changed, with ``verify``.
         UnsafeCheckpointError: naming a file that holds more than tensors and plain values.
@@ -63,6 +63,7 @@ def load(
     """
     if fallback and not verify:
         raise ValueError("Invalid fallback=True with verify=False. Must be with verify=True.")
+    optimizers = listed(optimizer)
     found = on_first_rank(lambda: checkpoints(Path(folder)))
     if not found:
         return None
@@ -75,30 +76,16 @@ def load(
         return saved
 
     saved = on_first_rank(read)  # a rank that alone failed here would leave the others waiting
-    states = states_of(model, optimizer)
-    groups: list[dict[str, Any]] = []
-    former: dict[str, Any] = {}
-    if isinstance(optimizer, Shampoo):
-        former, names = former_values(metadata)
-        named = states["optimizer"]["param_groups"]
-        cuts = check_cuts(optimizer, named, place, metadata, former)
-        if adopt(optimizer, cuts):
-            states = states_of(model, optimizer)
-        ask_for_what_is_saved(optimizer, states["optimizer"], metadata)
-        groups = states["optimizer"]["param_groups"]
-        for group in groups:
-            for name in former:
-                del group[name]
-            group.update(dict.fromkeys(names))  # DCP puts what was saved there
-    read_into(states, place, metadata)
-    for group in groups:
-        group.update(former)
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=states["model"],
-        optim_state_dict=states["optimizer"],
-    )
+    with asking(model, optimizers, place, metadata) as (states, former):
+        read_into(states, place, metadata)
+        for group in former.groups:
+            group.update(former.values)
+        set_state_dict(
+            model,
+            optimizers,
+            model_state_dict=states["model"],
+            optim_state_dict=states["optimizer"],
+        )
     for name, stateful in (extra or {}).items():
         stateful.load_state_dict(saved[name])
     return step_of(place)

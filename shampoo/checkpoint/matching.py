@@ -1,21 +1,133 @@
 """What a checkpoint and an optimizer of this package have to agree on before one is read."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.optim import Optimizer
 
 from shampoo.blocks.layout import AUTO, Geometry, is_automatic, take_dim
 from shampoo.blocks.state_keys import is_own, may_begin
 from shampoo.checkpoint.reading import read_into
+from shampoo.checkpoint.states import states_of
 from shampoo.optimizer import Shampoo
 from shampoo.preconditioner.choice import layout_of
 from shampoo.state.former import FORMER_DEFAULTS, FORMER_NAMES
 from shampoo.state.loading import check_blocks
+
+_GEOMETRY = frozenset(field.name for field in fields(Geometry))
+Groups = list[dict[str, Any]]  # as they are saved: their params are names
+
+
+class Former(NamedTuple):
+    """What groups are given once a checkpoint has been read that says nothing of it.
+
+    Attributes:
+        groups: of what is asked for, those of :class:`shampoo.Shampoo`.
+        values: by name.
+    """
+
+    groups: Groups
+    values: dict[str, Any]
+
+
+@contextmanager
+def asking(
+    model: nn.Module, optimizers: Sequence[Optimizer], place: Path, metadata: Metadata
+) -> Iterator[tuple[dict[str, Any], Former]]:
+    """What DCP is to fill from a checkpoint, of which the optimizers take on how blocks are cut.
+
+    Within, frozen parameters of which there is a state require gradients: DCP would drop it, and a
+    run that unfreezes them later would go on otherwise than the one that was saved.
+
+    Raises:
+        BlockGridMismatchError: if blocks were cut otherwise.
+    """
+    values, names = former_values(metadata)
+    saved_groups, saved_states = _saved_groups(place, metadata), _saved_states(metadata)
+    states = states_of(model, optimizers)
+    ours = [each for each in optimizers if isinstance(each, Shampoo)]
+    named = _divided(states["optimizer"]["param_groups"], optimizers)
+    cuts = {each: check_cuts(each, named[each], saved_groups, values) for each in ours}
+    is_to_be_made_anew = [adopt(each, cuts[each]) for each in ours]
+    frozen = {each: _frozen(each, named[each], saved_states) for each in optimizers}
+    try:
+        for each, params in frozen.items():
+            for param in params:
+                param.requires_grad_(True)
+            if any(param not in each.state for param in params):
+                each.state.clear()  # the inert step of states_of makes all of it
+                is_to_be_made_anew.append(True)
+        if any(is_to_be_made_anew):
+            states = states_of(model, optimizers)
+            named = _divided(states["optimizer"]["param_groups"], optimizers)
+        asked = states["optimizer"]["state"]
+        for name in {name for group in saved_groups for name in group.get("params", ())}:
+            if name not in saved_states:  # it was frozen so far, and starts anew
+                asked[name] = {}
+        groups: Groups = []
+        for each in ours:
+            _ask_for_what_is_saved(each, asked, named[each], saved_states)
+            groups += named[each]
+        for group in groups:
+            for name in values:
+                del group[name]
+            group.update(dict.fromkeys(names))  # DCP puts what was saved there
+        yield states, Former(groups, values)
+    finally:
+        for params in frozen.values():
+            for param in params:
+                param.requires_grad_(False)
+
+
+def _frozen(optimizer: Optimizer, named: Groups, saved: Mapping[str, Any]) -> list[Tensor]:
+    """Parameters of which there is a state, though they are not trained now."""
+    return [
+        param
+        for name, param in _params_by_name(optimizer, named)
+        if name in saved and not param.requires_grad
+    ]
+
+
+def _params_by_name(optimizer: Optimizer, named: Groups) -> Iterator[tuple[str, Tensor]]:
+    for group, names in zip(optimizer.param_groups, named, strict=True):
+        yield from zip(names["params"], group["params"], strict=True)
+
+
+def _divided(groups: Groups, optimizers: Sequence[Optimizer]) -> dict[Optimizer, Groups]:
+    """The groups of each optimizer among those of all."""
+    rest = iter(groups)
+    return {each: [next(rest) for _ in each.param_groups] for each in optimizers}
+
+
+def _saved_groups(place: Path, metadata: Metadata) -> Groups:
+    """Names of parameters, and what decides the shapes of their blocks, of all groups of a file."""
+    paths = [
+        path
+        for path in (metadata.planner_data or {}).values()
+        if len(path) == 4 and path[:2] == ("optimizer", "param_groups")
+    ]
+    groups: Groups = [{} for _ in {path[2] for path in paths}]
+    for _, _, index, name in paths:
+        is_wanted = name == "params" or name in _GEOMETRY
+        if is_wanted and index in range(len(groups)):  # an index is what somebody has written
+            groups[index][name] = None  # DCP replaces what it finds by what was saved
+    read_into({"optimizer": {"param_groups": groups}}, place, metadata)
+    return groups
+
+
+def _saved_states(metadata: Metadata) -> dict[str, dict[str, Any]]:
+    """What there is in the files of each parameter, by names."""
+    saved: dict[str, dict[str, Any]] = {}
+    for flat, path in (metadata.planner_data or {}).items():
+        if len(path) == 4 and path[:2] == ("optimizer", "state"):
+            saved.setdefault(path[2], {})[path[3]] = metadata.state_dict_metadata[flat]
+    return saved
 
 
 def former_values(metadata: Metadata) -> tuple[dict[str, Any], list[str]]:
@@ -32,29 +144,21 @@ def former_values(metadata: Metadata) -> tuple[dict[str, Any], list[str]]:
 def check_cuts(
     optimizer: Shampoo,
     named: Sequence[Mapping[str, Any]],
-    place: Path,
-    metadata: Metadata,
+    saved_groups: Sequence[Mapping[str, Any]],
     former: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """Compares what decides the shapes of blocks; DCP could only say that some size differs.
 
     Args:
         named: the optimizer's groups, whose ``params`` are names.
+        saved_groups: those of the checkpoint, of other optimizers too.
         former: values for what the checkpoint does not say.
 
     Returns:
         For every group what it takes from the checkpoint, since nobody has named another.
     """
-    # DCP replaces what it finds in these by what was saved.
-    saved: list[dict[str, Any]] = [
-        {
-            "params": [],
-            **{k: v for k, v in asdict(Geometry.of(group)).items() if k not in former},
-        }
-        for group in optimizer.param_groups
-    ]
-    read_into({"optimizer": {"param_groups": saved}}, place, metadata)
-    saved = [{**group, **former} for group in saved]
+    saved = [{**group, **former} for group in saved_groups]
+    saved = [group for group in saved if group.keys() >= _GEOMETRY]  # another optimizer's have none
     group_of = {name: group for group in saved for name in group["params"]}
     cuts = []
     for group, names in zip(
@@ -97,33 +201,35 @@ def adopt(optimizer: Shampoo, cuts: Sequence[Mapping[str, Any]]) -> bool:
     return is_cut_otherwise
 
 
-def ask_for_what_is_saved(optimizer: Shampoo, asked: dict[str, Any], metadata: Metadata) -> None:
+def _ask_for_what_is_saved(
+    optimizer: Shampoo,
+    asked: dict[str, Any],
+    named: Groups,
+    saved: Mapping[str, Mapping[str, Any]],
+) -> None:
     """Adds what is in the files, and takes away what may begin at zero and is not.
 
     DCP reads what it is asked for. A schedule may have raised momentum or beta1 on either side of
     the save, and what wrappers keep under parameters a new optimizer does not have.
 
     Args:
-        asked: the state of the optimizer by names, in which DCP is about to load.
+        asked: the states of all parameters by names, in which DCP is about to load.
+        named: the optimizer's groups, whose ``params`` are names.
+        saved: what there is in the files.
     """
-    saved: dict[str, dict[str, Any]] = {}
-    for flat, path in (metadata.planner_data or {}).items():
-        if len(path) == 4 and path[:2] == ("optimizer", "state"):
-            saved.setdefault(path[2], {})[path[3]] = metadata.state_dict_metadata[flat]
     moments = optimizer.fillable_moments()
-    for group, named in zip(optimizer.param_groups, asked["param_groups"], strict=True):
-        for param, name in zip(group["params"], named["params"], strict=True):
-            if name not in saved:
-                continue  # if its state is asked for, DCP says so
-            entries, found = asked["state"].setdefault(name, {}), saved[name]
-            for key, blank in moments.get(param, {}).items():
-                if key in found and key not in entries:
-                    entries[key] = torch.empty(blank.shape, dtype=blank.dtype, device=blank.device)
-                elif key in entries and key not in found and may_begin(key):
-                    del entries[key]
-            for key in found.keys() - entries.keys():
-                if not is_own(key):
-                    entries[key] = _room_for(found[key], param)
+    for name, param in _params_by_name(optimizer, named):
+        if name not in saved:
+            continue  # if its state is asked for, DCP says so
+        entries, found = asked.setdefault(name, {}), saved[name]
+        for key, blank in moments.get(param, {}).items():
+            if key in found and key not in entries:
+                entries[key] = torch.empty(blank.shape, dtype=blank.dtype, device=blank.device)
+            elif key in entries and key not in found and may_begin(key):
+                del entries[key]
+        for key in found.keys() - entries.keys():
+            if not is_own(key):
+                entries[key] = _room_for(found[key], param)
 
 
 def _room_for(saved: Any, param: Tensor) -> Any:

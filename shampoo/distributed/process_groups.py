@@ -191,7 +191,9 @@ class ProcessGroups:
         self._forget_dead_groups()
         key = stepping_ranks.ranks, device
         if key not in self._consensus:
-            self._consensus[key] = Consensus(self.group(stepping_ranks), device)
+            group = self.group(stepping_ranks)
+            check_backend(group.live(), device)
+            self._consensus[key] = Consensus(group, device)
         return self._consensus[key]
 
     def _forget_dead_groups(self) -> None:
@@ -213,6 +215,28 @@ class ProcessGroups:
             "_consensus": {},
         }
         return {**self.__dict__, **dead}
+
+
+def check_backend(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Refuses a group that cannot send what lies on a device, before torch does in a collective.
+
+    Parameters of FSDP2 under ``CPUOffloadPolicy`` lie on the host, their gradients and states too,
+    while the group is often one of NCCL alone.
+
+    Raises:
+        ValueError: naming the devices that it has backends for, on all ranks alike: they are made
+            with the same ones.
+    """
+    there = {each.type for each in group._device_types}
+    if not there or device.type in there:  # a group of Python's own may name none
+        return
+    config = dist.get_backend_config(group)
+    wanted = dist.Backend.default_device_backend_map.get(device.type, "gloo")
+    raise ValueError(
+        f"Invalid process group of the backends {shown(config)}, since parameters are on"
+        f" {device.type}, as under CPUOffloadPolicy. Must have a backend for {device.type} too:"
+        f' init_process_group("{device.type}:{wanted},{config}"). Nothing has changed.'
+    )
 
 
 def _team_of_mesh(param: DTensor) -> Team:

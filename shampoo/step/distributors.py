@@ -19,7 +19,7 @@ from shampoo.distributed.all_gather import AllGatherDistributor
 from shampoo.distributed.all_to_all import AllToAllDistributor
 from shampoo.distributed.distributor import Distributor, SingleProcess, needs_weights
 from shampoo.distributed.pieces import ShardedParam
-from shampoo.distributed.process_groups import ProcessGroups
+from shampoo.distributed.process_groups import ProcessGroups, check_backend
 from shampoo.distributed.shard_regions import Region, regions_of
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.step.block_plan import BlockPlan
@@ -119,6 +119,9 @@ def _distributors_of(
     distributors: dict[Team, Distributor] = {}
     for team in all_arenas:
         arenas = [arenas_by_rank[team.me] for arenas_by_rank in all_arenas[team]]
+        if not team.is_alone:
+            for device in dict.fromkeys(arena.device for arena in arenas):
+                check_backend(process_groups.group(team).live(), device)
         dtypes = [arena.update_dtype for arena in arenas]
         dtype = process_groups.communication_dtype or functools.reduce(torch.promote_types, dtypes)
         if plan.stepping_ranks.is_alone:
