@@ -1,7 +1,8 @@
 """Builds the kernels ahead of time and says what this machine can use.
 
-The command tune checks and times the kernels of a device anew, and says how they did. The command
-plan says what the optimizer would hold, send and take on many ranks.
+The command tune checks and times the kernels of a device anew, and says how they did; plan says
+what the optimizer would hold, send and take on many ranks, explain what it would do with every
+parameter; dashboard makes a page of the metrics of a run.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from shampoo.blocks.cost import CostModel
 from shampoo.blocks.declared import choices
 from shampoo.blocks.layout import AUTO, DTYPES, LARGE_DIM_METHODS
 from shampoo.certificates import tune
+from shampoo.commands import dashboard, explain
 from shampoo.distributed.process_groups import COMMUNICATION_DTYPES
 from shampoo.errors import printable, shown
 from shampoo.grafting import GRAFTING
@@ -109,6 +111,16 @@ def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--layout", choices=LAYOUTS, default="ddp")
     add("--group", type=int, default=-1, help="num_trainers_per_group; -1 chooses")
     add("--replicas", type=int, default=1, help="copies of the shards, under hsdp")
+    wires = [dtype_name(dtype) for dtype in COMMUNICATION_DTYPES]
+    add("--communication-dtype", choices=wires, help="of directions; default: as computed")
+    add("--devices-per-node", type=int, default=8)
+    add("--cost-model", type=Path, help="JSON from python -m benchmarks.calibrate")
+    _add_shared_arguments(parser)
+
+
+def _add_shared_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the optimizer is asked to do, for the commands that say what it would."""
+    add = parser.add_argument
     add("--block", type=int, default=1024, help='max_preconditioner_dim; "auto" is 256 on CPUs')
     add("--frequency", type=int, default=10, help="precondition_frequency")
     add("--preconditioner", choices=choices(), default="shampoo", help="the kind of it")
@@ -117,10 +129,6 @@ def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--large-dim-method", choices=LARGE_DIM_METHODS, default=AUTO, help="of long dimensions")
     add("--grafted-only", nargs="+", default=[], metavar="PATTERN", help="names left unfactored")
     add("--dtype", choices=_PARAMETER_DTYPES, default="float32", help="of parameters and gradients")
-    wires = [dtype_name(dtype) for dtype in COMMUNICATION_DTYPES]
-    add("--communication-dtype", choices=wires, help="of directions; default: as computed")
-    add("--devices-per-node", type=int, default=8)
-    add("--cost-model", type=Path, help="JSON from python -m benchmarks.calibrate")
     # Suppressed, or its default would undo the same flag before the command.
     add("--json", action="store_true", default=argparse.SUPPRESS, help="print the report as JSON")
 
@@ -139,14 +147,29 @@ def print_plan(options: argparse.Namespace) -> None:
         communication_dtype=getattr(torch, wire) if wire else None,
         devices_per_node=options.devices_per_node,
         cost_model=CostModel.load(options.cost_model) if options.cost_model else None,
-        max_preconditioner_dim=options.block,
-        precondition_frequency=options.frequency,
-        preconditioner=options.preconditioner,
-        grafting=options.grafting,
-        momentum=options.momentum,
-        large_dim_method=options.large_dim_method,
+        **_arguments_of(options),
     )
     print(json.dumps(report.to_json(), indent=2) if options.json else report)
+
+
+def _arguments_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of the optimizer among the options."""
+    return {
+        "max_preconditioner_dim": options.block,
+        "precondition_frequency": options.frequency,
+        "preconditioner": options.preconditioner,
+        "grafting": options.grafting,
+        "momentum": options.momentum,
+        "large_dim_method": options.large_dim_method,
+    }
+
+
+def print_explanation(options: argparse.Namespace) -> None:
+    """Prints the table of ``python -m shampoo explain``."""
+    dtype, arguments = getattr(torch, options.dtype), _arguments_of(options)
+    given = explain.read_model(options.model) or read_shapes(options.model)
+    found = explain.explanation_of(given, dtype, options.grafted_only, arguments)
+    print(json.dumps(explain.to_json(found), indent=2) if options.json else found)
 
 
 def main() -> int:
@@ -154,22 +177,34 @@ def main() -> int:
     parser = _Parser(prog="python -m shampoo", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--no-build", action="store_true", help="report only, compile nothing")
-    commands = parser.add_subparsers(dest="command", metavar="plan | tune")
-    tune.add_arguments(commands.add_parser("tune", help="checks and times kernels, and says how"))
+    commands = parser.add_subparsers(dest="command", metavar="plan | explain | dashboard | tune")
     planning = commands.add_parser("plan", help="memory, balance, traffic and time on many ranks")
     _add_plan_arguments(planning)
+    explaining = commands.add_parser("explain", help="what is done with every parameter, and why")
+    explaining.add_argument("model", help=explain.MODEL.format(names=", ".join(ARCHITECTURES)))
+    _add_shared_arguments(explaining)
+    showing = commands.add_parser("dashboard", help="a page of the metrics of a run")
+    dashboard.add_arguments(showing)
+    tuning = commands.add_parser("tune", help="checks and times kernels, and says how")
+    tune.add_arguments(tuning)
     options = parser.parse_args()
-    is_plan = options.command == "plan"
+    chosen = {
+        None: (parser, show_facts),
+        "plan": (planning, print_plan),
+        "explain": (explaining, print_explanation),
+        "dashboard": (showing, dashboard.run),
+        "tune": (tuning, tune.run),
+    }
+    command, run = chosen[options.command]
     try:
-        if options.command == "tune":
-            return tune.run(options)
-        if is_plan:
-            print_plan(options)
-            return 0
-        facts = report(build=not options.no_build)
+        return run(options) or 0
     except (ValueError, OSError) as error:
-        (planning if is_plan else parser).error(str(error))
-    return print_facts(facts, options.json)
+        command.error(str(error))
+
+
+def show_facts(options: argparse.Namespace) -> int:
+    """Prints what this machine can use; returns 1 if the kernels could not be built."""
+    return print_facts(report(build=not options.no_build), options.json)
 
 
 def print_facts(facts: dict[str, object], as_json: bool) -> int:

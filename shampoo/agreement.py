@@ -19,11 +19,14 @@ from shampoo.step.agreed_step import AgreedStep
 from shampoo.step.block_plan import BlockPlan
 from shampoo.step.distributors import Distributors, DistributorsKey, join_groups
 from shampoo.step.gradients import are_ordinary, check_gradients
+from shampoo.step.measurement import Recorder
 from shampoo.step.preflight import Preflight, look
 
 
 class Agreeing(Persistent):
     """The part of an optimizer that decides whether a step is taken. No weight moves here."""
+
+    _recorder: Recorder | None = None  # on the class: a copy, or what is unpickled, has none
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch. Gradients that no step has seen count: all ranks must drop them, or none."""
@@ -39,6 +42,7 @@ class Agreeing(Persistent):
         self._consolidated = None
         if self._late is not None:  # what is due, and the numbers of this step, depend on it
             self._settle_late()
+        self._was_skipped = False
         before = dict(self.state), self._plan, self._on_device, self._late
         self._taken = None
         try:
@@ -64,6 +68,7 @@ class Agreeing(Persistent):
             None if self._late is None else self._late.gate,
             consensus,
             self._ridges,
+            self._recorder,
         )
 
     def _agree(self, params: Sequence[Tensor]) -> Preflight | None:

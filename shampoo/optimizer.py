@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from shampoo import certificates
-from shampoo.agreement import Agreeing
 from shampoo.blocks.layout import AUTO, AUTOMATIC
 from shampoo.distributed.process_groups import ProcessGroups
 from shampoo.groups import groups
 from shampoo.hyperparameters import Hyperparameters, dtype_name, settle, warn_about
+from shampoo.metrics import Measured
 from shampoo.preconditioner.choice import kind_of, layout_of
 from shampoo.state.former import FORMER_DEFAULTS, complete, translate
 from shampoo.step import capture, tracing
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 _EXTRA = {"skipped_steps": 0, "refresh_period": 0, AUTOMATIC: None}
 
 
-class Shampoo(Agreeing):
+class Shampoo(Measured):
     r"""Distributed Shampoo (arXiv 2309.06497): block-diagonal Kronecker-factored preconditioning.
 
     Every parameter is merged to a matrix, cut into blocks of at most ``max_preconditioner_dim`` a

@@ -32,16 +32,18 @@ IMPORTS = {
     " distributed",
     "state": "errors blocks hyperparameters preconditioner distributed step",
     "agreement": "errors certificates blocks hyperparameters distributed step state",
+    "metrics": "errors blocks step agreement",
     "optimizer": "groups certificates blocks hyperparameters preconditioner distributed step state"
-    " agreement",
+    " metrics",
     "replay": "blocks optimizer",
     "checkpoint": "errors blocks preconditioner state optimizer",
     "planner": "errors inputs groups blocks grafting hyperparameters preconditioner distributed"
     " step optimizer",
     "integrations": "groups optimizer",
+    "commands": "errors groups ops step optimizer",
     "__init__": "errors groups certificates roots optimizer replay planner",
     "__main__": "errors inputs ops certificates blocks grafting hyperparameters distributed"
-    " planner",
+    " planner commands",
 }
 MODULES = [path for path in sorted((ROOT / "shampoo").rglob("*.py")) if ".egg" not in str(path)]
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
@@ -120,8 +122,8 @@ def _target(module: str, alias: str, names: dict[str, Path]) -> str | None:
 def test_the_listing_shows_the_architecture():
     entries = [path for path in (ROOT / "shampoo").iterdir() if not path.name.startswith("__pyc")]
     packages = [path for path in entries if path.is_dir() and not path.is_symlink()]
-    assert len(packages) == 11
-    assert len(entries) - len(packages) - len(LINKS) <= 13
+    assert len(packages) == 12
+    assert len(entries) - len(packages) - len(LINKS) <= 14
 
 
 LINKS = ("kernels", "csrc")  # which an install maps
@@ -137,6 +139,7 @@ def test_links_of_a_checkout_are_what_an_install_maps():
         ["-c", "import shampoo.kernels.triton"],
         ["-m", "shampoo"],
         ["-m", "shampoo", "plan", "--help"],
+        ["-m", "shampoo", "explain", "64x64,64"],
         ["-m", "benchmarks.step_time", "--help"],
     ],
 )

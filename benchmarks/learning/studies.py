@@ -88,8 +88,8 @@ LOST: Sequence[Arguments] = [
     {"max_preconditioner_dim": 128},
     {"max_preconditioner_dim": 64},
 ]
-# Exponent and beta2, at the rate of the defaults: what these are, and what loses on all tasks with a
-# grid of their own, left out.
+# Exponent and beta2, at the rate of the defaults: these, and what loses on all tasks with a grid of
+# their own, are left out.
 CROSSED: Sequence[Arguments] = [
     {"exponent": exponent, "betas": (0.9, beta2)}
     for exponent in ("paper", 2, 1.5)
@@ -99,7 +99,7 @@ CROSSED: Sequence[Arguments] = [
 ABLATION_TASKS = ("king-james-64", "fashion-cnn")
 CHANGES: Mapping[str, Mapping[str, Sequence[Arguments]]] = {
     **dict.fromkeys(ABLATION_TASKS, ABLATIONS),
-    **dict.fromkeys(CROSSED_TASKS, {"crossed": CROSSED}),
+    **{task: {"crossed": CROSSED} for task in CROSSED_TASKS},
     "autoencoder": {"tried": LOST, "crossed": CROSSED},
 }
 

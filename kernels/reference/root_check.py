@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,28 @@ QUADRATIC = (0.8, 1.25)
 MAGNITUDE = 1.5
 
 
+class Probe(NamedTuple):
+    """What products with the random vectors say of every root of a stack.
+
+    Attributes:
+        commutator: [B] float64.
+        form: [B] float64.
+        image: [B, 8, n], of the vectors, as rows, by A' in units of its largest entry.
+
+    """
+
+    commutator: Tensor
+    form: Tensor
+    image: Tensor
+
+
 def check_values(root: Tensor, factor: Tensor, ridge: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """The two numbers of :func:`probe`."""
+    found = probe(root, factor, ridge, p)
+    return found.commutator, found.form
+
+
+def probe(root: Tensor, factor: Tensor, ridge: Tensor, p: float) -> Probe:
     """Commutator and quadratic form of every root of a stack.
 
     Args:
@@ -56,10 +78,11 @@ def check_values(root: Tensor, factor: Tensor, ridge: Tensor, p: float) -> tuple
         return torch.bmm(w * across, root)
 
     xv = times_root(v)
-    xav = times_root(times_factor(v))
+    image = times_factor(v)
+    xav = times_root(image)
     commutator = frobenius(xav - times_factor(xv)) / frobenius(xav)
     if p != int(p):
-        return commutator, torch.full_like(commutator, torch.nan)
+        return Probe(commutator, torch.full_like(commutator, torch.nan), image)
     left, right = v, xv  # X^floor(p/2) v and X^ceil(p/2) v
     for _ in range((int(p) + 1) // 2 - 1):
         left, right = right, times_root(right)
@@ -68,7 +91,8 @@ def check_values(root: Tensor, factor: Tensor, ridge: Tensor, p: float) -> tuple
     form = (left * times_factor(right)).sum(dim=(1, 2), dtype=torch.float64)
     # In logarithms: for p = 12 the power of the unit alone may leave the range of float64.
     unit = torch.exp(torch.log(size) + p * torch.log(reach))
-    return commutator, form * unit / v.square().sum(dim=(1, 2), dtype=torch.float64)
+    form = form * unit / v.square().sum(dim=(1, 2), dtype=torch.float64)
+    return Probe(commutator, form, image)
 
 
 def check_roots_(ok: Tensor, root: Tensor, factor: Tensor, ridge: Tensor, p: float) -> None:
@@ -88,11 +112,16 @@ def check_roots_(ok: Tensor, root: Tensor, factor: Tensor, ridge: Tensor, p: flo
         p: The power of the root.
 
     """
-    commutator, form = check_values(root, factor, ridge, p)
+    ok.copy_(are_fit(probe(root, factor, ridge, p), root, ridge, p))
+
+
+def are_fit(found: Probe, root: Tensor, ridge: Tensor, p: float) -> Tensor:
+    """The verdict of :func:`check_roots_` by what was found of the roots, [B] bool."""
+    commutator, form, _ = found
     smallest = root.diagonal(dim1=1, dim2=2).amin(dim=1)
     largest = absmax(root)
     damped = ridge > 0
-    ok.copy_(largest.isfinite() & torch.where(damped, smallest > 0, smallest >= 0))
+    ok = largest.isfinite() & torch.where(damped, smallest > 0, smallest >= 0)
     ok &= ~(damped & (largest > MAGNITUDE * ridge ** (-1 / p)))
     if p >= 2:
         limit = COMMUTATOR if p >= 4 else COMMUTATOR_LOW
@@ -100,6 +129,7 @@ def check_roots_(ok: Tensor, root: Tensor, factor: Tensor, ridge: Tensor, p: flo
         ok &= (commutator <= limit) | (~damped & (largest == 0))
     if p == int(p):
         ok &= ~damped | ((form >= QUADRATIC[0]) & (form <= QUADRATIC[1]))
+    return ok
 
 
 @functools.cache  # without a limit: a CUDA graph reads them again as long as it lives
@@ -107,4 +137,4 @@ def white_vectors(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """[n, 8] white vectors, always the same, drawn without touching the global generators."""
     generator = torch.Generator().manual_seed(math.isqrt(2 * 10**12))
     white = torch.randn(VECTORS, n, generator=generator, dtype=torch.float64, device="cpu")
-    return white.mT.contiguous().to(device=device, dtype=dtype)
+    return white.mT.contiguous().to(dtype).to(device, non_blocking=True)

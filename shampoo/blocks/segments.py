@@ -237,12 +237,6 @@ class Segment:
         )
 
 
-def count_blocks(tiles: Tensor) -> int:
-    """How many blocks the tiles of a table have, [T, 2 + 4 K]."""
-    order = (tiles.shape[1] - 2) // 4
-    return int(tiles[:, 2 + 2 * order : 2 + 3 * order].prod(1).sum())
-
-
 @dataclass(frozen=True)
 class FactorRows:
     """Factors of one stack that are refreshed together."""
@@ -271,9 +265,11 @@ class FactorRows:
         stack = self.stack
         if isinstance(self.where, slice):
             state = {name: tensor[self.where] for name, tensor in stack.state.items()}
-            return TakenRows(stack, self.where, state, stack.ready[self.where])
+            found = None if stack.found is None else stack.found[:, self.where]
+            return TakenRows(stack, self.where, state, stack.ready[self.where], found)
         copies = Copies(stack.state, self.rows)
-        return TakenRows(stack, self.where, copies, take(stack.ready, self.rows))
+        found = None if stack.found is None else stack.found.index_select(1, self.rows)
+        return TakenRows(stack, self.where, copies, take(stack.ready, self.rows), found)
 
     def put_back(self, taken: "TakenRows") -> None:
         """Puts back what has become of rows that were copied."""
@@ -281,6 +277,8 @@ class FactorRows:
             moved = [each.name for each in self.stack.declared if not each.moves_every_step]
             taken.state.put_back(moved)
             put(self.stack.ready, self.rows, taken.ready)
+            if self.stack.found is not None and taken.found is not None:
+                self.stack.found.index_copy_(1, self.rows, taken.found)
 
 
 @dataclass(frozen=True)
@@ -292,12 +290,14 @@ class TakenRows:
         where: which rows of it.
         state: by name, [K, *shape(d)], to be written in place.
         ready: [K] bool, likewise.
+        found: [n, K] float64, likewise: what is found of each; None where nobody records it.
     """
 
     stack: FactorStack
     where: slice | Tensor
     state: dict[str, Tensor]
     ready: Tensor
+    found: Tensor | None = None
 
 
 Phases = tuple[int | None, ...]

@@ -38,6 +38,7 @@ class FactorStack:
         declared: what is kept for each mode; there is something.
         is_refreshed: whether there is something to refresh, and so flags and phases.
         memory: what the kind remembers between refreshes and no checkpoint holds.
+        found: [n, K] float64, what its refreshes find of each; None where nobody records it.
     """
 
     size: int
@@ -51,6 +52,7 @@ class FactorStack:
     param_index: list[int] = field(default_factory=list)
     row_params: Tensor = field(init=False)
     memory: object = None
+    found: Tensor | None = None
     declared: tuple[ModeState, ...] = field(init=False)
     is_refreshed: bool = field(init=False)
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shampoo.blocks.pattern_cache import Pattern, PatternCache
-from shampoo.blocks.segments import Segment, count_blocks
+from shampoo.blocks.segments import Segment
 from shampoo.blocks.stacks import Arena
 from shampoo.distributed.consensus import FAILED
 from shampoo.distributed.distributor import Distributor, StepInputs, search_direction
@@ -174,7 +174,7 @@ class AllGatherDistributor(Distributor):
         for part, rows in enumerate(self._rows[index]):
             tiles = rows[is_here[rows[:, 0]]]
             if len(tiles) > 0:
-                ones = torch.ones(count_blocks(tiles), dtype=own.dtype, device=own.device)
+                ones = torch.ones(_count_blocks(tiles), dtype=own.dtype, device=own.device)
                 entries.append((part, tiles, ones))
         return entries
 
@@ -200,6 +200,12 @@ class AllGatherDistributor(Distributor):
             torch.tensor(part, dtype=torch.int64, device="cpu").view(-1, 2 + 4 * order)
             for part in rows
         ]
+
+
+def _count_blocks(tiles: Tensor) -> int:
+    """How many blocks the tiles of a table have, [T, 2 + 4 K]."""
+    order = (tiles.shape[1] - 2) // 4
+    return int(tiles[:, 2 + 2 * order : 2 + 3 * order].prod(1).sum())
 
 
 def _all_gather(

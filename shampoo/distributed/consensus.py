@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from shampoo.distributed.group_handle import GroupHandle
 from shampoo.errors import (
@@ -167,6 +168,18 @@ class Consensus:
     def confirm(self, status: int) -> int:
         """The largest status of all ranks."""
         return self._max([status])[0]
+
+    def gather(self, values: Tensor) -> Tensor:
+        """What every rank says, [ranks, ...] on the host.
+
+        Args:
+            values: [1, ...] on the host, of one shape and dtype on all ranks.
+        """
+        group = self._group.live()
+        own = values.to(self._device)
+        everyone = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(everyone, own, group=group)
+        return torch.cat(everyone).cpu()
 
     def check(self, deferred: DeferredError, number: int = 0) -> bool:
         """Raises on all ranks if one has failed; whether a number is the same on all."""

@@ -86,9 +86,8 @@ class Shampoo(Preconditioner):
         assert isinstance(stack.memory, PendingFlags)
         # What a graph replays, the host does not follow: it hears of no flags, and repairs nothing.
         pending = None if hyper.geometry.capturable else stack.memory
-        refresh_roots_(
-            *matrices, **how, accepted=scalars.accepted, pending=pending, where=rows.where
-        )
+        how.update(accepted=scalars.accepted, pending=pending, where=rows.where, found=rows.found)
+        refresh_roots_(*matrices, **how)
 
     def apply(
         self,

@@ -18,7 +18,7 @@ from torch import Tensor
 from shampoo.ops import Number
 from shampoo.ops.precision import full_precision
 from shampoo.ops.transit import Letter, is_near
-from shampoo.roots.root_check import passes_root_check
+from shampoo.roots.root_check import passes_root_check, passes_with_findings
 from shampoo.roots.solver import chunks, solve_
 
 logger = logging.getLogger(__name__)
@@ -86,6 +86,7 @@ def refresh_roots_(
     accepted: Tensor | None = None,
     pending: PendingFlags | None = None,
     where: Where = slice(None),
+    found: Tensor | None = None,
 ) -> None:
     """``root = (factor / correction + ridge I)^(-1/p)``, where that gives a root fit for use.
 
@@ -105,6 +106,8 @@ def refresh_roots_(
         pending: What remembers this stack's flags between refreshes, where the host does not look
             at them; without one a failing matrix is not retried there.
         where: Which rows of that stack these are.
+        found: [3, K] float64, in and out: what is found of every root that is kept
+            (:mod:`shampoo.roots.findings`); None where nobody asks.
     """
     if factor.numel() == 0:
         return
@@ -113,7 +116,8 @@ def refresh_roots_(
     outcome = torch.empty(count, dtype=torch.uint8, device=factor.device)
     for rows in chunks(factor):
         how = p, _of(correction, rows), eps, relative_eps, method
-        ok = _attempt(root[rows], factor[rows], *how, reads=reads, accepted=accepted)
+        seen = None if found is None else found[:, rows]
+        ok = _attempt(root[rows], factor[rows], *how, reads=reads, accepted=accepted, found=seen)
         verdict = torch.where(ok, _PASSED, _FAILED)
         if accepted is not None:
             verdict = torch.where(accepted, verdict, _LEFT)
@@ -128,10 +132,13 @@ def refresh_roots_(
             candidate = root[part]
             ridges = eps * growth, relative_eps * growth
             how = p, _of(correction, part), *ridges, solver
-            ok = _attempt(candidate, factor[part], *how, reads=reads)
+            seen = None if found is None else found[:, part]
+            ok = _attempt(candidate, factor[part], *how, reads=reads, found=seen)
             ok &= outcome[part] == _FAILED
             root[part] = torch.where(ok[:, None, None], candidate, root[part])
             outcome[part] = torch.where(ok, _REPAIRED, outcome[part])
+            if found is not None and seen is not None:
+                found[:, part] = torch.where(ok, seen, found[:, part])
 
     if reads:
         for rung in range(1, _EIGH + 1):
@@ -168,6 +175,7 @@ def _attempt(
     method: str,
     reads: bool,
     accepted: Tensor | None = None,
+    found: Tensor | None = None,
 ) -> Tensor:
     """Solves a chunk; which roots pass the probe, [B] bool. They are written, if ``accepted``."""
     if isinstance(correction, Tensor):
@@ -178,11 +186,16 @@ def _attempt(
     ridge = torch.empty(len(factor), dtype=torch.float64, device=factor.device)
     solve_(candidate, ridge, factor, p, eps, relative_eps, method, reads)
     with full_precision(factor.device):
-        ok = passes_root_check(candidate, factor, ridge, p)
+        if found is None:
+            ok = passes_root_check(candidate, factor, ridge, p)
+        else:
+            ok, seen = passes_with_findings(candidate, factor, ridge, p)
+    kept = ok if accepted is None else ok & accepted
+    if found is not None:
+        found.copy_(torch.where(kept, seen, found))
     if reads and ok.all():  # a plain copy is several times as fast
         root.copy_(candidate)
     else:
-        kept = ok if accepted is None else ok & accepted
         root.copy_(torch.where(kept[:, None, None], candidate, root))
     return ok
 

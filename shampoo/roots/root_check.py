@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from shampoo import ops
-from shampoo.kernels.reference.root_check import check_values
+from shampoo.kernels.reference.root_check import are_fit, check_values, probe
+from shampoo.ops.transit import is_near
+from shampoo.roots.findings import findings
 
-__all__ = ["check_values", "passes_root_check"]
+__all__ = ["check_values", "passes_root_check", "passes_with_findings"]
 
 
 def passes_root_check(root: Tensor, factor: Tensor, ridge: Tensor, p: float) -> Tensor:
@@ -24,3 +26,14 @@ def passes_root_check(root: Tensor, factor: Tensor, ridge: Tensor, p: float) -> 
     ok = torch.empty(len(root), dtype=torch.bool, device=root.device)
     ops.check_roots_(ok, root, factor, ridge, p)
     return ok
+
+
+def passes_with_findings(
+    root: Tensor, factor: Tensor, ridge: Tensor, p: float
+) -> tuple[Tensor, Tensor]:
+    """The same verdict, [B] bool, and what else is found of the roots, [3, B] float64."""
+    found = probe(root, factor, ridge, p)
+    # A CPU has no kernel for the check: its verdict is by these very numbers.
+    is_judged = is_near(root.device)
+    ok = are_fit(found, root, ridge, p) if is_judged else passes_root_check(root, factor, ridge, p)
+    return ok, findings(found, factor, ridge)

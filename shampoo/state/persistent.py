@@ -55,6 +55,7 @@ class Persistent(Optimizer):
     _incoming: dict[Tensor, dict[str, Any]] | None = None
     _damage: str = ""  # why this rank cannot go on until it has loaded a checkpoint
     _consolidated: Whole | None = None  # empty where another rank has got it
+    _was_skipped: bool = False  # the last step, as far as the host has heard
     _has_warned: bool = False  # of a state that holds some blocks only
     _taken: TakenIn | None = None  # by a step that may still be refused
     _process_groups: ProcessGroups
@@ -195,7 +196,19 @@ class Persistent(Optimizer):
         self._settle_skipped()
         return max(int(group["extra"]["skipped_steps"]) for group in self.param_groups)
 
+    @property
+    def last_step_skipped(self) -> bool:
+        """Whether the last ``step()`` was skipped: a gradient was not finite, or too large.
+
+        Waits for a device that decides it. After a replay of a graph, of the step replayed.
+        """
+        self._settle_late()
+        if self._on_device is not None:
+            return bool(self._on_device.is_skipped)
+        return self._was_skipped
+
     def _count_skipped(self, complaint: str) -> None:
+        self._was_skipped = True
         for group in self.param_groups:
             group["extra"]["skipped_steps"] += 1
         count = self.skipped_steps

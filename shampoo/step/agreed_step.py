@@ -23,6 +23,7 @@ from shampoo.step import capture, layerwise
 from shampoo.step.block_plan import BlockPlan
 from shampoo.step.directions import due_rows
 from shampoo.step.distributors import Distributors
+from shampoo.step.measurement import Recorder
 from shampoo.step.ridge_watch import RidgeWatch
 from shampoo.step.versions import mark_moved
 
@@ -56,6 +57,7 @@ class AgreedStep:
         gate: what makes the numbers of a step that may not be taken, where the host counts it.
         consensus: of the ranks that step alike; None for one process.
         ridges: what looks at the factors of a refresh.
+        recorder: what measures steps; None where nobody has asked for it.
 
     Attributes:
         deferred: keeps the first error.
@@ -72,6 +74,7 @@ class AgreedStep:
         gate: Gate | None,
         consensus: Consensus | None,
         ridges: RidgeWatch,
+        recorder: Recorder | None,
     ) -> None:
         self.plan = plan
         self.deferred = DeferredError(is_shared=consensus is not None)
@@ -87,6 +90,7 @@ class AgreedStep:
         self._steps: list[ArenaStep | None] = [None] * len(plan.arenas)
         self._precision = ExitStack()
         self._is_capturing = capture.is_capturing()
+        self._recorder = None if self._is_capturing else recorder
 
     def __enter__(self) -> "AgreedStep":
         return self
@@ -102,6 +106,8 @@ class AgreedStep:
         mark_moved(self.plan.planned, self._inputs)
         for distributor in self._by_team.values():
             distributor.close()
+        if self._recorder is not None:
+            self._recorder.drop()
 
     def open(self, groups: Sequence[dict[str, Any]], state: State, revision: int) -> None:
         """Counts the step, brings gradients to the owners of their blocks, chooses the blocks.
@@ -131,6 +137,8 @@ class AgreedStep:
                 if self._on_device is not None:
                     self._on_device.keep(actives, self._distributors.squares)
                 self._steps = self._gated(list(map(self._step_of, actives)))
+                if self._recorder is not None:
+                    self._recorder.open(plan, inputs)
 
     def arenas(self) -> Iterator[ArenaStep]:
         """What every arena of this rank does, in plan order."""
@@ -143,6 +151,9 @@ class AgreedStep:
                         self._ridges.look(
                             arena, step.due, step.hyper, step.scalars, self.plan.members
                         )
+                if self._recorder is not None and self.deferred.error is None:
+                    with self.deferred:
+                        self._recorder.look(index, step.segments, step.hyper, step.scalars)
             if (squares := self._distributors.squares[index]) is not None:
                 self._rescale(arena, step, squares, self._by_team[arena.team])
 
@@ -220,3 +231,5 @@ class AgreedStep:
             # The others have gone on to the next step, and hear of it there.
             self.damage = f"It has moved its parameters only in part: {applied.error}."
             logger.error("shampoo: %s", self.damage)
+        elif self._recorder is not None:
+            self._recorder.finish(self._inputs, self._accepted)

@@ -115,6 +115,7 @@ class DeviceState:
             )
         self.device = plan.arenas[0].device
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.is_skipped = torch.zeros((), dtype=torch.bool, device=self.device)  # the last one
         self._has_stepped = torch.zeros((), dtype=torch.bool, device=self.device)
         self.settle(plan)
         self._gate = Gate(self.device)
@@ -160,7 +161,8 @@ class DeviceState:
         reach = with_decay(magnitudes, [params[place] for place in there], decays)
         is_fit = (reach < limits).all()
         accepted = is_fit & (self._has_stepped | (magnitudes > 0.0).any())
-        self.skipped += ~is_fit
+        torch.logical_not(is_fit, out=self.is_skipped)
+        self.skipped += self.is_skipped
         self._has_stepped |= accepted
         return accepted
 

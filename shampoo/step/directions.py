@@ -128,7 +128,7 @@ def gradients(
     the direction will be written over it; or, if D lies there, in memory of this step.
     """
     out = segment.grad
-    if _looks_ahead(hyper) and scalars.started is not False:
+    if looks_ahead(hyper) and scalars.started is not False:
         out = torch.empty_like(out) if _needs_graft(segment, scalars) else segment.direction
     plain = Gradients(out, *distributor.gradients(segment), scalars.sign, False)
     if hyper.coupled_decay == 0.0:
@@ -137,7 +137,7 @@ def gradients(
     return Gradients(out, *distributor.weights(segment), scalars.coupled_decay, True)
 
 
-def _looks_ahead(hyper: Hyperparameters) -> bool:
+def looks_ahead(hyper: Hyperparameters) -> bool:
     """Whether roots are applied to the average as it will be, and not as it is."""
     return hyper.nesterov_average and hyper.has_exp_avg
 
@@ -174,6 +174,17 @@ def graft(kind: Preconditioner, segment: Segment, source: Gradients, scalars: Sc
     )
 
 
+def average_correction(scalars: Scalars, hyper: Hyperparameters, is_ahead: bool) -> Number:
+    """What the average that a kind is given is to be divided by.
+
+    Args:
+        is_ahead: whether it :func:`looks_ahead`.
+    """
+    if is_ahead:  # 1 - beta1^(t + 1)
+        return 1.0 - hyper.beta1 * (1.0 - scalars.correction1)
+    return scalars.correction1
+
+
 def precondition(
     kind: Preconditioner, segment: Segment, hyper: Hyperparameters, scalars: Scalars
 ) -> None:
@@ -186,13 +197,13 @@ def precondition(
     if scalars.started is False:
         segment.scale.copy_(segment.norm <= summand_limit(segment.norm.dtype))
         return
-    norm = torch.empty_like(segment.norm)
+    is_ahead, norm = looks_ahead(hyper), torch.empty_like(segment.norm)
     is_own: Tensor | None = None  # [R], whether a block has a direction of its own; None: all have
     for part in segment.parts:
         rows = part.rows
         statistics, direction = part.statistics, part.direction
         filtered = part.grad  # or, in its place, the average that looks ahead
-        if part.exp_avg is not None and not _looks_ahead(hyper):
+        if part.exp_avg is not None and not is_ahead:
             filtered = part.exp_avg
         if rows is not None:
             statistics = statistics.copied(rows)
@@ -216,9 +227,7 @@ def precondition(
         if rows is not None:
             direction.index_copy_(0, rows, out)
     # The bias correction of the gradient average is a factor of the direction: it joins the scale.
-    correction = scalars.correction1
-    if _looks_ahead(hyper):  # 1 - beta1^(t + 1)
-        correction = 1.0 - hyper.beta1 * (1.0 - correction)
+    correction = average_correction(scalars, hyper, is_ahead)
     if hyper.geometry.grafting == "none":
         scale = torch.ones_like(norm).mul_(1.0 / correction)
     else:

@@ -265,7 +265,7 @@ def explain(
             row = TensorRow(
                 name=parameter_name(group, index, position),
                 group=index,
-                group_name=_name(group, index),
+                group_name=group_name(group, index),
                 shape=tuple(param.shape),
                 reason="frozen" if param.numel() > 0 else "no elements",
             )
@@ -282,13 +282,14 @@ def explain(
     )
 
 
-def _name(group: Mapping[str, Any], index: int) -> str:
+def group_name(group: Mapping[str, Any], index: int) -> str:
+    """The name of a parameter group, or its index."""
     return str(group.get("name", index))
 
 
 def _group_row(group: Mapping[str, Any], index: int) -> GroupRow:
     return GroupRow(
-        name=_name(group, index),
+        name=group_name(group, index),
         tensors=len(group["params"]),
         numel=sum(param.numel() for param in group["params"]),
         lr=float(group["lr"]),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from far import DEVICE, Far, FarTensor, Post, far, near, parameter
+from far import Far, FarTensor, Post, far, near, parameter
 from tape import HostReadError
 from torch import Tensor
 from torch.nn import Parameter
@@ -339,6 +339,40 @@ def test_schedules_ask_for_counts_that_are_right(post):
     assert any(phase is not None for phase in here.coming_refresh())
 
 
+METERED = ("defaults", "lamb", "coupled", "nesterov", "diagonal", "late", "never", "kl, staggered")
+
+
+@pytest.mark.parametrize(
+    ("variant", "delay"), [*((name, 1) for name in METERED), ("defaults", 1000)]
+)
+def test_metrics_are_computed_there_and_read_when_asked_for(post, variant, delay):
+    """Skipped steps leave the record of the step before, which the host does not know yet."""
+    post.delay = delay
+    twins = pair(**VARIANTS.get(variant, {}))
+    for opt in twins:
+        opt.record_metrics(every=2)
+    for step in range(STEPS):
+        both_step(post, twins, gradients(twins[0], step, BAD))
+        if step in (1, 6, STEPS - 1):
+            post.now += 1
+            here, there = (opt.metrics() for opt in twins)
+            assert there.keys() == here.keys()
+            assert there == pytest.approx(here, rel=1e-6)
+            assert there.get("shampoo/step", 0) % 2 == 0
+    assert there["shampoo/skipped_steps"] == sum(bad in BAD for bad in range(STEPS))
+    assert there["shampoo/step"] == 6
+
+
+def test_what_was_skipped_last_is_heard_of_when_asked(post):
+    twins = pair()
+    for step in range(STEPS):
+        both_step(post, twins, gradients(twins[0], step, BAD))
+        post.now += 1
+        assert twins[1].last_step_skipped is twins[0].last_step_skipped is (step in BAD)
+    post.now += 1
+    assert twins[1].skipped_steps == len(BAD)
+
+
 WAITING = {
     "raise": {"nonfinite": "raise"},
     "too many failures": {"max_root_failures": 3},
@@ -433,50 +467,3 @@ def test_a_gate_that_is_left_open_is_found(post, monkeypatch):
     put(opt, gradients(opt, 0, BAD))
     opt.step()
     assert not all(value.isfinite().all() for value in values(opt, has_counts=False).values())
-
-
-READS = {
-    "item": lambda x: x.sum().item(),
-    "float": lambda x: float(x[0]),
-    "int": lambda x: int(x[0]),
-    "bool": lambda x: bool((x > 0).any()),
-    "if": lambda x: 1 if x[0] > 0 else 0,
-    "all": lambda x: all(x > 0),
-    "tolist": lambda x: x.tolist(),
-    "numpy": lambda x: x.numpy(),
-    "cpu": lambda x: x.cpu(),
-    "to": lambda x: x.to("cpu", non_blocking=True),
-    "copy": lambda x: torch.empty(3).copy_(x),
-    "copy of integers": lambda x: x.long().to("cpu"),
-    "nonzero": lambda x: x.nonzero(),
-    "where": lambda x: torch.where(x > 0),
-    "mask": lambda x: x[x > 0],
-    "masked_select": lambda x: x.masked_select(x > 0),
-    "assignment by a mask": lambda x: x.__setitem__(x > 0, x[:1].expand(3)),
-    "unique": lambda x: x.unique(),
-    "unique_consecutive": lambda x: x.unique_consecutive(),
-    "repeat_interleave": lambda x: x.repeat_interleave(torch.ones_like(x).long()),
-    "equal": lambda x: torch.equal(x, x),
-    "allclose": lambda x: torch.allclose(x, x),
-    "eigh": lambda x: torch.linalg.eigh(x[:, None] * x),
-    "format": lambda x: f"{x[0]:.3f}",
-    "index": lambda x: [1, 2, 3][x.long()[0]],
-    "a copy to the device that waits": lambda x: torch.ones(3).to(DEVICE),
-    "another": lambda x: x.copy_(torch.ones(3)),
-}
-
-
-@pytest.mark.parametrize("way", READS)
-def test_the_device_refuses_to_be_read(way):
-    with pytest.raises((HostReadError, TypeError)):
-        READS[way](far(torch.tensor([1.0, 2.0, -1.0])))
-
-
-def test_the_device_computes():
-    x = far(torch.arange(6.0))
-    x[2:4] += 1
-    y = torch.zeros(2, device=DEVICE)
-    y.copy_(x.view(2, 3).sum(1))
-    assert isinstance(y, FarTensor)
-    assert near(y).tolist() == [4.0, 13.0]
-    assert near(torch.where(x > 3, x, 0.0)).tolist() == [0, 0, 0, 4, 4, 5]

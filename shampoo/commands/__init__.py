@@ -1,0 +1,1 @@
+"""Commands of ``python -m shampoo``, one a module: what each reads, makes and prints."""
