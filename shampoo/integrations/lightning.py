@@ -14,10 +14,10 @@ from typing import Any
 
 from shampoo.integrations import framework, innermost
 
-_lightning = framework("lightning")
+_Callback: Any = framework("lightning").Callback
 
 
-class ShampooMonitor(_lightning.Callback):  # type: ignore[misc]
+class ShampooMonitor(_Callback):  # type: ignore[misc]
     """Logs how many steps each Shampoo has skipped because a gradient was not finite.
 
     In the rhythm of ``log_every_n_steps``, as ``shampoo/skipped_steps``; where a module has several

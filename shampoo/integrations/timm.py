@@ -60,5 +60,5 @@ def param_groups(model: nn.Module) -> list[Any]:
 
     What timm does not decay has no decay: vectors, and what ``model.no_weight_decay()`` names.
     """
-    spared = getattr(model, "no_weight_decay", frozenset)()
+    spared: Any = getattr(model, "no_weight_decay", frozenset)()
     return undecayed_vectors(model, frozenset(spared))

@@ -30,7 +30,7 @@ class ShampooContainer(_Container):  # type: ignore[misc]
     """An ``OptimizersContainer`` that knows ``optimizer_name="Shampoo"``."""
 
     @dataclass(kw_only=True, slots=True)
-    class Config(_Container.Config):  # type: ignore[misc, name-defined]
+    class Config(_Container.Config):  # type: ignore[misc]
         """That of ``OptimizersContainer``; ``build()`` makes this container."""
 
     @staticmethod

@@ -13,7 +13,7 @@
     trainer.train(resume_from_checkpoint=True)
 
 Under DistributedDataParallel the Trainer saves what ``state_dict()`` says on its first process,
-which owns some of the blocks: the callback gathers all of them there before. To resume needs none.
+which owns some of the blocks: the callback gathers all of them there before.
 """
 
 from typing import Any
@@ -25,9 +25,10 @@ from shampoo.optimizer import Shampoo
 
 _transformers = framework("transformers")
 _accelerate = framework("accelerate")
+_Callback: Any = _transformers.TrainerCallback
 
 
-class ShampooCallback(_transformers.TrainerCallback):  # type: ignore[misc]
+class ShampooCallback(_Callback):  # type: ignore[misc]
     """Makes checkpoints of every kind whole: by steps, by epochs, the best ones, the last one.
 
     With ``save_strategy="best"`` the Trainer decides after an evaluation whether it saves, and
@@ -35,52 +36,33 @@ class ShampooCallback(_transformers.TrainerCallback):  # type: ignore[misc]
     stand before this one; one that stands behind it raises when its checkpoint has been written.
     """
 
-    def __init__(self) -> None:
-        self._gathered = -1  # in which step
+    _gathered = -1  # in which step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Refuses what would save on ranks that have nothing gathered.
-
-        Raises:
-            ValueError: naming the argument.
-        """
+        """Refuses, by a ValueError, what would save on ranks that have nothing gathered."""
+        self._gathered = -1
         for name, why in (
             ("save_on_each_node", "the state is gathered on the first process"),
             ("enable_jit_checkpoint", "it saves on a signal, which finds ranks in different steps"),
         ):
             if args.world_size > 1 and getattr(args, name, False):
-                raise ValueError(
-                    f"Invalid {name}=True. Must be False with Shampoo on several ranks: {why}."
-                )
+                raise ValueError(f"Invalid {name}=True. Must be False on several ranks: {why}.")
 
-    def on_step_end(
-        self, args: Any, state: Any, control: Any, optimizer: Any = None, **others: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Gathers for ``save_strategy="steps"`` and the end of training."""
-        self._gather(control.should_save, state, optimizer)
+        self._gather(control.should_save, state, others["optimizer"])
 
-    def on_epoch_end(
-        self, args: Any, state: Any, control: Any, optimizer: Any = None, **others: Any
-    ) -> None:
-        """Gathers for ``save_strategy="epoch"``."""
-        self._gather(control.should_save, state, optimizer)
+    on_epoch_end = on_step_end  # for save_strategy="epoch"
 
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, optimizer: Any = None, **others: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Gathers for ``save_strategy="best"``."""
-        is_best = args.save_strategy == "best" and not args.save_only_model
-        self._gather(is_best or control.should_save, state, optimizer)
+        is_asked = control.should_save or args.save_strategy == "best"
+        self._gather(is_asked, state, others["optimizer"])
 
-    def on_save(
-        self, args: Any, state: Any, control: Any, optimizer: Any = None, **others: Any
-    ) -> None:
-        """Raises on all ranks if what was saved has not been gathered.
-
-        Raises:
-            RuntimeError: naming the checkpoint.
-        """
-        is_lost = args.world_size > 1 and not _is_sharded() and innermost(optimizer) is not None
+    def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Raises a RuntimeError, on all ranks, if what was saved has not been gathered."""
+        is_ours = innermost(others["optimizer"]) is not None
+        is_lost = args.world_size > 1 and is_ours and not _is_sharded()
         if is_lost and self._gathered != state.global_step and not args.save_only_model:
             raise RuntimeError(
                 f"checkpoint-{state.global_step} lacks blocks of Shampoo: another callback asked"
@@ -96,8 +78,8 @@ class ShampooCallback(_transformers.TrainerCallback):  # type: ignore[misc]
 
 def _is_sharded() -> bool:
     """Whether all ranks save, by torch.distributed.checkpoint."""
-    kind = _accelerate.state.AcceleratorState().distributed_type
-    return bool(kind == _accelerate.DistributedType.FSDP)
+    state = _accelerate.state.AcceleratorState()
+    return bool(state.distributed_type == _accelerate.DistributedType.FSDP)
 
 
 def optimizer_cls_and_kwargs(

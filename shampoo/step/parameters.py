@@ -134,7 +134,7 @@ def _check_quantized(param: Tensor, name: str) -> None:
     """Refuses a subclass of tensors that keeps its values in fewer bits than it shows."""
     if not is_traceable_wrapper_subclass(param):
         return
-    attributes, _ = param.__tensor_flatten__()  # type: ignore[attr-defined]
+    attributes, _ = param.__tensor_flatten__()
     kept = {getattr(param, attribute).dtype for attribute in attributes}
     if not kept <= _WRITABLE:
         kinds = ", ".join(sorted(map(str, kept - _WRITABLE)))
