@@ -150,6 +150,28 @@ def test_two_optimizers_go_on_in_another_layout_on_other_ranks(
     assert ranks.returns(_go_on, 3, tmp_path, "ddp", pair) == expected[:1] * 3
 
 
+@pytest.mark.parametrize("pair", ["adamw", "shampoo"])
+def test_a_part_that_is_frozen_when_it_is_loaded_keeps_its_state(tmp_path: Path, pair: str) -> None:
+    """torch would drop it; whether the optimizer has a state already or not."""
+    model, optimizers = build("plain", pair)
+    train(model, optimizers, 0, SAVED)
+    checkpoint.save(tmp_path, model, optimizers, step=SAVED)
+    train(model, optimizers, SAVED, STEPS)
+    expected = digest(model)
+    for steps in (0, 2):
+        model, optimizers = build("plain", pair, seed=1)
+        train(model, optimizers, 0, steps)
+        for param in model.parameters():
+            param.requires_grad_(False)
+        model[0].weight.requires_grad_(True)
+        checkpoint.load(tmp_path, model, optimizers)
+        assert [param.requires_grad for param in model.parameters()] == [True] + [False] * 5
+        for param in model.parameters():
+            param.requires_grad_(True)
+        train(model, optimizers, SAVED, STEPS)
+        assert digest(model) == expected
+
+
 def test_blocks_of_the_second_optimizer_are_compared_too(tmp_path: Path) -> None:
     model, optimizers = build("plain", "sgd")
     checkpoint.save(tmp_path, model, optimizers, step=1)
