@@ -49,7 +49,7 @@ def build(layout: str, pair: str, seed: int = 0, **hyper: Any) -> tuple[nn.Modul
     rest = named[4:]
     if pair in ("sgd", "stateless"):
         return model, [SGD(rest, lr=0.1, momentum=0.0 if pair == "stateless" else 0.9), body]
-    other = AdamW(rest, lr=0.02) if pair == "adamw" else Shampoo(rest, lr=0.02, betas=(0.8, 0.9))
+    other = AdamW(rest, lr=0.02) if pair == "adamw" else Shampoo(rest, precondition_frequency=2)
     return model, [body, other]
 
 
