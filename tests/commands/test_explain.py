@@ -80,7 +80,7 @@ def test_no_kernel_is_asked_for(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nosuch"], "Must be a JSON file of shapes or one of"),
+        (["nosuch"], "or a JSON file of shapes, by name or in a list"),
         (["nosuch.module:build"], "ModuleNotFoundError"),
         (["torch.nn:Linear"], "Must be the import path of a callable without arguments"),
         (["torch:get_num_threads"], "it makes a int. Must make a torch.nn.Module."),
