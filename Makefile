@@ -67,7 +67,7 @@ pytest slow: $(VENV)/installed
 # What docs/frameworks.md says, with the real packages, in an environment of their own.
 test-frameworks: $(FRAMEWORKS)/installed
 	PYTHONPATH=$(CURDIR) $(FRAMEWORKS)/bin/python -m pytest -q --durations=10 \
-	  -m frameworks tests/frameworks
+	  -m frameworks tests/frameworks tests/test_loggers.py tests/commands
 
 # Builds the wheel and uses it as a stranger would: in an environment of its own, from elsewhere.
 # torch is lent to it by a path file, which does not make the development install visible.

@@ -57,6 +57,7 @@ class Run:
         return self.names
 
 
+@pytest.mark.frameworks
 def test_tensorboard(tmp_path):
     pytest.importorskip("tensorboard", reason=NEEDS)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -72,6 +73,7 @@ def test_tensorboard(tmp_path):
     assert b"shampoo/matrices/betas.0" in data
 
 
+@pytest.mark.frameworks
 def test_tensorboard_takes_no_group(tmp_path):
     """Which is why there is `hparams()`; a logger that learns to may make it needless."""
     pytest.importorskip("tensorboard", reason=NEEDS)
@@ -85,6 +87,7 @@ def test_tensorboard_takes_no_group(tmp_path):
     writer.close()
 
 
+@pytest.mark.frameworks
 def test_weights_and_biases(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb", reason=NEEDS)
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -108,6 +111,7 @@ def test_weights_and_biases(tmp_path, monkeypatch):
         time.sleep(0.1)
 
 
+@pytest.mark.frameworks
 def test_mlflow(tmp_path):
     mlflow = pytest.importorskip("mlflow", reason=NEEDS)
     run = Run(tmp_path)
@@ -143,6 +147,7 @@ def test_the_loop(capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["10", "20"]
 
 
+@pytest.mark.frameworks
 def test_accelerate_shows_what_was_skipped():
     accelerate = pytest.importorskip("accelerate", reason="no accelerate to prepare an optimizer")
     accelerator = accelerate.Accelerator(cpu=True)

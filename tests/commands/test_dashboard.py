@@ -233,6 +233,7 @@ def browser() -> Iterator[Any]:
         shown.close()
 
 
+@pytest.mark.frameworks
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 380])
 def test_a_browser_shows_it(browser, log, tmp_path, scheme, width):
