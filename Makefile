@@ -23,9 +23,9 @@ CUDA := $(abspath $(VENV))/cuda
 CLEAN := $(abspath $(VENV))/clean
 FRAMEWORKS := $(abspath $(VENV))/frameworks
 WHEELS := $(abspath $(VENV))/wheels
-SOURCES := shampoo kernels tests benchmarks examples tools setup.py
+SOURCES := shampoo kernels tests benchmarks examples tools setup.py docs/conf.py
 
-.PHONY: test slow test-frameworks bench learning lint types pytest wheel sanitize soak clean
+.PHONY: test slow test-frameworks bench learning lint types pytest wheel sanitize soak docs clean
 
 test: lint pytest types
 
@@ -48,6 +48,10 @@ sanitize: $(VENV)/installed
 STEPS ?= 10000
 soak: $(VENV)/installed
 	$(BIN)/python tools/soak.py --steps $(STEPS)
+
+# The documents as a site, in site/: begin at site/index.html.
+docs: $(VENV)/documenting
+	$(BIN)/sphinx-build -q -W --keep-going -c docs . site
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check $(SOURCES)
@@ -116,10 +120,14 @@ $(FRAMEWORKS)/installed: tests/frameworks/requirements.txt | $(VENV)/installed
 	DS_BUILD_OPS=0 $(FRAMEWORKS)/bin/pip install -q --no-deps --no-build-isolation -r $<
 	touch $@
 
+$(VENV)/documenting: $(VENV)/installed
+	$(BIN)/pip install -q -e ".[docs]"
+	touch $@
+
 $(CUDA)/installed: | $(VENV)/torch
 	$(PYTHON) -m venv $(CUDA)
 	$(CUDA)/bin/pip install --retries 10 "$(CUDA_TORCH)" ninja filelock setuptools
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info

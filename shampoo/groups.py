@@ -89,7 +89,7 @@ def groups(
                    model alone; the last one if it has more than 10,000 outputs.
                    A smaller classifier is a matrix.
     ``positional`` tables and parameters whose own name, or that of whose module, no
-                   has a part such as ``pos``, ``position``, ``wpe``; class tokens
+                   has parts such as ``pos``, ``position``, ``wpe``; class tokens
     ``vectors``    what has at most one dimension above 1: biases, norms          as arguments say
     ``inputs``     with ``transfer`` only: matrices with a fixed number of inputs yes
     ``matrices``   all others: linear layers, convolutions, attention             yes

@@ -184,10 +184,16 @@ ROWS: dict[str, Row] = {
     "shampoo-none": Row("Shampoo, no graft", shampoo, 8e-3, {"grafting": "none"}),
     # As docs/tuning.md has it for those who come from SGD: steps of the length that SGD's have.
     "shampoo-sgd": Row(
-        "Shampoo, SGD graft, momentum 0.9",
+        "Shampoo, SGD graft, p = 2 o",
         shampoo,
         0.1,
-        {"grafting": "sgd", "betas": (0.0, 0.999), "momentum": 0.9, "nesterov": True},
+        {
+            "grafting": "sgd",
+            "exponent": "paper",
+            "betas": (0.0, 0.999),
+            "momentum": 0.9,
+            "nesterov": True,
+        },
     ),
     "official": Row("official Shampoo", official, 4e-3, {}, _BETAS, "distributed_shampoo"),
     "soap": Row("SOAP of pytorch_optimizer", soap, 8e-3, {}, _BETAS, "pytorch_optimizer"),

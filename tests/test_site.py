@@ -1,0 +1,68 @@
+"""The site that `make docs` builds: all of it is there, and no link leads out of it by mistake."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import shampoo
+from shampoo import checkpoint
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+
+def test_the_api_page_has_every_public_name():
+    page = (DOCS / "api.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\.\. auto\w+:: ([\w.]+)$", page, re.M))
+    public = {f"shampoo.{name}" for name in shampoo.__all__}
+    public |= {f"shampoo.checkpoint.{name}" for name in checkpoint.__all__}
+    assert public <= listed
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    for needed in ("sphinx", "furo", "myst_parser"):
+        pytest.importorskip(needed)
+    folder = tmp_path_factory.mktemp("site")
+    build = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going"]
+    build += ["-d", str(folder / "read"), "-c", "docs", ".", str(folder / "out")]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    return folder / "out"
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_has_every_document(site):
+    for document in [*DOCS.glob("*.md"), ROOT / "README.md"]:
+        page = document.relative_to(ROOT).with_suffix(".html")
+        assert (site / page).is_file(), page
+    assert 'url=docs/index.html"' in (site / "index.html").read_text(encoding="utf-8")
+    api = (site / "docs" / "api.html").read_text(encoding="utf-8")
+    assert all(f'id="shampoo.{name}"' in api for name in shampoo.__all__)
+
+
+@pytest.mark.slow
+def test_links_between_documents_stay_in_the_site(site):
+    """Sphinx offers a file that is no page of the site for download; only sources are to be so."""
+    pages = [page for page in site.rglob("*.html") if "_static" not in page.parts]
+    links = [(page, link) for page in pages for link in _links(page)]
+    assert len(links) > 100
+    for page, link in links:
+        assert not link.endswith(".md"), f"{page.name}: {link}"
+        target, _, anchor = link.partition("#")
+        linked = page.parent / target if target else page
+        assert linked.exists(), f"{page.name}: {link}"
+        if anchor and linked.suffix == ".html":
+            assert f'id="{anchor}"' in linked.read_text(encoding="utf-8"), f"{page.name}: {link}"
+
+
+def _links(page: Path) -> list[str]:
+    """Those within the site, of what a page says."""
+    text = page.read_text(encoding="utf-8")
+    article = re.search(r"<article.*?</article>", text, re.S)
+    found = re.findall(r'href="([^"]+)"', article[0]) if article else []
+    return [link for link in found if "://" not in link]
