@@ -86,9 +86,13 @@ wheel: $(VENV)/installed
 	mkdir -p $(CLEAN)/elsewhere
 	cd $(CLEAN)/elsewhere && $(CLEAN)/bin/python -c "$$ONE_STEP"
 
+# By the standard libraries of the oldest and the newest Python that pyproject.toml names.
 types: wheel
 	cd $(CLEAN)/elsewhere && \
-	  $(BIN)/mypy --strict --cache-dir=$(CLEAN)/mypy --python-executable=$(CLEAN)/bin/python -p shampoo
+	  for version in 3.10 3.14; do \
+	    $(BIN)/mypy --strict --cache-dir=$(CLEAN)/mypy --python-executable=$(CLEAN)/bin/python \
+	      --python-version $$version -p shampoo || exit 1; \
+	  done
 
 define ONE_STEP
 import sys, torch, shampoo

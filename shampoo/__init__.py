@@ -1,5 +1,8 @@
 """Distributed Shampoo for PyTorch: the AdamW line, replaced by one line."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from shampoo.certificates import kernels_in_use
 from shampoo.errors import (
     BlockGridMismatchError,
@@ -21,7 +24,10 @@ from shampoo.planner import plan
 from shampoo.replay import Replay
 from shampoo.roots import inverse_root
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from shampoo import checkpoint, migrate
+
+__version__ = "0.2.0.dev0"
 __all__ = [
     "BlockGridMismatchError",
     "DamagedCheckpointError",
@@ -37,8 +43,23 @@ __all__ = [
     "ShampooDistributedError",
     "ShampooError",
     "UnsafeCheckpointError",
+    "checkpoint",
     "groups",
     "inverse_root",
     "kernels_in_use",
+    "migrate",
     "plan",
 ]
+
+# Packages that few runs need, or not before their first save: imported when they are named.
+_LATER = ("checkpoint", "migrate")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return importlib.import_module(f"shampoo.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

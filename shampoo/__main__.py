@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from shampoo import certificates, ops
+from shampoo import __version__, certificates, ops
 from shampoo.blocks.cost import CostModel
 from shampoo.blocks.declared import choices
 from shampoo.blocks.layout import AUTO, DTYPES, LARGE_DIM_METHODS
@@ -175,6 +175,7 @@ def print_explanation(options: argparse.Namespace) -> None:
 def main() -> int:
     """Returns 1 if the kernels were to be built and could not be."""
     parser = _Parser(prog="python -m shampoo", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"shampoo {__version__}")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--no-build", action="store_true", help="report only, compile nothing")
     commands = parser.add_subparsers(dest="command", metavar="plan | explain | dashboard | tune")

@@ -3,14 +3,14 @@
 import inspect
 import logging
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from shampoo import certificates
-from shampoo.blocks.layout import AUTO, AUTOMATIC
+from shampoo.blocks.layout import AUTOMATIC
 from shampoo.distributed.process_groups import ProcessGroups
 from shampoo.groups import groups
 from shampoo.hyperparameters import Hyperparameters, dtype_name, settle, warn_about
@@ -32,6 +32,27 @@ from shampoo.step.parameters import check_distinct, check_parameter, parameter_n
 from shampoo.step.thin import warn_of_thin
 
 logger = logging.getLogger(__name__)
+
+# Choices, for those who check types; tests compare them with the tables that decide.
+MergeDims = Literal["matrix", "full", "none"]
+PreconditionerKind = Literal["shampoo", "kl_shampoo"]
+GraftingMethod = Literal[
+    "none",
+    "sgd",
+    "adagrad",
+    "rmsprop",
+    "adam",
+    "adagrad_normalized",
+    "rmsprop_normalized",
+    "adam_normalized",
+    "lars",
+    "lamb",
+]
+LargeDimMethod = Literal["auto", "blocking", "adagrad", "diagonal"]
+RootMethod = Literal["auto", "eigh", "coupled_newton", "minimax"]
+Nonfinite = Literal["skip", "raise"]
+RefreshSchedule = Literal["together", "staggered"]
+Loss = TypeVar("Loss")
 
 # What a group carries besides its hyper-parameters, under one key: no name of an argument is taken.
 _EXTRA = {"skipped_steps": 0, "refresh_period": 0, AUTOMATIC: None}
@@ -225,25 +246,25 @@ class Shampoo(Measured):
         momentum: float = 0.0,
         nesterov: bool = False,
         nesterov_average: bool = True,
-        max_preconditioner_dim: int | str = AUTO,
+        max_preconditioner_dim: int | Literal["auto"] = "auto",
         precondition_frequency: int = 10,
         start_preconditioning_step: float = 1,
-        merge_dims: str = "matrix",
+        merge_dims: MergeDims = "matrix",
         precondition_1d: bool = False,
         precondition: bool = True,
-        preconditioner: str = "shampoo",
-        exponent: str | float | Sequence[float] = "covariance",
+        preconditioner: PreconditionerKind = "shampoo",
+        exponent: Literal["covariance", "paper"] | float | Sequence[float] = "covariance",
         exponent_multiplier: float = 1.0,
         bias_correction: bool = True,
-        grafting: str = "adam",
+        grafting: GraftingMethod = "adam",
         grafting_beta2: float | None = None,
         grafting_eps: float = 1e-8,
-        large_dim_method: str = AUTO,
-        root_method: str = "auto",
+        large_dim_method: LargeDimMethod = "auto",
+        root_method: RootMethod = "auto",
         preconditioner_dtype: torch.dtype = torch.float32,
-        nonfinite: str = "skip",
+        nonfinite: Nonfinite = "skip",
         max_root_failures: int | None = None,
-        refresh_schedule: str = "together",
+        refresh_schedule: RefreshSchedule = "together",
         maximize: bool = False,
         stochastic_rounding: bool = False,
         foreach: bool | None = None,
@@ -312,8 +333,14 @@ class Shampoo(Measured):
                 layout = layout_of(param.shape, values.geometry)
                 kind_of(layout).check(values, layout.order)
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Loss] | None = None) -> Loss | None:
         """Takes one step.
 
         Args:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from shampoo.blocks.state_keys import is_count
+from shampoo.dtensor import is_dtensor
 from shampoo.errors import BlockGridMismatchError
 
 _INTEGERS = (torch.int64, torch.int32)  # in which counts are published
@@ -93,7 +93,7 @@ def check_value(name: str, key: str, value: Any, view: Tensor) -> Tensor:
     check_shape(name, key, value, view)
     assert isinstance(value, Tensor)
     is_meta = value.device.type == "meta" != view.device.type
-    if is_meta or value.layout != torch.strided or isinstance(value, DTensor):
+    if is_meta or value.layout != torch.strided or is_dtensor(value):
         kind = "without data, on meta" if is_meta else f"a {type(value).__name__}, {value.layout}"
         raise BlockGridMismatchError(
             f"{name}: {key} is {kind}. Must be a plain dense tensor with data: the block lies on"

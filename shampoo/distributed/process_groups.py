@@ -4,20 +4,23 @@ import logging
 import os
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate
 
 from shampoo.blocks.ownership import ALONE, Team
 from shampoo.distributed.consensus import Consensus
 from shampoo.distributed.group_handle import GroupHandle
 from shampoo.distributed.shard_regions import mesh_ranks
+from shampoo.dtensor import is_dtensor
 from shampoo.errors import shown
 from shampoo.inputs import is_integer
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +128,7 @@ class ProcessGroups:
 
     def team_of(self, param: Tensor) -> Team:
         """The ranks that divide the blocks of a parameter, after :meth:`settle_trainers`."""
-        if isinstance(param, DTensor):
+        if is_dtensor(param):
             team = _team_of_mesh(param)
             if param.device_mesh.ndim == 1:
                 self._meshes[team.ranks] = weakref.ref(param.device_mesh)
@@ -141,10 +144,10 @@ class ProcessGroups:
             return ALONE
         ranks: set[int] = set()
         rank = dist.get_rank()
-        for mesh in {param.device_mesh for param in params if isinstance(param, DTensor)}:
+        for mesh in {param.device_mesh for param in params if is_dtensor(param)}:
             ranks.update(mesh.mesh.flatten().tolist())
         is_shared = self.num_trainers_per_group not in (0, 1) or self.check_replicas_every > 0
-        if is_shared and not all(isinstance(param, DTensor) for param in params):
+        if is_shared and not all(is_dtensor(param) for param in params):
             ranks.update(self.replicas().ranks)
         ordered = tuple(sorted(ranks | {rank}))
         return Team(ordered, ordered.index(rank))
@@ -239,9 +242,9 @@ def check_backend(group: dist.ProcessGroup, device: torch.device) -> None:
     )
 
 
-def _team_of_mesh(param: DTensor) -> Team:
+def _team_of_mesh(param: "DTensor") -> Team:
     ranks = mesh_ranks(param)
-    is_sharded = not all(isinstance(placement, Replicate) for placement in param.placements)
+    is_sharded = not all(placement.is_replicate() for placement in param.placements)
     return Team(ranks, ranks.index(dist.get_rank()), is_sharded)
 
 

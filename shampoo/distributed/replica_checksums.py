@@ -6,17 +6,21 @@ sign. A sum of 64 bits over each tensor finds every single flip, and costs one p
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
 
 from shampoo.blocks.ownership import Team
 from shampoo.distributed.consensus import FAILED, OK, Consensus
 from shampoo.distributed.process_groups import ProcessGroups
 from shampoo.distributed.shard_regions import local_tensor
+from shampoo.dtensor import is_dtensor
 from shampoo.errors import ReplicaMismatchError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _CHUNK = 1 << 20  # elements that are widened to 64 bits at a time
 _WEIGHT = 0x1E3779B97F4A7C15  # spreads a bit over all 64
@@ -101,7 +105,7 @@ def checksums_of(
     found: dict[Team, list[tuple[str, Tensor, int, int]]] = {}
     for name, param in zip(names, params, strict=True):
         team, place, places = replicas, 0, 1
-        if isinstance(param, DTensor):
+        if is_dtensor(param):
             team, place, places = _place(param)
         if places < team.size:
             found.setdefault(team, []).append((name, local_tensor(param), place, places))
@@ -118,7 +122,7 @@ def checksums_of(
     return copies
 
 
-def _place(param: DTensor) -> tuple[Team, int, int]:
+def _place(param: "DTensor") -> tuple[Team, int, int]:
     """The ranks of a mesh, which of the different shards this rank holds, and how many there are.
 
     Ranks that differ only along dimensions of the mesh over which it is replicated hold the same.
@@ -127,7 +131,7 @@ def _place(param: DTensor) -> tuple[Team, int, int]:
     coordinate = mesh.get_coordinate() or [0] * mesh.ndim
     place, places = 0, 1
     for size, at, placement in zip(mesh.mesh.shape, coordinate, param.placements, strict=True):
-        if not isinstance(placement, Replicate):
+        if not placement.is_replicate():
             place, places = place * size + at, places * size
     ranks = tuple(sorted(mesh.mesh.flatten().tolist()))
     return Team(ranks, ranks.index(dist.get_rank()), is_sharded=places > 1), place, places

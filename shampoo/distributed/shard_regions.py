@@ -7,10 +7,15 @@ and their names in a checkpoint do not depend on how many ranks there are.
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial
+
+from shampoo.dtensor import is_dtensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Coordinates = tuple[int, ...]
 
@@ -40,7 +45,7 @@ class Region:
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """The part of a tensor that is on this rank, sharing its memory: itself if it is plain."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def check_placements(param: Tensor, name: str) -> None:
@@ -50,9 +55,9 @@ def check_placements(param: Tensor, name: str) -> None:
         RuntimeError: for a ``Partial`` placement, one that is strided without tensor parallelism,
             or a shard of another size than placements give, naming the parameter and the remedy.
     """
-    if not isinstance(param, DTensor):
+    if not is_dtensor(param):
         return
-    is_partial = any(isinstance(placement, Partial) for placement in param.placements)
+    is_partial = any(placement.is_partial() for placement in param.placements)
     orders = _shard_orders(param)
     if is_partial or None in orders:
         kind = "Partial" if is_partial else "such strided"
@@ -73,12 +78,12 @@ def check_placements(param: Tensor, name: str) -> None:
         )
 
 
-def mesh_ranks(param: DTensor) -> tuple[int, ...]:
+def mesh_ranks(param: "DTensor") -> tuple[int, ...]:
     """The global ranks of a parameter's mesh, ascending: the order of their process group."""
     return tuple(sorted(param.device_mesh.mesh.flatten().tolist()))
 
 
-def regions_of(param: DTensor, merged: Sequence[Sequence[int]]) -> list[Region]:
+def regions_of(param: "DTensor", merged: Sequence[Sequence[int]]) -> list[Region]:
     """What every rank of a parameter's mesh holds, in the order of :func:`mesh_ranks`.
 
     Args:
@@ -96,7 +101,7 @@ def regions_of(param: DTensor, merged: Sequence[Sequence[int]]) -> list[Region]:
     return [regions[rank] for rank in sorted(regions)]
 
 
-def _shard_orders(param: DTensor) -> list[list[int] | None]:
+def _shard_orders(param: "DTensor") -> list[list[int] | None]:
     """The axes of the mesh that cut each dimension, in the order in which they do.
 
     An axis cuts after those on its left, unless its placement is strided by the sizes of axes on
@@ -122,7 +127,7 @@ def _shard_orders(param: DTensor) -> list[list[int] | None]:
 
 
 def _cuts(
-    param: DTensor, orders: Sequence[Sequence[int] | None], coordinate: Sequence[int]
+    param: "DTensor", orders: Sequence[Sequence[int] | None], coordinate: Sequence[int]
 ) -> list[tuple[int, int]]:
     """Start and stop of every dimension at a coordinate of the mesh, cut as torch.chunk does."""
     cuts = []

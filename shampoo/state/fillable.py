@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from shampoo.blocks.ownership import Owners
 from shampoo.blocks.state_keys import COUNTS, foreign, is_own
 from shampoo.distributed.process_groups import ProcessGroups
+from shampoo.dtensor import is_dtensor
 from shampoo.step.block_plan import BlockPlan
 
 
@@ -90,4 +90,4 @@ def _blank(view: Tensor, param: Tensor, on_host: bool) -> Tensor:
 
 def _apart(value: Any) -> Any:
     """A value into which torch may copy before the load is checked."""
-    return value.clone() if isinstance(value, DTensor) else value
+    return value.clone() if is_dtensor(value) else value

@@ -4,11 +4,11 @@ import functools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from shampoo.blocks.blocking import merge_groups
 from shampoo.blocks.layout import Geometry
@@ -21,8 +21,12 @@ from shampoo.distributed.distributor import Distributor, SingleProcess, needs_we
 from shampoo.distributed.pieces import ShardedParam
 from shampoo.distributed.process_groups import ProcessGroups, check_backend
 from shampoo.distributed.shard_regions import Region, regions_of
+from shampoo.dtensor import is_dtensor
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.step.block_plan import BlockPlan
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -133,11 +137,7 @@ def _distributors_of(
             ]
             distributors[team] = AllToAllDistributor(
                 arenas,
-                [
-                    _sharded(plan, member, param)
-                    for member, param in members
-                    if isinstance(param, DTensor)
-                ],
+                [_sharded(plan, member, param) for member, param in members if is_dtensor(param)],
                 process_groups.group(team),
                 functools.reduce(torch.promote_types, (param.dtype for _, param in members)),
                 dtype,
@@ -156,13 +156,13 @@ def _distributors_of(
     return distributors
 
 
-def _sharded(plan: BlockPlan, index: int, param: DTensor) -> ShardedParam:
+def _sharded(plan: BlockPlan, index: int, param: "DTensor") -> ShardedParam:
     member = plan.members[index]
     geometry = plan.geometry(member)
     regions = _regions(param, geometry)
     return ShardedParam(index, list(member.blocks()), member.owners, regions)
 
 
-def _regions(param: DTensor, geometry: Geometry) -> list[Region]:
+def _regions(param: "DTensor", geometry: Geometry) -> list[Region]:
     limit = geometry.max_preconditioner_dim
     return regions_of(param, merge_groups(param.shape, limit, geometry.merge_dims))

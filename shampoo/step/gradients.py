@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from shampoo import ops
 from shampoo.distributed.shard_regions import local_tensor
+from shampoo.dtensor import is_dtensor
 from shampoo.ops.limits import summand_limit
 from shampoo.step.parameters import parameter_name
 
@@ -94,8 +94,8 @@ def check_gradients(groups: Sequence[Mapping[str, Any]]) -> None:
 
 def _is_placed_alike(param: Tensor, grad: Tensor) -> bool:
     """Whether both are plain, or DTensors of one shape that are cut alike into such parts."""
-    if not isinstance(param, DTensor) or not isinstance(grad, DTensor):
-        return isinstance(param, DTensor) == isinstance(grad, DTensor)
+    if not is_dtensor(param) or not is_dtensor(grad):
+        return is_dtensor(param) == is_dtensor(grad)
     if param.placements != grad.placements or param.device_mesh != grad.device_mesh:
         return False
     part, other = local_tensor(param), local_tensor(grad)
@@ -111,7 +111,7 @@ def _complaint(param: Tensor, grad: Tensor | None, name: str) -> str:
             " without data, build model and optimizer under"
             " torch._subclasses.fake_tensor.FakeTensorMode()."
         )
-    if isinstance(param, DTensor) and isinstance(grad, DTensor) and grad.shape == param.shape:
+    if is_dtensor(param) and is_dtensor(grad) and grad.shape == param.shape:
         if param.placements != grad.placements or param.device_mesh != grad.device_mesh:
             return (
                 f"The gradient of {name} has placements {grad.placements} on {grad.device_mesh},"
@@ -119,8 +119,8 @@ def _complaint(param: Tensor, grad: Tensor | None, name: str) -> str:
                 " step()."
             )
         param, grad, name = local_tensor(param), local_tensor(grad), f"the local part of {name}"
-    if isinstance(param, DTensor) != isinstance(grad, DTensor):
-        kinds = ["a DTensor" if isinstance(each, DTensor) else "plain" for each in (grad, param)]
+    if is_dtensor(param) != is_dtensor(grad):
+        kinds = ["a DTensor" if is_dtensor(each) else "plain" for each in (grad, param)]
         return (
             f"The gradient of {name} is {kinds[0]}, the parameter {kinds[1]}. Distribute both"
             " alike: backward() makes such gradients."

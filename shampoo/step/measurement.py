@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
 
 from shampoo.blocks.declared import FAILURES
 from shampoo.blocks.segments import Part, Segment
 from shampoo.blocks.stacks import Arena, FactorStack
 from shampoo.distributed.distributor import StepInputs
+from shampoo.dtensor import is_dtensor
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.ops.transit import Letter, is_near
 from shampoo.preconditioner.base import of_blocks
@@ -238,13 +238,13 @@ def _copies(param: Tensor, ranks: int) -> float:
     Args:
         ranks: how many these are.
     """
-    if not isinstance(param, DTensor):
+    if not is_dtensor(param):
         return ranks
     mesh = param.device_mesh
     alike = [
         size
         for size, placement in zip(mesh.shape, param.placements, strict=True)
-        if isinstance(placement, Replicate)
+        if placement.is_replicate()
     ]
     return math.prod(alike) * ranks / mesh.size()
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from shampoo.blocks.blocking import Tile
 from shampoo.blocks.layout import Geometry, Layout
@@ -14,6 +13,7 @@ from shampoo.blocks.ownership import Owners, Share, Team, divide
 from shampoo.blocks.publication import State
 from shampoo.blocks.state_keys import is_own
 from shampoo.distributed.process_groups import ProcessGroups
+from shampoo.dtensor import is_dtensor
 from shampoo.preconditioner.choice import cost_of, layout_of
 from shampoo.step.parameters import SeenParams, check_parameter, is_trained, parameter_name
 
@@ -75,7 +75,7 @@ def plan_params(
                 found.append((index, position, name, param, layout))
         seen.append(SeenParams(group["params"], are_planned))
     process_groups.settle_trainers(
-        sum(layout.blocks for *_, param, layout in found if not isinstance(param, DTensor))
+        sum(layout.blocks for *_, param, layout in found if not is_dtensor(param))
     )
     shares = [
         Share(
