@@ -64,6 +64,7 @@ slow: export SHAMPOO_CUDA_TORCH_PYTHON := $(CUDA)/bin/python
 endif
 endif
 
+slow: $(VENV)/documenting
 pytest slow: $(VENV)/installed
 	$(BIN)/pytest -q --durations=10 -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
 	  -m $(if $(filter slow,$@),slow,"not slow and not frameworks")
@@ -71,7 +72,7 @@ pytest slow: $(VENV)/installed
 # What docs/frameworks.md says, with the real packages, in an environment of their own.
 test-frameworks: $(FRAMEWORKS)/installed
 	PYTHONPATH=$(CURDIR) $(FRAMEWORKS)/bin/python -m pytest -q --durations=10 \
-	  -m frameworks tests/frameworks tests/test_loggers.py tests/commands
+	  -m frameworks tests/frameworks tests/test_loggers.py tests/commands tests/test_coming_from.py
 
 # Builds the wheel and uses it as a stranger would: in an environment of its own, from elsewhere.
 # torch is lent to it by a path file, which does not make the development install visible.

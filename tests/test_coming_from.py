@@ -31,8 +31,13 @@ def rows(section: str) -> list[str]:
         ("AdamW", "torch.optim", "AdamW"),
         ("SGD", "torch.optim", "SGD"),
         ("Muon", "torch.optim", "Muon"),
-        ("SOAP", "pytorch_optimizer", "SOAP"),
-        ("Meta's distributed_shampoo", "distributed_shampoo", "DistributedShampoo"),
+        pytest.param("SOAP", "pytorch_optimizer", "SOAP", marks=pytest.mark.frameworks),
+        pytest.param(
+            "Meta's distributed_shampoo",
+            "distributed_shampoo",
+            "DistributedShampoo",
+            marks=pytest.mark.frameworks,
+        ),
     ],
 )
 def test_every_argument_has_a_row(section, module, name):
@@ -173,6 +178,7 @@ def official(params: list[Parameter], **changes: Any) -> Any:
     return package.DistributedShampoo(params, grafting_config=graft, **{**given, **changes})
 
 
+@pytest.mark.frameworks
 @pytest.mark.parametrize("pair", PAIRS)
 def test_the_official_package_ends_in_the_same_weights(pair):
     pytest.importorskip("distributed_shampoo")

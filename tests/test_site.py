@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import shampoo
-from shampoo import checkpoint
+from shampoo import checkpoint, migrate
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -17,8 +17,9 @@ DOCS = ROOT / "docs"
 def test_the_api_page_has_every_public_name():
     page = (DOCS / "api.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"^\.\. auto\w+:: ([\w.]+)$", page, re.M))
-    public = {f"shampoo.{name}" for name in shampoo.__all__}
-    public |= {f"shampoo.checkpoint.{name}" for name in checkpoint.__all__}
+    packages = {"checkpoint": checkpoint, "migrate": migrate}
+    public = {f"shampoo.{name}" for name in shampoo.__all__ if name not in packages}
+    public |= {f"shampoo.{name}.{each}" for name, kind in packages.items() for each in kind.__all__}
     assert public <= listed
 
 

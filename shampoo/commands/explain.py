@@ -117,7 +117,7 @@ def _group_of(shapes: Shapes, dtype: torch.dtype) -> dict[str, Any]:
                 f"Invalid shape {shown(shape)} of {name}. Must be a list of integers >= 0."
             )
     if not named:
-        raise ValueError(f"Invalid model={shown(shapes)}: there is nothing to train.")
+        raise ValueError(f"Invalid model={shown(shapes)}. Must have at least one shape.")
     return {
         "params": [
             (name, nn.Parameter(torch.empty(tuple(shape), dtype=dtype, device="meta")))
