@@ -269,6 +269,35 @@ def test_a_run_of_ranks_changes_over(ranks):
         load_distributed_shampoo(opt, states[0])
 
 
+def dtensors_at_once(rank, config):
+    torch.set_default_dtype(torch.float64)
+    params = [Parameter(torch.full(shape, 0.5)) for shape in SHAPES]
+    config["distributed_config"] = package.DDPDistributedConfig(
+        num_trainers_per_group=1, communication_dtype=torch.float32
+    )
+    opt = package.DistributedShampoo(params, **config)
+    history = random_grads(params, STEPS)
+    for grads in history[:5]:
+        apply(opt, params, grads)
+    ours = twins_of(params)
+    other = Shampoo(ours, **from_distributed_shampoo(**config))
+    state = opt.state_dict()
+    load_distributed_shampoo(other, state)
+    for grads in history[5:]:
+        apply(opt, params, grads)
+        apply(other, ours, grads)
+    is_dtensor = hasattr(state["state"][0]["block_0"]["adagrad"], "to_local")
+    return is_dtensor, [p.detach().clone() for p in params], [p.detach().clone() for p in ours]
+
+
+def test_dtensors_are_taken_as_they_are(ranks):
+    """Of a group of one trainer, whose state is whole."""
+    for is_dtensor, theirs, ours in ranks.returns(dtensors_at_once, 2, config_of("adam")):
+        assert is_dtensor
+        for mine, other in zip(ours, theirs, strict=True):
+            assert_relative(mine, other, 1e-6)
+
+
 @pytest.mark.parametrize("name", sorted(CLASSES))
 def test_classes_have_the_values_that_are_read(name):
     """Ours and those of the stand-ins."""
