@@ -65,7 +65,8 @@ def _live_number(value: Any, name: str, capturable: bool) -> Number:
     """A number that may move while a graph is replayed: as a tensor, it is never read here."""
     if not (capturable and isinstance(value, torch.Tensor)):
         return _number({name: value}, name)
-    _check_tensor(name, value)
+    is_fit = value.numel() == 1 and not value.is_complex()
+    require(is_fit, name, value, "a real number or a tensor of one element")
     return value.detach().reshape(()).double()
 
 

@@ -18,8 +18,9 @@ pytest.importorskip("matplotlib", reason="the plots need the extra: pip install 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # after the installed package, which the checkout must not shadow
 
-from benchmarks import contest, floor, presence, shapes, step_time, timing  # noqa: E402
+from benchmarks import contest, floor, presence, shapes, step_time  # noqa: E402
 from shampoo.blocks.blocking import merge_dims  # noqa: E402
+from shampoo.certificates import timing  # noqa: E402
 
 BLOCK = 4
 SHAPES = [(9, 6), (4, 4), (2, 3, 5), (3, 1, 7), (7,), (1, 5), (1,), (), (5, 2, 3, 2), (2, 2, 8)]

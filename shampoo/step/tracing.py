@@ -32,7 +32,7 @@ _values: Any = WeakIdKeyDictionary()
 
 
 def run_eagerly(kind: type[Optimizer]) -> None:
-    """Lets ``torch.compile`` call the ``step()`` of a class as it is, hooks included.
+    """Lets ``torch.compile`` call ``step()`` and ``zero_grad()`` of a class as they are.
 
     Once an optimizer has been made, not where the class is: this imports the compiler, which takes
     a second, and torch does with its first optimizer what it then wraps into ``step()``.
@@ -41,15 +41,21 @@ def run_eagerly(kind: type[Optimizer]) -> None:
         reason = "what a Shampoo step does depends on values: it always runs eagerly"
         eager = torch.compiler.disable(kind.step, reason=reason)  # type: ignore[no-untyped-call]
         kind.step = eager  # type: ignore[method-assign]
+        kind.zero_grad = torch.compiler.disable(  # type: ignore[method-assign, no-untyped-call]
+            kind.zero_grad, reason="as torch's own, which no compiler enters"
+        )
 
 
 def answering(params: Sequence[Tensor]) -> AbstractContextManager[object]:
     """Answers what a step reads on the host, if the parameters are fake."""
-    first = local_tensor(params[0]) if params else None
+    if not params or type(params[0]) in _REAL:
+        return _NOTHING
+    first = local_tensor(params[0])
     return _answering(first) if isinstance(first, FakeTensor) else _NOTHING
 
 
 _NOTHING = nullcontext()
+_REAL = {Tensor, torch.nn.Parameter}  # what most are; a fake one, or a shard, has a type of its own
 
 
 @contextmanager
