@@ -151,6 +151,7 @@ def test_silent_defects_are_named_and_training_has_the_bits_of_references(machin
     torch.testing.assert_close(trained(), expected, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_loud_defects_are_verdicts_and_the_rest_goes_on(machine, injected, monkeypatch):
     expected = with_references(LOUD)
     injected(LOUD)
