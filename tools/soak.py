@@ -205,7 +205,7 @@ def soak(options: argparse.Namespace) -> int:
                 raise SystemExit(f"a run ended with status {status}")
             kills += status != 0
         status, soaked = run(options, "--folder", folder)
-        left = sorted(each.name for each in Path(folder).iterdir())
+        left = sorted(each.name for each in Path(folder).iterdir() if each.name[0] != ".")
     if status:
         raise SystemExit(f"the last run ended with status {status}")
     grown = {"straight": growth(straight["memory"]), "soaked": growth(soaked["memory"])}
