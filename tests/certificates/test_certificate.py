@@ -37,16 +37,8 @@ def reports(**failures):
 
 
 @pytest.fixture
-def machine(tmp_path, monkeypatch):
+def machine(own_cache, tmp_path, monkeypatch):
     """A cache of its own, and an examination that only counts; returns its calls."""
-    load_compiled()
-    library = jit.build()
-    monkeypatch.setattr(jit, "build", lambda retry=False: library)
-    monkeypatch.setenv("SHAMPOO_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(issue, "_given", {})
-    monkeypatch.setattr(issue, "_warned", set())
-    for name in ("SHAMPOO_TUNE", "SHAMPOO_BACKEND"):
-        monkeypatch.delenv(name, raising=False)
     trust.private_folder.cache_clear()
     monkeypatch.setattr(trust.tempfile, "gettempdir", lambda: str(tmp_path))
     calls = []
@@ -58,8 +50,6 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.setattr(issue, "examine", examine)
     yield calls
     trust.private_folder.cache_clear()
-    monkeypatch.delenv("SHAMPOO_BACKEND", raising=False)
-    ops.load_kernels(required=True)
 
 
 def the_path():

@@ -7,12 +7,11 @@ import re
 
 import pytest
 import torch
-from compiled import load_compiled
 from defects import DEFECTS, Faulty
 from torch import nn
 
 from shampoo import Shampoo, certificates, ops
-from shampoo.certificates import certificate, issue, runner
+from shampoo.certificates import certificate, runner
 from shampoo.certificates.cases import CASES
 from shampoo.certificates.checks import Trial
 from shampoo.ops import OPS, jit
@@ -64,22 +63,6 @@ def test_a_silent_defect_is_found_in_the_cases(op, defect):
     assert any(finding.failure for finding in findings)
     clean = [Trial(case, OPS[op], CPU, "reference") for case in CASES[op] if case.on_cpu]
     assert {trial.examine(lambda _: OPS[op].reference).failure for trial in clean} == {""}
-
-
-@pytest.fixture
-def machine(tmp_path, monkeypatch):
-    """A cache of its own, so certificates of its own, with the library of the usual one."""
-    load_compiled()
-    library = jit.build()
-    monkeypatch.setattr(jit, "build", lambda retry=False: library)
-    monkeypatch.setenv("SHAMPOO_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(issue, "_given", {})
-    monkeypatch.setattr(issue, "_warned", set())
-    monkeypatch.delenv("SHAMPOO_TUNE", raising=False)
-    monkeypatch.delenv("SHAMPOO_BACKEND", raising=False)
-    yield tmp_path / "cache"
-    monkeypatch.delenv("SHAMPOO_BACKEND", raising=False)
-    ops.load_kernels(required=True)  # whatever was set aside comes back
 
 
 @pytest.fixture
@@ -137,7 +120,7 @@ def certified(is_timed=False):
     return found, warning
 
 
-def test_silent_defects_are_named_and_training_has_the_bits_of_references(machine, injected):
+def test_silent_defects_are_named_and_training_has_the_bits_of_references(own_cache, injected):
     expected = with_references(SILENT)
     injected(SILENT)
     found, warning = certified()
@@ -152,7 +135,7 @@ def test_silent_defects_are_named_and_training_has_the_bits_of_references(machin
 
 
 @pytest.mark.slow
-def test_loud_defects_are_verdicts_and_the_rest_goes_on(machine, injected, monkeypatch):
+def test_loud_defects_are_verdicts_and_the_rest_goes_on(own_cache, injected, monkeypatch):
     expected = with_references(LOUD)
     injected(LOUD)
     monkeypatch.setattr(runner, "PATIENCE", 30.0)

@@ -10,12 +10,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks import Ranks
 from resharded_runs import digest, load_file, placed, whole
+from three_layers import three_layers
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 from shampoo import IncompleteCheckpointError, Shampoo, checkpoint
 
@@ -37,15 +35,7 @@ HISTORIES: dict[str, Callable[[int], str]] = {
 
 
 def build(layout: str, seed: int = 0) -> tuple[nn.Module, Shampoo]:
-    torch.manual_seed(seed)
-    model: nn.Module = nn.Sequential(nn.Linear(11, 13), nn.LayerNorm(13), nn.Linear(13, 7))
-    if layout == "fsdp2":
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        for layer in model.children():
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-    elif layout == "ddp":
-        model = DistributedDataParallel(model)
+    model = three_layers(layout, seed)
     named = list(model.named_parameters())
     return model, Shampoo([{"params": named[:2]}, {"params": named[2:]}], **HYPER)
 

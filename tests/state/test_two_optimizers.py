@@ -7,19 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks import Ranks
 from resharded_runs import digest, placed
+from three_layers import three_layers
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
     set_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
 from shampoo import BlockGridMismatchError, Shampoo, checkpoint
@@ -33,15 +30,7 @@ PAIRS = ("adamw", "shampoo", "sgd")  # beside a Shampoo of the first layers; SGD
 
 
 def build(layout: str, pair: str, seed: int = 0, **hyper: Any) -> tuple[nn.Module, list[Optimizer]]:
-    torch.manual_seed(seed)
-    model: nn.Module = nn.Sequential(nn.Linear(11, 13), nn.LayerNorm(13), nn.Linear(13, 7))
-    if layout == "fsdp2":
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        for layer in model.children():
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-    elif layout == "ddp":
-        model = DistributedDataParallel(model)
+    model = three_layers(layout, seed)
     named = list(model.named_parameters())
     body = Shampoo(
         [{"params": named[:2]}, {"params": named[2:4], "lr": 0.01}], **{**HYPER, **hyper}
