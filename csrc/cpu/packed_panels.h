@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "cpu/simd.h"
+#include "cpu/transpose.h"
 
 namespace shampoo::cpu {
 
@@ -51,8 +52,7 @@ void pack(Flat* panel, const Flat* grad, const Unfolding& shape, int64_t column,
     const int64_t outer = (start + k) / shape.after, inner = (start + k) % shape.after;
     const int64_t run = std::min({depth - k, shape.after - inner, int64_t(16)});
     const Flat* from = grad + (outer * shape.size + column) * shape.after + inner;
-    for (int64_t c = 0; c < columns; ++c)
-      for (int64_t r = 0; r < run; ++r) panel[(k + r) * width + c] = from[c * shape.after + r];
+    transpose(panel + k * width, width, from, shape.after, columns, run);
     k += run;
   }
 }

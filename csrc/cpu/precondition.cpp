@@ -6,6 +6,7 @@
 #include "cpu/for_matrices.h"
 #include "cpu/packed_gemm.h"
 #include "cpu/squares.h"
+#include "cpu/transpose.h"
 
 namespace shampoo::cpu {
 namespace {
@@ -30,8 +31,7 @@ void move_columns(Flat* out, const Flat* block, int64_t size, int64_t rest,
                   const ForPanels& for_panels) {
   for_panels((rest + kStrip - 1) / kStrip, [&](int64_t strip) {
     const int64_t first = strip * kStrip, last = std::min(rest, first + kStrip);
-    for (int64_t i = 0; i < size; ++i)
-      for (int64_t r = first; r < last; ++r) out[r * size + i] = block[i * rest + r];
+    transpose(out + first * size, size, block + first, rest, size, last - first);
   });
 }
 

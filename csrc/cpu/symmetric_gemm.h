@@ -8,13 +8,6 @@
 
 namespace shampoo::cpu {
 
-// Column c of the sums becomes row c of `to`.
-template <class Flat>
-void transpose(Flat* to, int64_t stride, const Sums<Flat>& sums, int64_t columns) {
-  for (int64_t c = 0; c < columns; ++c)
-    for (int64_t r = 0; r < kHeight<Flat>; ++r) to[c * stride + r] = sums[r][c];
-}
-
 // Where a symmetric matrix lies: entry (i, j) at j / kWidth * panel + i * row + j % kWidth.
 template <class Flat>
 struct Layout {
@@ -93,7 +86,7 @@ void upper_tiles(Flat* out, const Layout<Flat>& layout, int64_t panel,
       if (!is_whole) std::copy_n(edge, columns, out + here + r * layout.row);
     }
     if (mirror && row < column)
-      transpose(out + layout.at(column, row), layout.row, sums, columns);
+      transpose(out + layout.at(column, row), layout.row, &sums[0][0], width, height, columns);
   }
   if (!mirror) return;
   Flat* corner = out + layout.at(column, column);
