@@ -24,6 +24,8 @@ void gram_ema(Flat* factor, const Flat* grad, int64_t count, int64_t before, int
   for_matrices<Flat>(count, panels * stride, [&](int64_t b, Flat* packed,
                                                          const auto& for_panels) {
     Flat* matrix = factor + b * size * size;
+    Ahead ahead;
+    if (b + 1 < count) ahead.add(grad + (b + 1) * numel, numel).add(matrix + size * size, size * size);
     for (int64_t start = 0; start < shape.depth(); start += kDepth<Flat>) {
       const int64_t depth = std::min(kDepth<Flat>, shape.depth() - start);
       for_panels(panels, [&](int64_t panel) {
@@ -32,7 +34,10 @@ void gram_ema(Flat* factor, const Flat* grad, int64_t count, int64_t before, int
       const Operands<Flat> operands{packed, packed, stride, depth};
       const Polynomial<Flat> average{weight, matrix, start == 0 ? beta : Flat(1)};
       for_panels(panels, [&](int64_t panel) {
-        upper_tiles(matrix, layout, panel, operands, average, start + depth == shape.depth());
+        // A panel has as many tiles as its ordinal says; long sums ask in their first piece alone.
+        const int64_t before = panel * (panel + 1) / 2, all = panels * (panels + 1) / 2;
+        upper_tiles(matrix, layout, panel, operands, average, start + depth == shape.depth(),
+                    start == 0 ? ahead.part(before, before + panel + 1, all) : Ahead());
       });
     }
   });

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu/ahead.h"
 #include "cpu/simd.h"
 #include "cpu/transpose.h"
 
@@ -17,6 +18,8 @@ namespace shampoo::cpu {
 template <class Flat>
 constexpr int64_t kDepth = 1024 / sizeof(Flat);
 constexpr int kVectors = 2;
+// Depths of a product for every line that is asked for ahead.
+constexpr int64_t kDepthsPerLine = 4;
 
 template <class Flat>
 constexpr int64_t kWidth = kVectors * kLanesOf<Flat>;
@@ -64,19 +67,25 @@ using Sums = Flat[kHeight<Flat>][kWidth<Flat>];
 // sums[r][c] = sum over the depth of rows[r] * columns[c], both read from packed panels, added to what
 // is there if `adds`; zero before the vector `first`. Long sums are added up in pieces of kDepth.
 template <int first, bool adds, class Flat>
-void multiply(Sums<Flat>& sums, const Flat* rows, const Flat* columns, int64_t depth) {
+void multiply(Sums<Flat>& sums, const Flat* rows, const Flat* columns, int64_t depth,
+              Ahead ahead = {}) {
   constexpr int64_t width = kWidth<Flat>, height = kHeight<Flat>, lanes = kLanesOf<Flat>;
   for (int64_t start = 0; start < depth; start += kDepth<Flat>) {
     Vector<Flat> total[height][kVectors];
     for (auto& row : total)
       for (auto& vector : row) vector = fill(Flat(0));
     const int64_t end = std::min(depth, start + kDepth<Flat>);
-    for (int64_t k = start; k < end; ++k, rows += width, columns += width) {
-      Vector<Flat> column[kVectors];
-      for (int v = first; v < kVectors; ++v) column[v] = load(columns + v * lanes);
-      for (int64_t r = 0; r < height; ++r) {
-        const auto row = fill(rows[r]);
-        for (int v = first; v < kVectors; ++v) total[r][v] = fused(row, column[v], total[r][v]);
+    for (int64_t k = start; k < end;) {
+      ahead.next();
+      for (const int64_t stop = std::min(end, k + kDepthsPerLine); k < stop; ++k) {
+        Vector<Flat> column[kVectors];
+        for (int v = first; v < kVectors; ++v) column[v] = load(columns + v * lanes);
+        for (int64_t r = 0; r < height; ++r) {
+          const auto row = fill(rows[r]);
+          for (int v = first; v < kVectors; ++v) total[r][v] = fused(row, column[v], total[r][v]);
+        }
+        rows += width;
+        columns += width;
       }
     }
     for (int64_t r = 0; r < height; ++r)
