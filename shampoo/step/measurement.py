@@ -73,6 +73,7 @@ class Recorder:
         self.every = every
         self._plan: weakref.ref[BlockPlan] | None = None  # which must not outlive its successor
         self._measured: _Measured | None = None
+        self._copies: dict[int, Tensor] = {}  # of weights on a CPU, by member
         self._records: dict[torch.device, _Record] = {}
         # Of the plan: for every arena its group, bytes and what a block of it counts among all
         # ranks; what an element of every parameter counts there.
@@ -91,12 +92,26 @@ class Recorder:
         weights = [inputs.params[member] for member in there]
         # To be compared with what they become: an update is what has moved a weight, with decay,
         # momentum and rounding, and whichever rank its direction came from.
-        self._measured = _Measured(there, torch._foreach_clone(weights) if weights else [])
+        self._measured = _Measured(there, self._copy(there, weights))
+
+    def _copy(self, members: Sequence[int], weights: Sequence[Tensor]) -> list[Tensor]:
+        """Copies of weights. Those on a CPU stay: fresh pages would cost as much as the copy."""
+        copies = []
+        for member, weight in zip(members, weights, strict=True):
+            copy = self._copies.get(member)
+            if copy is None:
+                copy = torch.empty_like(weight)
+                if is_near(copy.device):
+                    self._copies[member] = copy
+            copies.append(copy)
+        if copies:
+            torch._foreach_copy_(copies, list(weights))
+        return copies
 
     def _follow(self, plan: BlockPlan) -> None:
         """Asks the refreshes of a plan to leave what they find."""
         self.close()
-        self._plan, self._records = weakref.ref(plan), {}
+        self._plan, self._records, self._copies = weakref.ref(plan), {}, {}
         ranks = plan.stepping_ranks.size
         self._groups = [arena.group for arena in plan.arenas]
         self._block_shares = [arena.team.size / ranks for arena in plan.arenas]
