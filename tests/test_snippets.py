@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 # Pages whose snippets a test of their own runs, which knows what they need.
 ELSEWHERE = {"metrics"}
 # Pages that speak of a program which is there already.
-WITHIN = {"README", "index", "faults", "frameworks", "from_official"}
+WITHIN = {"README", "index", "distributed", "faults", "frameworks", "from_official", "tuning"}
 
 
 def snippets(page: Path) -> list[str]:
