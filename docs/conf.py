@@ -40,6 +40,8 @@ myst_heading_anchors = 6
 myst_links_external_new_tab = False
 
 autodoc_member_order = "bysource"
+# Frameworks need not be there for what shampoo.integrations says of itself.
+autodoc_mock_imports = ["accelerate", "lightning", "timm", "torchtitan", "transformers"]
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 napoleon_google_docstring = True
