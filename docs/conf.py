@@ -7,7 +7,7 @@ the repository is therefore the root of the sources: ``sphinx-build -c docs . si
 
 from typing import Any
 
-from docutils.nodes import SkipNode
+from docutils.nodes import SkipNode, field
 from docutils.utils.math.latex2mathml import tex2mathml
 
 import shampoo
@@ -75,6 +75,14 @@ def _block(writer: Any, node: Any) -> None:
     raise SkipNode
 
 
+def _classes_return_nothing(app: Any, domain: str, kind: str, content: Any) -> None:
+    """What stands in for a framework says that a class of ours, which derives from it, returns."""
+    for each in [*content.findall(field)] if kind == "class" else []:
+        if each[0].astext() == "rtype":
+            each.parent.remove(each)
+
+
 def setup(app: Any) -> None:
     """Called by Sphinx."""
+    app.connect("object-description-transform", _classes_return_nothing, priority=900)
     app.add_html_math_renderer("mathml", (_inline, None), (_block, None))
