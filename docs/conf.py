@@ -7,7 +7,7 @@ the repository is therefore the root of the sources: ``sphinx-build -c docs . si
 
 from typing import Any
 
-from docutils.nodes import SkipNode
+from docutils.nodes import SkipNode, field
 from docutils.utils.math.latex2mathml import tex2mathml
 
 import shampoo
@@ -40,6 +40,8 @@ myst_heading_anchors = 6
 myst_links_external_new_tab = False
 
 autodoc_member_order = "bysource"
+# Frameworks need not be there for what shampoo.integrations says of itself.
+autodoc_mock_imports = ["accelerate", "lightning", "timm", "torchtitan", "transformers"]
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 napoleon_google_docstring = True
@@ -73,6 +75,14 @@ def _block(writer: Any, node: Any) -> None:
     raise SkipNode
 
 
+def _classes_return_nothing(app: Any, domain: str, kind: str, content: Any) -> None:
+    """What stands in for a framework says that a class of ours, which derives from it, returns."""
+    for each in [*content.findall(field)] if kind == "class" else []:
+        if each[0].astext() == "rtype":
+            each.parent.remove(each)
+
+
 def setup(app: Any) -> None:
     """Called by Sphinx."""
+    app.connect("object-description-transform", _classes_return_nothing, priority=900)
     app.add_html_math_renderer("mathml", (_inline, None), (_block, None))

@@ -1,4 +1,4 @@
-"""What README promises to those who come from another optimizer."""
+"""What docs/coming_from.md promises to those who come from another optimizer."""
 
 import logging
 import math
@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from shampoo import Shampoo
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[1] / "docs" / "coming_from.md").read_text(encoding="utf-8")
 
 
 def ill_conditioned(scale: float, steps: int) -> list[Tensor]:
@@ -84,8 +84,8 @@ def test_the_warning_is_true_of_the_steps(caplog):
 
 
 def recipe() -> str:
-    """The block of README that has OneCycleLR."""
-    [block] = [b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "OneCycleLR" in b]
+    """The block of the page that has OneCycleLR."""
+    [block] = [b for b in re.findall(r"```python\n(.*?)```", PAGE, re.S) if "OneCycleLR" in b]
     return block
 
 

@@ -17,9 +17,9 @@ import shampoo
 
 ROOT = Path(__file__).parents[1]
 # Pages whose snippets a test of their own runs, which knows what they need.
-ELSEWHERE = {"metrics"}
+ELSEWHERE = {"README", "metrics"}
 # Pages that speak of a program which is there already.
-WITHIN = {"README", "index", "faults", "frameworks", "from_official"}
+WITHIN = {"index", "distributed", "faults", "frameworks", "from_official", "tuning"}
 
 
 def snippets(page: Path) -> list[str]:
@@ -31,7 +31,7 @@ def snippets(page: Path) -> list[str]:
 
 PAGES = [
     page
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for page in sorted((ROOT / "docs").glob("*.md"))
     if snippets(page) and page.stem not in ELSEWHERE
 ]
 
@@ -62,8 +62,38 @@ def test_snippets_of_a_page_run(page, tmp_path, monkeypatch, request):
         exec(compile(snippet, str(page), "exec"), namespace)
 
 
+def test_the_first_run_of_readme_prints_what_it_says(program, capsys):
+    """But for what another release of Python has in the text that it trains on."""
+    readme = ROOT / "README.md"
+    line, first = snippets(readme)
+    for snippet in (line, first):
+        namespace = dict(program) if snippet is line else {"__name__": "__main__"}
+        exec(compile(snippet, str(readme), "exec"), namespace)
+    said = re.findall(r"^steps to .*$", readme.read_text(encoding="utf-8"), re.M)
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == len(said) > 3
+    losses = []
+    for ours, theirs in zip(printed, said, strict=True):
+        assert re.sub(r"\d+\.\d+", "", ours) == re.sub(r"\d+\.\d+", "", theirs)
+        losses.append([float(number) for number in re.findall(r"\d+\.\d+", ours)])
+        expected = [float(number) for number in re.findall(r"\d+\.\d+", theirs)]
+        assert losses[-1] == pytest.approx(expected, abs=0.1)
+    adamw, shampoos = zip(*losses, strict=True)
+    assert [*adamw] == sorted(adamw, reverse=True)
+    assert shampoos[-1] < adamw[-1] - 0.1
+
+
+def test_readme_is_two_screens_to_its_first_run_and_short():
+    """A screen has 50 lines; who has read two of them has seen a loss fall."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    output = max(number for number, line in enumerate(lines) if line.startswith("steps to "))
+    assert output < 2 * 50
+    assert len(lines) <= 125
+    assert max(map(len, lines)) <= 130
+
+
 def test_pages_that_teach_have_snippets():
-    taught = {"README", "quickstart", "checkpoints", "planner", "coming_from"}
+    taught = {"quickstart", "checkpoints", "planner", "coming_from", "tuning", "distributed"}
     assert taught <= {page.stem for page in PAGES}
 
 

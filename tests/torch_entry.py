@@ -43,7 +43,8 @@ def shampoo_inputs(device: Any, dtype: Any = None) -> list[OptimizerInput]:
     kind of state once without ``betas[0]``, where its direction has no average to come from.
     """
     few = {"precondition_frequency": 3}  # roots within the few steps of a check
-    sgd = {"grafting": "sgd", "betas": (0.0, 0.999), "momentum": 0.9}  # the README's own recipe
+    # The recipe of docs/coming_from.md.
+    sgd = {"grafting": "sgd", "betas": (0.0, 0.999), "momentum": 0.9}
     capturable = {"capturable": True, **few}
     described: dict[str, dict[str, Any]] = {
         "default": {},

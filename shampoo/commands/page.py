@@ -2,11 +2,11 @@
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1b2430; --soft: #5b6776;
-  --rule: #e3e7ec; --c0: #2563b8; --c1: #c2570c; --c2: #15803d; --c3: #a21caf; --c4: #0e7490;
+  --rule: #e3e7ec; --c0: #334155; --c1: #c2570c; --c2: #15803d; --c3: #a21caf; --c4: #2563b8;
   --c5: #b91c1c; --c6: #6d5a1e; --c7: #5b4bc4; }
 @media (prefers-color-scheme: dark) { :root { --page: #12161c; --card: #1b212a; --ink: #e6ebf1;
-  --soft: #9aa7b6; --rule: #2c3540; --c0: #6ea8fe; --c1: #f59e5b; --c2: #5fd38a; --c3: #e08af0;
-  --c4: #4fc4da; --c5: #f58a8a; --c6: #d8bf6a; --c7: #a79bff; } }
+  --soft: #9aa7b6; --rule: #2c3540; --c0: #cfd8e3; --c1: #f59e5b; --c2: #5fd38a; --c3: #e08af0;
+  --c4: #6ea8fe; --c5: #f58a8a; --c6: #d8bf6a; --c7: #a79bff; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1240px; padding: 28px 20px 48px; background: var(--page);
   color: var(--ink); font: 15px/1.45 system-ui, sans-serif; }

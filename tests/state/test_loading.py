@@ -49,7 +49,7 @@ def go_on(*runs_: tuple[list[Parameter], Shampoo], seed: int = 7) -> None:
 
 @pytest.mark.parametrize("grafting", GRAFTING)
 def test_without_a_gradient_average_every_grafting_resumes(grafting):
-    """``exp_avg`` is part of the word ``exp_avg_sq``; README's recipe for SGD has beta1 = 0."""
+    """``exp_avg`` is part of the word ``exp_avg_sq``; docs/coming_from.md has beta1 = 0 for SGD."""
     hyper = {"betas": (0.0, 0.9), "grafting": grafting, "momentum": 0.0}
     run = trained(3, **hyper)
     other = twin(run[0], **hyper)
