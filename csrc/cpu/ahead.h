@@ -2,13 +2,23 @@
 // the L2 cache leave the memory idle, and would then wait for it while the next operands are packed.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 
 namespace shampoo::cpu {
 
+// Nothing to ask for.
+struct Nothing {
+  static constexpr bool kIsNothing = true;
+  Nothing part(int64_t, int64_t, int64_t) const { return {}; }
+  void next(int64_t) {}
+};
+
 class Ahead {
  public:
+  static constexpr bool kIsNothing = false;
+
   // Adds [data, data + numel), or nothing if it is too long: it would push out what is in use.
   template <class Flat>
   Ahead& add(const Flat* data, int64_t numel) {
@@ -27,12 +37,13 @@ class Ahead {
     return some;
   }
 
-  // Asks for one line of everything that has been added.
-  void next() {
+  // Asks for so many lines of everything that has been added.
+  void next(int64_t lines) {
     for (int run = 0; run < count_; ++run) {
-      auto& [at, lines] = runs_[run];
-      if (lines-- > 0) prefetch(at);
-      at += kLine;
+      auto& [at, left] = runs_[run];
+      for (int64_t line = 0; line < std::min(lines, left); ++line) prefetch(at + line * kLine);
+      at += lines * kLine;
+      left -= lines;
     }
   }
 

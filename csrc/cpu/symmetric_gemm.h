@@ -41,7 +41,7 @@ struct Polynomial {
   Flat diagonal = 0;
 };
 
-template <int first, class Flat>
+template <int first, class Flat, class Ahead>
 void multiply(Sums<Flat>& sums, const Operands<Flat>& operands, int64_t row, int64_t panel,
               const Ahead& ahead) {
   const int64_t rows = row / kWidth<Flat> * operands.panel + row % kWidth<Flat>;
@@ -49,12 +49,13 @@ void multiply(Sums<Flat>& sums, const Operands<Flat>& operands, int64_t row, int
   multiply<first, false>(sums, operands.left + rows, operands.right + columns, operands.depth,
                          ahead);
   if (operands.both_orders)
-    multiply<first, true>(sums, operands.right + rows, operands.left + columns, operands.depth);
+    multiply<first, true>(sums, operands.right + rows, operands.left + columns, operands.depth,
+                          Nothing());
 }
 
 // Tiles of one panel of columns from the first row down to the diagonal, written to `out` and, where
 // `mirror` says so, mirrored. What is not mirrored is undefined below the diagonal.
-template <class Flat>
+template <class Flat, class Ahead = Nothing>
 void upper_tiles(Flat* out, const Layout<Flat>& layout, int64_t panel,
                  const Operands<Flat>& operands, const Polynomial<Flat>& polynomial, bool mirror,
                  const Ahead& ahead = {}) {
@@ -67,7 +68,7 @@ void upper_tiles(Flat* out, const Layout<Flat>& layout, int64_t panel,
   alignas(64) Flat edge[width] = {};  // a row, where the last columns are not there
   for (int64_t row = 0; row < column + columns; row += height) {
     alignas(64) Sums<Flat> sums;
-    const Ahead now = ahead.part(row / height, row / height + 1, tiles);
+    const auto now = ahead.part(row / height, row / height + 1, tiles);
     if (row < column + lanes)
       multiply<0>(sums, operands, row, panel, now);
     else  // what is left of the diagonal is mirrored
