@@ -25,11 +25,11 @@ def objection(path: Path, within: Path) -> str:
     """Why a file is not to be trusted; nothing if it is, or if there is none.
 
     It and the folders above it, up to ``within``, must belong to the user or to root, and nobody
-    else may write to them.
+    else may write to them. The outermost is named: it is the same for all files below.
     """
     if not hasattr(os, "getuid"):
         return ""  # a system without owners
-    for each in (path, *path.parents):
+    for each in reversed((path, *path.parents)):
         if each.is_relative_to(within) and (reason := _objection(each)):
             return reason
     return ""

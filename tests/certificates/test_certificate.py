@@ -155,6 +155,22 @@ def test_a_library_that_others_may_have_written_is_not_used(machine, tmp_path, m
     assert not jit.library_path().is_relative_to(tmp_path / "cache")
 
 
+def test_one_line_speaks_of_a_cache_that_is_not_trusted(machine, tmp_path, capsys):
+    """Library and certificate lie in it: all of it is open, from the top to the files."""
+    paths = [jit.library_path(), the_path()]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"")
+    for each in [tmp_path / "cache", *(tmp_path / "cache").rglob("*")]:
+        each.chmod(0o777)
+    assert not any(
+        path.is_relative_to(tmp_path / "cache") for path in (jit.library_path(), the_path())
+    )
+    said = capsys.readouterr().err
+    assert said.count("made anew") == 1
+    assert f"{tmp_path / 'cache'} (mode 777)" in said
+
+
 @pytest.mark.parametrize("change", ["processor", "torch", "library", "sources", "card"])
 def test_the_key_changes_with_everything_that_shapes_a_kernel(machine, change, monkeypatch):
     before = the_path()
