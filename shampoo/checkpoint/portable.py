@@ -85,7 +85,7 @@ def import_safetensors(
     for index, group in enumerate(groups):
         group.update(state.pop(f"{_GROUPS}.{index}", {}))
     if unknown := sorted(state.keys() - numbers.keys()):
-        raise ValueError(f"{path} has state of {shown(unknown)}, which are in none of its groups.")
+        raise ValueError(f"Invalid {path}: state of {shown(unknown)}. Must be of its parameters.")
     numbered = {numbers[name]: entries for name, entries in state.items()}
     optimizer.load_state_dict({"state": numbered, _GROUPS: groups}, strict=strict)
 
@@ -131,7 +131,7 @@ def _names(groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         names.append(list(group.get("param_names") or numbers))
     every = [name for each in names for name in each]
     if twice := {name for name in every if every.count(name) > 1}:
-        raise ValueError(f"Invalid names: {shown(sorted(twice))} of several parameters.")
+        raise ValueError(f"Invalid names={shown(sorted(twice))}. Must be of one parameter each.")
     return names
 
 
