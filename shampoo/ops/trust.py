@@ -70,10 +70,19 @@ def locked(path: Path) -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a small file, whole or not at all."""
+    publish(_scratch(path, text), path)
+
+
+def write_recorded(path: Path, text: str) -> None:
+    """:func:`write_text`, with the digest that :func:`is_whole` compares."""
+    publish_recorded(_scratch(path, text), path)
+
+
+def _scratch(path: Path, text: str) -> Path:
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     scratch.unlink(missing_ok=True)
     scratch.write_text(text, encoding="utf-8")
-    publish(scratch, path)
+    return scratch
 
 
 def publish(scratch: Path, path: Path) -> None:

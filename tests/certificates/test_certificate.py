@@ -70,7 +70,8 @@ def test_one_is_made_once_and_then_read(machine, capsys):
     assert certificates.certificate_of(CPU) == first
     assert len(machine) == 1
     assert capsys.readouterr().err == ""
-    assert [path.suffix for path in sorted(the_path().parent.iterdir())] == [".json", ".lock"]
+    suffixes = [path.suffix for path in sorted(the_path().parent.iterdir())]
+    assert suffixes == [".json", trust.RECORD, ".lock"]
 
 
 def test_times_are_added_where_they_are_asked_for(machine):
@@ -89,7 +90,9 @@ def test_times_are_added_where_they_are_asked_for(machine):
         "another version": lambda path: change(path, version=certificate.VERSION + 1),
         "of other facts": lambda path: change(path, facts={"device": "cpu", "name": "another"}),
         "of another form": lambda path: change(path, reports=[{"op": "gram_ema_"}]),
-        "a list": lambda path: path.write_text("[]"),
+        "a list": lambda path: trust.write_recorded(path, "[]"),
+        "of another verdict": lambda path: acquit(path),
+        "without a digest": lambda path: path.with_name(path.name + trust.RECORD).unlink(),
     }.items(),
     ids=lambda item: item[0],
 )
@@ -103,7 +106,14 @@ def test_what_is_not_whole_or_of_this_machine_is_made_again(machine, spoil):
 
 
 def change(path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    trust.write_recorded(path, json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def acquit(path):
+    """One figure of one report is another one than was found, in a file that is whole JSON."""
+    text = path.read_text()
+    assert text.count("1e-07") > 1
+    path.write_text(text.replace("1e-07", "1e-09", 1))
 
 
 @pytest.mark.parametrize(
