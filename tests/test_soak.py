@@ -59,7 +59,7 @@ def test_a_report_is_printed_whichever_process_it_is_of(tmp_path, capsys):
     variables = sanitize["environment"](tmp_path)
     source, library = tmp_path / "faulty.cpp", tmp_path / "faulty.so"
     source.write_text(
-        'extern "C" int read(int at) { auto p = new int[4](); int v = p[at]; delete[] p; return v; }'
+        'extern "C" int read(int i) { auto p = new int[4](); int v = p[i]; delete[] p; return v; }'
         'extern "C" int add(int n) { return n + 2147483647; }'
     )
     build = [variables["CXX"], "-shared", "-fPIC", "-o", str(library), str(source)]
