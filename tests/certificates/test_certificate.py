@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import pwd
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from patience import PATIENCE
 
 import shampoo
 from shampoo import certificates, ops
+from shampoo.__main__ import report
 from shampoo.certificates import certificate, issue, tune
 from shampoo.certificates.certificate import Certificate
 from shampoo.certificates.report import Report, Timing
@@ -179,6 +181,28 @@ def test_one_line_speaks_of_a_cache_that_is_not_trusted(machine, tmp_path, capsy
     said = capsys.readouterr().err
     assert said.count("made anew") == 1
     assert f"{tmp_path / 'cache'} (mode 777)" in said
+
+
+def test_a_user_without_a_home_is_told_what_to_set_and_has_references(machine, monkeypatch, capsys):
+    """As a container has it that runs as any number."""
+
+    def unknown(user):
+        raise KeyError(user)
+
+    with monkeypatch.context() as there:
+        for name in ("HOME", "XDG_CACHE_HOME", "SHAMPOO_CACHE_DIR"):
+            there.delenv(name, raising=False)
+        there.setattr(pwd, "getpwuid", unknown)
+        assert certificates.certificate_of(CPU) is None
+        assert "Set SHAMPOO_CACHE_DIR to a folder of yours." in capsys.readouterr().err
+        used = certificates.kernels_in_use(CPU)
+        facts = report(build=False)
+    assert facts["cache"] == ""
+    assert "Set SHAMPOO_CACHE_DIR" in facts["reason"]
+    assert {kernel for op in used.values() for rows in op.values() for _, kernel in rows} == {
+        "reference"
+    }
+    assert machine == []
 
 
 @pytest.mark.parametrize("change", ["processor", "torch", "library", "sources", "card"])
