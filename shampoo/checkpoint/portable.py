@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from shampoo.checkpoint.durable import sync_folder
-from shampoo.checkpoint.ranks import on_first_rank
+from shampoo.checkpoint.ranks import on_every_rank, on_first_rank
 from shampoo.errors import DamagedCheckpointError, shown
 from shampoo.inputs import check_list, check_object, parse_json
 from shampoo.optimizer import Shampoo
@@ -39,11 +39,26 @@ def export_safetensors(path: str | os.PathLike[str], optimizer: Shampoo) -> None
     Raises:
         ImportError: on all ranks, if the first has no safetensors.
         ValueError: on all ranks, for names that two parameters have, a value of a group that JSON
-            cannot hold, and an entry of somebody else that is no tensor.
+            cannot hold, an entry of somebody else that is no tensor, and if ranks hold other
+            parameters than the first.
         OSError: on all ranks, if the first cannot write; nothing is left of it.
         ShampooDistributedError: on all ranks, if one has failed to send.
     """
-    optimizer.consolidate_state_dict()
+
+    def gather() -> list[tuple[str, tuple[int, ...]]]:
+        optimizer.consolidate_state_dict()
+        names = [name for each in _names(optimizer.param_groups) for name in each]
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        return [(name, tuple(param.shape)) for name, param in zip(names, params, strict=True)]
+
+    # What is on other ranks alone, a stage of a pipeline, would not be in the file.
+    first, *others = on_every_rank(gather)
+    for rank, held in enumerate(others, start=1):
+        if held != first:
+            raise ValueError(
+                f"Invalid optimizer: rank {rank} has {shown(held)}, rank 0 has {shown(first)}. Must"
+                " be of the same parameters on all ranks. shampoo.checkpoint.save takes any."
+            )
     on_first_rank(lambda: _write(Path(path), optimizer.state_dict()))
 
 
@@ -59,6 +74,7 @@ def import_safetensors(
 
     Raises:
         ImportError: if there is no safetensors.
+        OSError: if it cannot be opened.
         DamagedCheckpointError: if it is no such file.
         ValueError: if the optimizer has other groups or other parameters in them.
         ShampooError: as :meth:`~shampoo.Shampoo.load_state_dict` raises it. In every case the

@@ -14,6 +14,8 @@ from ranks import Ranks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from shampoo import DamagedCheckpointError, IncompleteCheckpointError, Shampoo, checkpoint
 
@@ -108,6 +110,27 @@ def test_all_ranks_raise_where_the_first_cannot_write(ranks: Ranks, tmp_path):
     (tmp_path / "state").mkdir()
     assert ranks.returns(_fail, 2, tmp_path / "state") == ["IsADirectoryError"] * 2
     assert os.listdir(tmp_path) == ["state"]
+
+
+def _lack(rank: int, path: Path) -> str:
+    """Each rank has a model of its own, as stages of a pipeline have."""
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("stage", "shard"))["shard"]
+    param = nn.Parameter(distribute_tensor(torch.ones(4 + rank, 3), mesh, [Shard(0)]))
+    optimizer = Shampoo([param])
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    try:
+        checkpoint.export_safetensors(path, optimizer)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_all_ranks_raise_where_the_first_holds_other_parameters(ranks: Ranks, tmp_path):
+    said = ranks.returns(_lack, 2, tmp_path / "state")
+    assert "rank 1 has [['0', [5, 3]]], rank 0 has [['0', [4, 3]]]. Must be" in said[0]
+    assert said[1] == said[0]
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_rate_on_the_device_and_a_state_without_names_go_through_too(tmp_path):
