@@ -74,6 +74,7 @@ def test_a_report_is_printed_whichever_process_it_is_of(tmp_path, capsys):
 
     for harmless in ("read(3)", "add(0)"):
         assert call(harmless) == (0, "")
+    (tmp_path / "report.1").write_text("==1==WARNING: ASan is ignoring a request")
     assert sanitize["reports"](tmp_path) == 0
     status, said = call("add(1)")
     assert status
