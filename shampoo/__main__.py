@@ -35,8 +35,9 @@ _PARAMETER_DTYPES = (*DTYPES, "bfloat16", "float16")
 
 def report(build: bool) -> dict[str, object]:
     """The facts a bug report needs: versions, compiler, kernels, cache, threads."""
-    reason, backend = "", backends.chosen()
+    reason, cache, backend = "", "", backends.chosen()
     try:
+        cache = str(jit.cache_dir())
         if build:
             jit.build(retry=True)
             if backend != ops.REFERENCE:
@@ -58,7 +59,7 @@ def report(build: bool) -> dict[str, object]:
         "compiler": jit.compiler_version().partition("\n")[0],
         "flags": " ".join(jit.cxx_flags()),
         "threads": torch.get_num_threads(),
-        "cache": str(jit.cache_dir()),
+        "cache": cache,
         "library": library,
         "certificate": {
             str(device): tune.in_words(device) for device in (in_use if licences else ())

@@ -31,8 +31,22 @@ def read_json(path: str | Path) -> Any:
             bits or beyond a float, or a name twice in one object.
     """
     try:
+        return parse_json(_text(path))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8: {error.reason} at byte {error.start}.") from error
+    except OSError as error:
+        raise ValueError(f"it cannot be read: {error.strerror}.") from error
+
+
+def parse_json(text: str) -> Any:
+    """What a text says in JSON.
+
+    Raises:
+        ValueError: as :func:`read_json`.
+    """
+    try:
         return json.loads(
-            _text(path),
+            text,
             object_pairs_hook=_distinct,
             parse_int=_integer,
             parse_float=_number,
@@ -42,10 +56,6 @@ def read_json(path: str | Path) -> Any:
         raise ValueError("it is nested too deeply.") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"it is not JSON: {error}.") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"it is not UTF-8: {error.reason} at byte {error.start}.") from error
-    except OSError as error:
-        raise ValueError(f"it cannot be read: {error.strerror}.") from error
 
 
 def _text(path: str | Path) -> str:

@@ -1,7 +1,13 @@
-"""What a rank does in a test of faults: it trains small parameters, and is made to fail."""
+"""What a rank does in a test of faults: it trains small parameters, and is made to fail.
+
+``SHAMPOO_WAITS`` names a file that gets a line for every call that raises on a rank: the seconds
+that the rank stood in it, and the error.
+"""
 
 import hashlib
 import importlib
+import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -120,9 +126,13 @@ def digest(tensors: Iterator[Tensor] | Sequence[Tensor]) -> str:
 
 def said_by(work: Callable[[], Any]) -> tuple[str, str]:
     """The class and words of the error that some work raises."""
+    start = time.monotonic()
     try:
         work()
     except (ShampooError, ValueError) as error:
+        if path := os.environ.get("SHAMPOO_WAITS"):
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(f"{time.monotonic() - start:.3f} {type(error).__name__}\n")
         return type(error).__name__, str(error)
     return "nothing", ""
 

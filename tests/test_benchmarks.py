@@ -18,7 +18,7 @@ pytest.importorskip("matplotlib", reason="the plots need the extra: pip install 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # after the installed package, which the checkout must not shadow
 
-from benchmarks import contest, floor, presence, shapes, step_time  # noqa: E402
+from benchmarks import checkpoint, contest, floor, presence, shapes, step_time  # noqa: E402
 from shampoo.blocks.blocking import merge_dims  # noqa: E402
 from shampoo.certificates import timing  # noqa: E402
 
@@ -245,3 +245,16 @@ def test_presence_prints_a_row_for_every_count(capsys):
     printed = capsys.readouterr().out
     rows = [line for line in printed.splitlines() if line.count(" ms ") == 2]
     assert [row.split()[1] for row in rows] == ["3", "7"]
+
+
+def test_checkpoint_prints_a_rate_for_all_that_is_done_with_one(tmp_path, capsys):
+    checkpoint.main(["--mib", "1", "--repeats", "1", "--folder", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:42].rstrip() for line in lines] == [
+        *("SHA-256 of bytes in memory", "length and SHA-256 of all files compared"),
+        *("save", "load", "load, verify=False"),
+    ]
+    assert all(float(line[42:].split()[0]) > 0 for line in lines)
+    [place] = tmp_path.glob("step-*")
+    size = sum(path.stat().st_size for path in place.iterdir())
+    assert 0.9 < size / 2**20 < 1.2, "as many bytes as were asked for"

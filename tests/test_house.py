@@ -38,7 +38,7 @@ IMPORTS = {
     " metrics",
     "migrate": "errors dtensor blocks grafting hyperparameters preconditioner state step optimizer",
     "replay": "blocks optimizer",
-    "checkpoint": "errors blocks preconditioner state optimizer",
+    "checkpoint": "errors inputs blocks preconditioner state optimizer",
     "planner": "errors inputs groups blocks grafting hyperparameters preconditioner distributed"
     " step optimizer",
     "integrations": "groups optimizer",

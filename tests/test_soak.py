@@ -1,5 +1,6 @@
 """``tools/soak.py`` and ``tools/sanitize.py`` in their small form."""
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -49,3 +50,35 @@ def test_the_sanitizers_are_in_the_library_that_is_tested():
     assert "sanitized: shampoo_csrc.so" in done.stdout
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout
+    assert "reports 0\n" in done.stdout
+
+
+@pytest.mark.skipif(not jit.compiler_version(), reason="no C++ compiler to build with sanitizers")
+def test_a_report_is_printed_whichever_process_it_is_of(tmp_path, capsys):
+    sanitize = runpy.run_path(str(ROOT / "tools" / "sanitize.py"))
+    variables = sanitize["environment"](tmp_path)
+    source, library = tmp_path / "faulty.cpp", tmp_path / "faulty.so"
+    source.write_text(
+        'extern "C" int read(int i) { auto p = new int[4](); int v = p[i]; delete[] p; return v; }'
+        'extern "C" int add(int n) { return n + 2147483647; }'
+    )
+    build = [variables["CXX"], "-shared", "-fPIC", "-o", str(library), str(source)]
+    subprocess.run(build, check=True)
+
+    def call(what: str) -> tuple[int, str]:
+        command = [sys.executable, "-c", f"import ctypes; ctypes.CDLL({str(library)!r}).{what}"]
+        done = subprocess.run(
+            command, env=variables, stderr=subprocess.PIPE, text=True, check=False
+        )
+        return done.returncode, done.stderr
+
+    for harmless in ("read(3)", "add(0)"):
+        assert call(harmless) == (0, "")
+    (tmp_path / "report.1").write_text("==1==WARNING: ASan is ignoring a request")
+    assert sanitize["reports"](tmp_path) == 0
+    status, said = call("add(1)")
+    assert status
+    assert "signed integer overflow" in said
+    assert call("read(4)")[0]
+    assert sanitize["reports"](tmp_path) == 1
+    assert "heap-buffer-overflow" in capsys.readouterr().out

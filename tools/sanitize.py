@@ -4,8 +4,10 @@
 
 The kernels are built by the package itself, by a compiler that adds flags, into a cache of their
 own. gcc's runtime of the sanitizers must be there before Python is: it is preloaded. A finding ends
-the process at once, with a report; so does an assertion of a test. Without names of tests, those of
-the ops and ``--fuzz`` generated programs run.
+its process at once. Reports of addresses are written to files, since a test may not look at how a
+process ends that it has started: all are printed in the end, and one is enough for an exit status
+of 1. Those of undefined behaviour go to the standard error, which pytest leaves alone here. Without
+names of tests, those of the ops and ``--fuzz`` generated programs run.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g"
 OPS = ("test_ops", "test_index_arithmetic", "test_op_numbers", "test_stack_ops")
 OPS += ("test_place_independence", "test_graft_moments", "test_stochastic_rounding")
+REPORT = "report"  # of a finding: the name of its file, to which the process id is added
 FUZZ = "tests/test_fuzz.py::test_a_program_keeps_what_every_program_must"
 
 
@@ -52,7 +55,9 @@ def environment(folder: Path) -> dict[str, str]:
         "SHAMPOO_CACHE_DIR": str(folder / "cache"),
         "LD_PRELOAD": preload,
         # What Python keeps to its end is no leak. The compiler that runs below is not looked at.
-        "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0:abort_on_error=1",
+        "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0:abort_on_error=1"
+        f":log_path={folder / REPORT}",
+        # Its log_path would set that of the other runtime, whose functions come first.
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         # It reports freed memory as used where it would only be used again.
@@ -72,8 +77,18 @@ def build(variables: dict[str, str]) -> Path:
     return found[0]
 
 
+def reports(folder: Path) -> int:
+    """Prints what was found about addresses in any process; how many findings there are."""
+    written = [path.read_text(errors="replace") for path in sorted(folder.glob(f"{REPORT}.*"))]
+    print("\n".join(written))
+    # Warnings of the runtime go there too: that it does not know the stack of a thread, say.
+    found = sum("ERROR: AddressSanitizer" in text for text in written)
+    print(f"reports {found}", flush=True)
+    return found
+
+
 def main() -> int:
-    """The exit status of pytest."""
+    """The exit status of pytest, or 1 for a report."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--fuzz", type=int, default=500, help="generated programs")
     parser.add_argument("--workers", type=int, default=2)
@@ -85,8 +100,9 @@ def main() -> int:
         tests = options.tests or [*(f"tests/ops/{name}.py" for name in OPS), FUZZ]
         # Its own marks: what is slow runs here too.
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "", "-p", "no:cacheprovider"]
-        command += ["-n", str(options.workers), *tests]
-        return subprocess.run(command, env=variables, cwd=ROOT, check=False).returncode
+        command += ["--capture=sys", "-n", str(options.workers), *tests]
+        status = subprocess.run(command, env=variables, cwd=ROOT, check=False).returncode
+        return int(reports(Path(folder)) > 0) or status
 
 
 if __name__ == "__main__":

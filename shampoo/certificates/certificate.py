@@ -1,7 +1,8 @@
 """The file that says which kernels passed on a device, and how fast they were.
 
 Its name is a digest of everything that shapes a kernel or a check, so that one that does not fit is
-not found. It is written by one rename, and read only where nobody else can have written it.
+not found. It is read only where nobody else can have written it, and if it has the digest that was
+recorded when it was.
 """
 
 import datetime
@@ -19,7 +20,7 @@ import torch
 from shampoo.certificates.report import Report
 from shampoo.ops import jit
 from shampoo.ops.licence import REFERENCE, Licence
-from shampoo.ops.trust import digest_of, make_folder, objection, write_text
+from shampoo.ops.trust import digest_of, is_whole, make_folder, objection, write_recorded
 
 VERSION = 1
 FOLDER = "certificates"
@@ -165,7 +166,7 @@ def path_of(facts: Facts) -> Path:
 
 def read(path: Path, facts: Facts) -> Certificate | None:
     """The certificate in a file; None if there is none that is whole, ours, and of these facts."""
-    if not path.exists() or objection(path, path.parents[1]):
+    if objection(path, path.parents[1]) or not is_whole(path):
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -181,7 +182,7 @@ def read(path: Path, facts: Facts) -> Certificate | None:
 def write(path: Path, certificate: Certificate) -> None:
     """Writes a certificate into the cache, whole or not at all."""
     make_folder(path.parent, path.parents[1])
-    write_text(path, certificate.to_json())
+    write_recorded(path, certificate.to_json())
 
 
 def now() -> str:

@@ -75,7 +75,11 @@ def certificate_of(
         None if there are no kernels; or if it must not or cannot be made, which one line on stderr
         says.
     """
-    key, tune = (device, jit.needs_cuda(), jit.cache_dir()), mode()
+    try:
+        key, tune = (device, jit.needs_cuda(), jit.cache_dir()), mode()
+    except jit.BuildError as reason:
+        _say(f"kernels are not checked, and none is used: {reason}")
+        return None
     found = _given.get(key)
     if found is not None and not is_forced and (found.is_timed or not is_timed):
         return found

@@ -14,7 +14,8 @@ it is from: names in its pickles stand for tensors and plain values, or are refu
 """
 
 from shampoo.checkpoint.loading import load
+from shampoo.checkpoint.portable import export_safetensors, import_safetensors
 from shampoo.checkpoint.saving import save
 from shampoo.checkpoint.stateful import Stateful
 
-__all__ = ["Stateful", "load", "save"]
+__all__ = ["Stateful", "export_safetensors", "import_safetensors", "load", "save"]

@@ -25,11 +25,11 @@ def objection(path: Path, within: Path) -> str:
     """Why a file is not to be trusted; nothing if it is, or if there is none.
 
     It and the folders above it, up to ``within``, must belong to the user or to root, and nobody
-    else may write to them.
+    else may write to them. The outermost is named: it is the same for all files below.
     """
     if not hasattr(os, "getuid"):
         return ""  # a system without owners
-    for each in (path, *path.parents):
+    for each in reversed((path, *path.parents)):
         if each.is_relative_to(within) and (reason := _objection(each)):
             return reason
     return ""
@@ -70,10 +70,19 @@ def locked(path: Path) -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a small file, whole or not at all."""
+    publish(_scratch(path, text), path)
+
+
+def write_recorded(path: Path, text: str) -> None:
+    """:func:`write_text`, with the digest that :func:`is_whole` compares."""
+    publish_recorded(_scratch(path, text), path)
+
+
+def _scratch(path: Path, text: str) -> Path:
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     scratch.unlink(missing_ok=True)
     scratch.write_text(text, encoding="utf-8")
-    publish(scratch, path)
+    return scratch
 
 
 def publish(scratch: Path, path: Path) -> None:

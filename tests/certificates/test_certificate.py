@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import pwd
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from patience import PATIENCE
 
 import shampoo
 from shampoo import certificates, ops
+from shampoo.__main__ import report
 from shampoo.certificates import certificate, issue, tune
 from shampoo.certificates.certificate import Certificate
 from shampoo.certificates.report import Report, Timing
@@ -70,7 +72,8 @@ def test_one_is_made_once_and_then_read(machine, capsys):
     assert certificates.certificate_of(CPU) == first
     assert len(machine) == 1
     assert capsys.readouterr().err == ""
-    assert [path.suffix for path in sorted(the_path().parent.iterdir())] == [".json", ".lock"]
+    suffixes = [path.suffix for path in sorted(the_path().parent.iterdir())]
+    assert suffixes == [".json", trust.RECORD, ".lock"]
 
 
 def test_times_are_added_where_they_are_asked_for(machine):
@@ -89,7 +92,9 @@ def test_times_are_added_where_they_are_asked_for(machine):
         "another version": lambda path: change(path, version=certificate.VERSION + 1),
         "of other facts": lambda path: change(path, facts={"device": "cpu", "name": "another"}),
         "of another form": lambda path: change(path, reports=[{"op": "gram_ema_"}]),
-        "a list": lambda path: path.write_text("[]"),
+        "a list": lambda path: trust.write_recorded(path, "[]"),
+        "of another verdict": lambda path: acquit(path),
+        "without a digest": lambda path: path.with_name(path.name + trust.RECORD).unlink(),
     }.items(),
     ids=lambda item: item[0],
 )
@@ -103,7 +108,14 @@ def test_what_is_not_whole_or_of_this_machine_is_made_again(machine, spoil):
 
 
 def change(path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    trust.write_recorded(path, json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def acquit(path):
+    """One figure of one report is another one than was found, in a file that is whole JSON."""
+    text = path.read_text()
+    assert text.count("1e-07") > 1
+    path.write_text(text.replace("1e-07", "1e-09", 1))
 
 
 @pytest.mark.parametrize(
@@ -153,6 +165,44 @@ def test_a_library_that_others_may_have_written_is_not_used(machine, tmp_path, m
     assert jit.library_path() == library
     library.chmod(0o664)
     assert not jit.library_path().is_relative_to(tmp_path / "cache")
+
+
+def test_one_line_speaks_of_a_cache_that_is_not_trusted(machine, tmp_path, capsys):
+    """Library and certificate lie in it: all of it is open, from the top to the files."""
+    paths = [jit.library_path(), the_path()]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"")
+    for each in [tmp_path / "cache", *(tmp_path / "cache").rglob("*")]:
+        each.chmod(0o777)
+    assert not any(
+        path.is_relative_to(tmp_path / "cache") for path in (jit.library_path(), the_path())
+    )
+    said = capsys.readouterr().err
+    assert said.count("made anew") == 1
+    assert f"{tmp_path / 'cache'} (mode 777)" in said
+
+
+def test_a_user_without_a_home_is_told_what_to_set_and_has_references(machine, monkeypatch, capsys):
+    """As a container has it that runs as any number."""
+
+    def unknown(user):
+        raise KeyError(user)
+
+    with monkeypatch.context() as there:
+        for name in ("HOME", "XDG_CACHE_HOME", "SHAMPOO_CACHE_DIR"):
+            there.delenv(name, raising=False)
+        there.setattr(pwd, "getpwuid", unknown)
+        assert certificates.certificate_of(CPU) is None
+        assert "Set SHAMPOO_CACHE_DIR to a folder of yours." in capsys.readouterr().err
+        used = certificates.kernels_in_use(CPU)
+        facts = report(build=False)
+    assert facts["cache"] == ""
+    assert "Set SHAMPOO_CACHE_DIR" in facts["reason"]
+    assert {kernel for op in used.values() for rows in op.values() for _, kernel in rows} == {
+        "reference"
+    }
+    assert machine == []
 
 
 @pytest.mark.parametrize("change", ["processor", "torch", "library", "sources", "card"])

@@ -60,7 +60,7 @@ def test_a_build_writes_into_the_cache_alone(cold):
     lock, record = Path(jit.LIBRARY).with_suffix(".lock").name, jit.LIBRARY + trust.RECORD
     assert built == {jit.LIBRARY, lock, record}
     proved = {path.suffix for path in (folder / "cache" / "certificates").iterdir()}
-    assert proved == {".json", ".lock"}
+    assert proved == {".json", trust.RECORD, ".lock"}
 
 
 @needs_compiler
