@@ -137,6 +137,8 @@ PYBIND11_MODULE(EMULATION_NAME, module) {
     emulation::order = backward ? emulation::Order::kBackward : emulation::Order::kForward;
   });
   module.def("wide_accesses", [] { return emulation::wide_accesses; });
+  module.def("launches", [] { return emulation::launches; });
+  module.def("set_dry", [](bool dry) { emulation::dry = dry; });
   module.def("minimax_small_root_", &minimax_small_root_);
   module.def("gather_blocks_", &gather_blocks_);
   module.def("magnitudes_", &magnitudes_);
