@@ -41,7 +41,7 @@ BACKENDS = {
     "cuda": ("cuda",),
     "reference": (),
 }
-_LAUNCH_NOTHING = ("empty", "new_empty", "lift_fresh", "promote_types")
+_LAUNCH_NOTHING = ("empty", "new_empty", "lift_fresh", "detach", "promote_types")
 _LISTS = {"_foreach": 64, "stack": 128, "cat": 128}  # tensors in a launch
 
 

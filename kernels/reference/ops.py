@@ -27,6 +27,9 @@ from shampoo.kernels.reference.philox import philox
 Number = float | Tensor  # a tensor is float64 on the device, and never read on the host
 
 
+_TINY = 1e-16  # keeps the ratio of two lengths finite where the preconditioned one is zero
+
+
 def _read(number: Number) -> Number:
     """A number that the host may read without waiting, read: bits do not depend on where it was."""
     is_here = isinstance(number, Tensor) and number.dim() == 0 and number.device.type == "cpu"
@@ -210,6 +213,50 @@ def _runs(tiles: Tensor) -> Iterator[tuple[int, int, int]]:
         yield start, count, size
 
 
+def graft_scale_(
+    scale: Tensor,
+    norm: Tensor,
+    length: Tensor | None,
+    is_own: Tensor | None,
+    correction: Number,
+    grafted: bool,
+    most: float,
+    accepted: Tensor | None = None,
+) -> None:
+    """``scale <- norm / (length / correction + 1e-16) / correction``, 0 for what takes no step.
+
+    The bias correction of the average from which a direction was made is a factor of it, and joins
+    the scale. A block that follows the grafted direction has the scale 1. It is 0 for a block whose
+    scaled direction would be longer than ``most``, or is NaN, and for all if ``accepted`` is False.
+
+    Args:
+        scale: [B] float32 or float64, contiguous, written.
+        norm: [B] in the same dtype, read: the lengths of the grafted directions.
+        length: The same, read: those of the blocks' own; or None, where all follow the grafted.
+        is_own: [B] bool, read: which blocks go their own way; None for all.
+        correction: What a direction is to be divided by, above 0; or [B] float64.
+        grafted: Whether directions take the grafted length; else they keep their own.
+        most: The length up to which a direction is kept.
+        accepted: 0-d bool on the device, read: whether anything is to move; None for yes.
+
+    """
+    if length is None:
+        found, reach = torch.ones_like(norm), norm
+    else:
+        divisor = correction.to(norm.dtype) if isinstance(correction, Tensor) else correction
+        if grafted:
+            found = norm / (length / divisor + _TINY) / divisor
+        else:
+            found = torch.ones_like(norm).mul_(1.0 / correction)
+        reach = length
+        if is_own is not None:
+            found, reach = torch.where(is_own, found, 1.0), torch.where(is_own, length, norm)
+    is_kept = found * reach <= most
+    if accepted is not None:
+        is_kept = is_kept & accepted
+    scale.copy_(torch.where(is_kept, found, 0.0))
+
+
 def _unfold(blocks: Tensor, mode: int) -> Tensor:
     """``mat_k``: ``[B, d_1 .. d_o] -> [B, d_k, rest]``; a copy only for a mode in the middle."""
     count, size = blocks.shape[0], blocks.shape[mode + 1]
@@ -219,40 +266,64 @@ def _unfold(blocks: Tensor, mode: int) -> Tensor:
     return blocks.reshape(count, before, size, after).transpose(1, 2).reshape(count, size, -1)
 
 
-def gram_ema_(factor: Tensor, grad: Tensor, k: int, beta: Number, weight: Number) -> None:
+def gram_ema_(
+    factors: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    modes: Sequence[int],
+    beta: Number,
+    weight: Number,
+) -> None:
     """``A_k <- beta A_k + weight mat_k(G) mat_k(G)^T`` (Gupta et al., 2018), or its diagonal.
 
     Args:
-        factor: [B, d_k, d_k], symmetric, or [B, d_k] for a diagonal mode, read and written.
-        grad: [B, d_1 .. d_o] in the dtype of ``factor``, read.
-        k: The mode, from 0.
+        factors: S stacks, [B, d_k, d_k], symmetric, or [B, d_k] for a diagonal mode, read and
+            written; B and d differ from stack to stack.
+        grads: [S], [B, d_1 .. d_o] in the dtype of the factors, read; one may occur several times.
+        modes: [S], k, from 0.
         beta: Decay.
         weight: The weight of the new Gram matrix.
 
     """
-    unfolded = _unfold(grad, k)
     beta, weight = _read(beta), _read(weight)
-    if isinstance(weight, Tensor):
-        diagonal = factor.dim() == 2
-        gram = unfolded.square().sum(2) if diagonal else torch.bmm(unfolded, unfolded.mT)
-        factor.mul_(beta).addcmul_(gram, weight.to(gram.dtype))
-    elif factor.dim() == 2:
-        factor.mul_(beta).add_(unfolded.square().sum(2), alpha=weight)
-    else:
-        factor.baddbmm_(unfolded, unfolded.mT, beta=float(beta), alpha=weight)
+    for factor, grad, k in zip(factors, grads, modes, strict=True):
+        unfolded = _unfold(grad, k)
+        if isinstance(weight, Tensor):
+            diagonal = factor.dim() == 2
+            gram = unfolded.square().sum(2) if diagonal else torch.bmm(unfolded, unfolded.mT)
+            factor.mul_(beta).addcmul_(gram, weight.to(gram.dtype))
+        elif factor.dim() == 2:
+            factor.mul_(beta).add_(unfolded.square().sum(2), alpha=weight)
+        else:
+            factor.baddbmm_(unfolded, unfolded.mT, beta=float(beta), alpha=weight)
 
 
-def precondition_(out: Tensor, norm: Tensor, grad: Tensor, roots: Sequence[Tensor | None]) -> None:
+def precondition_(
+    outs: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    roots: Sequence[Tensor | None],
+) -> None:
     """``out <- G x_1 X_1 ... x_o X_o`` (Gupta et al., 2018) and ``norm[b] <- |out_b|``.
 
     Args:
-        out: [B, d_1 .. d_o] in the dtype of ``grad``, contiguous, written.
-        norm: [B] in the dtype of ``grad``, written.
-        grad: [B, d_1 .. d_o], read.
-        roots: One a mode, read: [B, d_k, d_k] symmetric, [B, d_k] for a diagonal mode, or None for
-            one that stays as it is.
+        outs: S stacks, [B, d_1 .. d_o] in the dtype of the blocks, contiguous, written; B, d and o
+            differ from stack to stack.
+        norms: [S], [B] in the same dtype, written.
+        grads: [S], [B, d_1 .. d_o], read.
+        roots: One for every mode of the first stack, then of the second and so on, read: [B, d_k,
+            d_k] symmetric, [B, d_k] for a diagonal mode, or None for one that stays as it is.
 
     """
+    begin = 0
+    for out, norm, grad in zip(outs, norms, grads, strict=True):
+        end = begin + grad.dim() - 1
+        _apply_roots(out, grad, roots[begin:end])
+        norm.copy_(torch.linalg.vector_norm(out.view(len(out), -1), dim=1, dtype=torch.float64))
+        begin = end
+
+
+def _apply_roots(out: Tensor, grad: Tensor, roots: Sequence[Tensor | None]) -> None:
+    """``out <- G x_1 X_1 ... x_o X_o`` of one stack."""
     count, order = grad.shape[0], grad.dim() - 1
     blocks = grad
     for mode, root in enumerate(roots):
@@ -271,7 +342,6 @@ def precondition_(out: Tensor, norm: Tensor, grad: Tensor, roots: Sequence[Tenso
             before, after = math.prod(sizes[1 : mode + 1]), math.prod(sizes[mode + 2 :])
             product = torch.bmm(root, _unfold(blocks, mode))
             blocks = product.view(count, size, before, after).transpose(1, 2).reshape(sizes)
-    norm.copy_(torch.linalg.vector_norm(out.view(count, -1), dim=1, dtype=torch.float64))
 
 
 def eigh_(values: Tensor, vectors: Tensor, stack: Tensor) -> None:

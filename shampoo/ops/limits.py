@@ -22,16 +22,6 @@ def summand_limit(dtype: torch.dtype) -> float:
     return info.max * info.eps / 8
 
 
-def kept_scale(scale: Tensor, length: Tensor) -> Tensor:
-    """``scale``, and 0 for blocks whose direction is not finite, or too long for a momentum of it.
-
-    Args:
-        scale: [B], what the direction of each block is to be multiplied by.
-        length: [B], its norm before that; NaN or Inf if the direction has such an element.
-    """
-    return torch.where(scale * length <= summand_limit(scale.dtype), scale, 0.0)
-
-
 def scale_(blocks: Tensor, scale: Tensor) -> None:
     """``blocks[b] *= scale[b]``, where 0 stands for zeros: an Inf times zero would be a NaN.
 

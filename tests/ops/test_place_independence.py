@@ -77,7 +77,7 @@ def test_precondition(dtype, shape, diagonal):
 
     def run(grad: Tensor, out: Tensor, *roots: Tensor) -> Results:
         norm = torch.full_like(grad.flatten(1)[:, 0], torch.nan)
-        ops.precondition_(out, norm, grad, roots)
+        ops.precondition_([out], [norm], [grad], roots)
         return out, norm
 
     grad = torch.randn(BLOCKS, *shape, dtype=dtype)
@@ -95,7 +95,7 @@ def test_gram_ema(dtype, shape):
                 continue
 
             def run(factor: Tensor, grad: Tensor, mode: int = mode) -> Results:
-                ops.gram_ema_(factor, grad, mode, 0.9, 0.2)
+                ops.gram_ema_([factor], [grad], [mode], 0.9, 0.2)
                 return (factor,)
 
             assert_independent(run, factor, grad)

@@ -21,13 +21,14 @@ def ordinary_step(model: str, backend: str = "auto") -> Launches:
         params = [parameter(shape) for shape in MODELS[model]().shapes]
         opt = Shampoo(params)
         for step in range(1, ORDINARY + 1):
-            launches.is_counting = step == ORDINARY
+            launches.is_counting = step >= ORDINARY - 1  # the one before makes tables that stay
+            launches.counts.clear()
             opt.step()
     return launches
 
 
 # With defaults, where all kernels passed and win.
-MOST = {"gpt2": 264, "resnet50": 219}
+MOST = {"gpt2": 60, "resnet50": 150}
 
 
 @pytest.mark.parametrize("model", MOST)
