@@ -84,7 +84,7 @@ def _grams_together(flat: torch.dtype, data: torch.dtype, has_diagonals: bool) -
     """Every mode of stacks of many sizes and orders."""
     stacks = [(shape, k, True) for shape in _TOGETHER for k in range(len(shape))]
     if has_diagonals:
-        stacks[1:1] = [(_TOGETHER[1], 0, False), (_TOGETHER[-1], 2, False)]
+        stacks[1:1] = [(_TOGETHER[1], 0, False), (_TOGETHER[-2], 2, False)]
     words = f"{len(stacks)} stacks together {dtype_name(data)}"
     words += ", two diagonal" if has_diagonals else ""
 
