@@ -6,12 +6,14 @@ than half of its last place. So what is checked are gradients, before anything m
 lengths of directions, a number a block, and never the state itself.
 """
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
 
+@functools.cache
 def summand_limit(dtype: torch.dtype) -> float:
     """The largest number of which sums of any length stay finite: 5e30 in float32.
 

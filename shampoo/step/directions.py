@@ -91,7 +91,7 @@ def accumulate(
         blocks = part.of(grad).view_as(part.grad)
         own, rows = part.statistics, part.rows
         statistics.append(own if rows is None else own.copied(rows))
-        grads.append(part.take(blocks))
+        grads.append(blocks if rows is None else blocks.index_select(0, rows))
     kind.accumulate(statistics, grads, hyper, scalars)
     for part, moved in zip(segment.parts, statistics, strict=True):
         if part.rows is not None:
@@ -196,8 +196,9 @@ def precondition(
         return
     is_ahead, norm = looks_ahead(hyper), torch.empty_like(segment.norm)
     # The host does not know whether a step that is replayed has started, or is ready.
-    may_be_ready = scalars.started is True
-    ready = [may_be_ready and (p.readiness.is_known or p.is_ready()) for p in segment.parts]
+    ready, may_be_ready = [], scalars.started is True
+    for part in segment.parts:
+        ready.append(may_be_ready and (part.readiness.is_known or part.is_ready()))
     # Where some block is not, the grafted direction must stay.
     apart = segment.direction if all(ready) else torch.empty_like(segment.direction)
     outs, norms, statistics, filtered = [], [], [], []
@@ -214,7 +215,9 @@ def precondition(
         statistics.append(own)
         filtered.append(source)
     kind.apply(outs, norms, statistics, filtered, hyper, scalars)
-    is_own = _put_directions(segment.parts, ready, outs, statistics, norm, scalars)
+    is_own: Tensor | None = None  # [R], whether a block has a direction of its own; None: all have
+    if segment.active is not None or not all(ready):  # else they are where they belong
+        is_own = _put_directions(segment.parts, ready, outs, statistics, norm, scalars)
     ops.graft_scale_(
         segment.scale,
         segment.norm,
