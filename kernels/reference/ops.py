@@ -43,9 +43,10 @@ def _for_blocks(number: Number, blocks: slice, dtype: torch.dtype) -> Number:
     return _read(number)
 
 
-def _tile_rows(
-    tiles: Tensor,
-) -> Iterator[tuple[int, int, list[int], list[int], list[int], list[int]]]:
+_TileRow = tuple[int, int, list[int], list[int], list[int], list[int]]
+
+
+def _tile_rows(tiles: Tensor) -> Iterator[_TileRow]:
     order = (tiles.shape[1] - 2) // 4
     for source, offset, *box in tiles.tolist():
         dims, start, grid, extent = (box[i * order : (i + 1) * order] for i in range(4))
@@ -78,22 +79,26 @@ def gather_blocks_(
 
     """
     alpha = _read(alpha)
-    for source, offset, dims, start, grid, extent in _tile_rows(tiles):
-        blocks = _blocks_of(sources[source].reshape(dims), start, grid, extent)
-        region = out.narrow(0, offset, blocks.numel()).view(blocks.shape)
-        factor = 1.0
-        if isinstance(alpha, Tensor):
-            blocks = torch.where(alpha == 0.0, 0.0, blocks.to(out.dtype) * alpha)
-        elif alpha == 0.0:
-            blocks = torch.zeros_like(blocks)
-        else:
-            factor = alpha
+    is_nothing = alpha == 0.0
+    for rows, first, count, size in _runs(tiles):
+        for source, offset, dims, start, grid, extent in rows:
+            blocks = _blocks_of(sources[source].reshape(dims), start, grid, extent)
+            region = out.narrow(0, offset, blocks.numel()).view(blocks.shape)
+            if not accumulate:
+                region.copy_(blocks)
+            elif isinstance(alpha, Tensor):
+                region.add_(torch.where(is_nothing, 0.0, blocks.to(out.dtype) * alpha))
+            elif alpha != 0.0:
+                region.add_(blocks.to(out.dtype), alpha=alpha)
         if accumulate:
-            region.add_(blocks.to(out.dtype), alpha=factor)
-        else:
-            region.copy_(blocks)
-            if factor != 1.0:
-                region.mul_(factor)
+            continue
+        run = out[first : first + count * size]  # a tile at a time would be a launch for each
+        if isinstance(alpha, Tensor):
+            run.mul_(alpha).masked_fill_(is_nothing, 0.0)
+        elif alpha == 0.0:
+            run.zero_()
+        elif alpha != 1.0:
+            run.mul_(alpha)
 
 
 def magnitudes_(out: Tensor, tensors: Sequence[Tensor]) -> None:
@@ -162,11 +167,11 @@ def graft_moments_(
     if not runs:
         return
     if grad is None:
-        grad = norm.new_empty(max(start + count * size for start, count, size in runs))
+        grad = norm.new_empty(max(start + count * size for _, start, count, size in runs))
     gather_blocks_(grad, sources, tiles, alpha, accumulate)
     beta1, beta2, weight2 = _read(beta1), _read(beta2), _read(weight2)
     block = 0
-    for start, count, size in runs:
+    for _, start, count, size in runs:
         rows = slice(block, block + count)
         region = slice(start, start + count * size)
         raw = grad[region].view(count, size)
@@ -198,19 +203,22 @@ def graft_moments_(
         block += count
 
 
-def _runs(tiles: Tensor) -> Iterator[tuple[int, int, int]]:
-    """Blocks of equal size that lie one after another, joined: start, count, size."""
+def _runs(tiles: Tensor) -> Iterator[tuple[list[_TileRow], int, int, int]]:
+    """Tiles of blocks of one size that lie one after another, joined: they, start, count, size."""
+    rows: list[_TileRow] = []
     start = count = size = 0
-    for _, offset, _, _, grid, extent in _tile_rows(tiles):
+    for row in _tile_rows(tiles):
+        offset, grid, extent = row[1], row[4], row[5]
         numel = math.prod(extent)
-        if count and (offset != start + count * size or numel != size):
-            yield start, count, size
-            count = 0
-        if not count:
-            start, size = offset, numel
+        if rows and (offset != start + count * size or numel != size):
+            yield rows, start, count, size
+            rows = []
+        if not rows:
+            start, size, count = offset, numel, 0
+        rows.append(row)
         count += math.prod(grid)
-    if count:
-        yield start, count, size
+    if rows:
+        yield rows, start, count, size
 
 
 def graft_scale_(
@@ -403,32 +411,39 @@ def update_blocks_(
 
     """
     lr, weight_decay, mu = _read(lr), _read(weight_decay), _read(mu)
+    kept, drawn = 1.0 - lr * weight_decay, 0.0 if step is None else step
     block = 0
-    for source, offset, dims, start, grid, extent in _tile_rows(tiles):
-        param, count = params[source], math.prod(grid)
-        merged = param.reshape(dims)
-        weight = _blocks_of(merged, start, grid, extent)
-        region = slice(offset, offset + weight.numel())
-        own = scale[block : block + count, None]
-        move = torch.where(own == 0.0, 0.0, direction[region].view(count, -1) * own)
-        move = move.view(weight.shape)
-        wide = weight.to(torch.promote_types(weight.dtype, move.dtype))
+    for rows, first, total, size in _runs(tiles):
+        own = scale[block : block + total, None]
+        # For all tiles of a run at once: a tile at a time would be launches for each.
+        moves = direction[first : first + total * size].view(total, size) * own
+        moves.masked_fill_(own == 0.0, 0.0)
         if momentum is None:
-            wide = wide * (1.0 - lr * weight_decay) - lr * move
-        else:
-            buffer = momentum[region].view(weight.shape)
-            wide = wide - lr * momentum_direction(move, buffer, wide, weight_decay, mu, nesterov)
-        if seed is not None and weight.dtype == torch.bfloat16:
-            places = torch.arange(region.start, region.stop, device=weight.device)
-            drawn = 0.0 if step is None else step
-            if isinstance(drawn, Tensor) and drawn.dim() == 1:
-                own = drawn[block : block + count]
-                drawn = own.repeat_interleave(len(places) // count)
-            wide = _dithered(wide.float(), seed, drawn, places)
-        weight.copy_(wide)
-        if merged.untyped_storage().data_ptr() != param.untyped_storage().data_ptr():
-            param.copy_(merged.view(param.shape))
-        block += count
+            moves.mul_(lr)
+        moves = moves.view(-1)
+        for source, offset, dims, start, grid, extent in rows:
+            param, count = params[source], math.prod(grid)
+            merged = param.reshape(dims)
+            weight = _blocks_of(merged, start, grid, extent)
+            numel = weight.numel()
+            move = moves[offset - first : offset - first + numel].view(weight.shape)
+            wide = weight.to(torch.promote_types(weight.dtype, move.dtype))
+            if momentum is None:
+                wide = (wide * kept).sub_(move)
+            else:
+                buffer = momentum[offset : offset + numel].view(weight.shape)
+                along = momentum_direction(move, buffer, wide, weight_decay, mu, nesterov)
+                wide = wide - lr * along
+            if seed is not None and weight.dtype == torch.bfloat16:
+                places = torch.arange(offset, offset + numel, device=weight.device)
+                each = drawn
+                if isinstance(drawn, Tensor) and drawn.dim() == 1:
+                    each = drawn[block : block + count].repeat_interleave(numel // count)
+                wide = _dithered(wide.float(), seed, each, places)
+            weight.copy_(wide)
+            if merged.untyped_storage().data_ptr() != param.untyped_storage().data_ptr():
+                param.copy_(merged.view(param.shape))
+            block += count
 
 
 def momentum_direction(
