@@ -85,11 +85,11 @@ class Stack:
     def accumulate(self) -> None:
         """Updates the factors of both modes: ``2 B d^3`` FLOPs."""
         for mode in range(2):
-            ops.gram_ema_(self.factor, self.grad, mode, 0.5, 0.5)
+            ops.gram_ema_([self.factor], [self.grad], [mode], 0.5, 0.5)
 
     def apply(self) -> None:
         """Applies a root to both modes: ``4 B d^3`` FLOPs."""
-        ops.precondition_(self.out, self.norm, self.grad, [self.factor, self.factor])
+        ops.precondition_([self.out], [self.norm], [self.grad], [self.factor, self.factor])
 
     def refresh(self, method: str) -> None:
         """Refreshes ``self.roots`` roots of power 4."""

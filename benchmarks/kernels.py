@@ -39,11 +39,12 @@ class Trial(NamedTuple):
     library: Callable[[], object] | None = None
 
 
-def _gram(factor: Tensor, grad: Tensor, *rest: Any) -> Trial:
+def _gram(factors: list[Tensor], grads: list[Tensor], *rest: Any) -> Trial:
+    [grad] = grads
     batch, n, _ = grad.shape
     product = torch.empty_like(grad)
     return Trial(
-        [factor, grad, *rest],
+        [factors, grads, *rest],
         bytes=12 * batch * n * n,
         flops=batch * n**3,  # half of 2 n^3
         passes=3,
@@ -52,11 +53,14 @@ def _gram(factor: Tensor, grad: Tensor, *rest: Any) -> Trial:
     )
 
 
-def _precondition(out: Tensor, norm: Tensor, grad: Tensor, roots: list[Tensor]) -> Trial:
+def _precondition(
+    outs: list[Tensor], norms: list[Tensor], grads: list[Tensor], roots: list[Tensor]
+) -> Trial:
+    [grad] = grads
     batch, n, _ = grad.shape
     half, root = torch.empty_like(grad), roots[0]
     return Trial(
-        [out, norm, grad, roots],
+        [outs, norms, grads, roots],
         bytes=16 * batch * n * n,
         flops=4 * batch * n**3,
         passes=3,
@@ -109,6 +113,10 @@ def _moments(*arguments: Any) -> Trial:
     return Trial([*arguments], bytes=32 * arguments[0].numel())
 
 
+def _scale(scale: Tensor, *rest: Any) -> Trial:
+    return Trial([scale, *rest], bytes=12 * scale.numel())
+
+
 def _update(params: list[Tensor], momentum: None, direction: Tensor, *rest: Any) -> Trial:
     return Trial([params, momentum, direction, *rest], bytes=12 * direction.numel())
 
@@ -121,6 +129,7 @@ _WORK: dict[str, Callable[..., Trial]] = {
     "gather_blocks_": _gather,
     "magnitudes_": _magnitudes,
     "graft_moments_": _moments,
+    "graft_scale_": _scale,
     "update_blocks_": _update,
 }
 

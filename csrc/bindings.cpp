@@ -5,10 +5,13 @@
 
 #include <algorithm>
 #include <optional>
+#include <utility>
+#include <vector>
 
 #include "common/arguments.h"
 #include "cpu/eigh.h"
 #include "cpu/gather.h"
+#include "cpu/graft_scale.h"
 #include "cpu/gram.h"
 #include "cpu/magnitudes.h"
 #include "cpu/minimax.h"
@@ -147,39 +150,92 @@ void update_blocks_live_(at::TensorList params, const std::optional<at::Tensor>&
   });
 }
 
-void gram_ema_(const at::Tensor& factor, const at::Tensor& grad, int64_t k, double beta,
-               double weight) {
-  TORCH_CHECK(0 <= k && k < grad.dim() - 1, "Invalid k=", k, ". Must be in [0, ",
-              grad.dim() - 1, ") for grad of shape ", grad.sizes(), ".");
+// `correction_for(blocks)`: of so many blocks.
+template <class CorrectionFor>
+void find_scales(const at::Tensor& scale, const at::Tensor& norm,
+                 const std::optional<at::Tensor>& length, const std::optional<at::Tensor>& is_own,
+                 bool grafted, double most, const std::optional<at::Tensor>& accepted,
+                 const CorrectionFor& correction_for) {
+  check_graft_scale(scale, norm, length, is_own, accepted);
+  const Number correction = correction_for(scale.numel());
+  with_flat(scale, [&](auto flat) {
+    using Flat = decltype(flat);
+    cpu::graft_scale(GraftScale<Flat>{pointer<Flat>(scale), const_pointer<Flat>(norm),
+                                      const_pointer<Flat>(length), const_pointer<bool>(is_own),
+                                      const_pointer<bool>(accepted), correction, grafted, most},
+                     scale.numel());
+  });
+}
+
+void graft_scale_(const at::Tensor& scale, const at::Tensor& norm,
+                  const std::optional<at::Tensor>& length, const std::optional<at::Tensor>& is_own,
+                  double correction, bool grafted, double most,
+                  const std::optional<at::Tensor>& accepted) {
+  if (length) check_positive("correction", correction);
+  find_scales(scale, norm, length, is_own, grafted, most, accepted,
+              [&](int64_t) { return Number(correction); });
+}
+
+void graft_scale_live_(const at::Tensor& scale, const at::Tensor& norm,
+                       const std::optional<at::Tensor>& length,
+                       const std::optional<at::Tensor>& is_own, const at::Tensor& correction,
+                       bool grafted, double most, const std::optional<at::Tensor>& accepted) {
+  find_scales(scale, norm, length, is_own, grafted, most, accepted,
+              [&](int64_t blocks) { return numbers_of("correction", correction, blocks); });
+}
+
+void check_gram(at::TensorList factors, at::TensorList grads, at::IntArrayRef modes, size_t s) {
+  const at::Tensor &factor = factors[s], &grad = grads[s];
+  const int64_t k = modes[s];
+  TORCH_CHECK(0 <= k && k < grad.dim() - 1, "Invalid modes[", s, "]=", k, ". Must be in [0, ",
+              grad.dim() - 1, ") for grads[", s, "] of shape ", grad.sizes(), ".");
   const int64_t blocks = grad.size(0), size = grad.size(k + 1);
   const bool diagonal = factor.dim() == 2;
   TORCH_CHECK((diagonal || (factor.dim() == 3 && factor.size(2) == size)) &&
                   factor.size(0) == blocks && factor.size(1) == size,
-              "factor has shape ", factor.sizes(), ". Must be [", blocks, ", ", size, ", ", size,
-              "], or [", blocks, ", ", size, "] for a diagonal, for mode ", k,
-              " of grad of shape ", grad.sizes(), ".");
-  TORCH_CHECK(factor.scalar_type() == grad.scalar_type(), "factor has dtype ",
-              factor.scalar_type(), " but grad has ", grad.scalar_type(), ". Both must be the same.");
-  TORCH_CHECK(factor.scalar_type() == at::kFloat || factor.scalar_type() == at::kDouble,
-              "factor has dtype ", factor.scalar_type(), ". Must be float32 or float64.");
-  if (factor.numel() == 0) return;
-  int64_t before = 1, after = 1;
-  for (int64_t mode = 0; mode < k; ++mode) before *= grad.size(mode + 1);
-  for (int64_t mode = k + 1; mode < grad.dim() - 1; ++mode) after *= grad.size(mode + 1);
-  const at::Tensor packed = grad.contiguous();
-  TORCH_CHECK(factor.is_contiguous(), "factor of shape ", factor.sizes(), " has strides ",
-              factor.strides(), ". Must be contiguous.");
-  with_flat(factor, [&](auto flat) {
+              "factors[", s, "] has shape ", factor.sizes(), ". Must be [", blocks, ", ", size,
+              ", ", size, "], or [", blocks, ", ", size, "] for a diagonal, for mode ", k,
+              " of grads[", s, "] of shape ", grad.sizes(), ".");
+  TORCH_CHECK(factor.scalar_type() == grad.scalar_type(), "factors[", s, "] has dtype ",
+              factor.scalar_type(), " but grads[", s, "] has ", grad.scalar_type(),
+              ". Both must be the same.");
+  TORCH_CHECK(factor.scalar_type() == at::kFloat || factor.scalar_type() == at::kDouble, "factors[",
+              s, "] has dtype ", factor.scalar_type(), ". Must be float32 or float64.");
+  TORCH_CHECK(factor.is_contiguous(), "factors[", s, "] of shape ", factor.sizes(),
+              " has strides ", factor.strides(), ". Must be contiguous.");
+}
+
+void gram_ema_(at::TensorList factors, at::TensorList grads, at::IntArrayRef modes, double beta,
+               double weight) {
+  TORCH_CHECK(factors.size() == grads.size() && factors.size() == modes.size(), "factors, grads and"
+              " modes have ", factors.size(), ", ", grads.size(), " and ", modes.size(),
+              " entries. Must have one each for every stack.");
+  for (size_t s = 0; s < factors.size(); ++s) {
+    check_gram(factors, grads, modes, s);
+    check_same_dtype("factors", factors, s);
+  }
+  if (factors.empty()) return;
+  std::vector<at::Tensor> packed;  // owns what the kernel reads
+  with_flat(factors[0], [&](auto flat) {
     using Flat = decltype(flat);
-    const auto kernel = diagonal ? cpu::gram_diagonal_ema<Flat> : cpu::gram_ema<Flat>;
-    kernel(pointer<Flat>(factor), const_pointer<Flat>(packed), blocks, before, size, after,
-           static_cast<Flat>(beta), static_cast<Flat>(weight));
+    std::vector<cpu::Gram<Flat>> stacks;
+    for (size_t s = 0; s < factors.size(); ++s) {
+      const at::Tensor &factor = factors[s], &grad = grads[s];
+      if (factor.numel() == 0) continue;
+      int64_t before = 1, after = 1;
+      for (int64_t mode = 0; mode < modes[s]; ++mode) before *= grad.size(mode + 1);
+      for (int64_t mode = modes[s] + 1; mode < grad.dim() - 1; ++mode) after *= grad.size(mode + 1);
+      packed.push_back(grad.contiguous());
+      stacks.push_back({pointer<Flat>(factor), const_pointer<Flat>(packed.back()), grad.size(0),
+                        before, grad.size(modes[s] + 1), after, factor.dim() == 2});
+    }
+    cpu::gram_ema(stacks, static_cast<Flat>(beta), static_cast<Flat>(weight));
   });
 }
 
-void gram_ema_live_(const at::Tensor& factor, const at::Tensor& grad, int64_t k,
+void gram_ema_live_(at::TensorList factors, at::TensorList grads, at::IntArrayRef modes,
                     const at::Tensor& beta, const at::Tensor& weight) {
-  gram_ema_(factor, grad, k, number_of("beta", beta), number_of("weight", weight));
+  gram_ema_(factors, grads, modes, number_of("beta", beta), number_of("weight", weight));
 }
 
 void magnitudes_(const at::Tensor& out, at::TensorList tensors) {
@@ -187,52 +243,77 @@ void magnitudes_(const at::Tensor& out, at::TensorList tensors) {
   cpu::magnitudes(pointer<double>(out), sources_of("tensors", tensors));
 }
 
-void precondition_(const at::Tensor& out, const at::Tensor& norm, const at::Tensor& grad,
-                   const c10::List<std::optional<at::Tensor>>& roots) {
-  const int64_t order = grad.dim() - 1;
-  TORCH_CHECK(order == static_cast<int64_t>(roots.size()), "roots has ", roots.size(),
-              " tensors. Must have one for each of the ", order, " modes of grad of shape ",
-              grad.sizes(), ".");
-  TORCH_CHECK(out.sizes() == grad.sizes() && out.is_contiguous(), "out has shape ", out.sizes(),
-              " with strides ", out.strides(), ". Must be contiguous ", grad.sizes(),
-              ", the shape of grad.");
-  check_flat("norm", norm);
-  TORCH_CHECK(norm.numel() == grad.size(0), "norm has ", norm.numel(), " elements. Must have ",
-              grad.size(0), ", one for each block of grad.");
-  const auto check_dtype = [&](const char* name, const at::Tensor& tensor) {
-    TORCH_CHECK(tensor.scalar_type() == grad.scalar_type(), name, " has dtype ",
-                tensor.scalar_type(), " but grad has ", grad.scalar_type(), ". Both must be the same.");
+using Roots = c10::List<std::optional<at::Tensor>>;
+
+// One stack, whose roots begin at `first` among those of all.
+void check_precondition(at::TensorList outs, at::TensorList norms, at::TensorList grads,
+                        const Roots& roots, size_t s, int64_t first) {
+  const at::Tensor &out = outs[s], &norm = norms[s], &grad = grads[s];
+  TORCH_CHECK(out.sizes() == grad.sizes() && out.is_contiguous(), "outs[", s, "] has shape ",
+              out.sizes(), " with strides ", out.strides(), ". Must be contiguous ", grad.sizes(),
+              ", the shape of grads[", s, "].");
+  check_flat("norms", norm);
+  TORCH_CHECK(norm.numel() == grad.size(0), "norms[", s, "] has ", norm.numel(),
+              " elements. Must have ", grad.size(0), ", one for each block of grads[", s, "].");
+  const auto check_dtype = [&](const char* name, int64_t index, const at::Tensor& tensor) {
+    TORCH_CHECK(tensor.scalar_type() == grad.scalar_type(), name, "[", index, "] has dtype ",
+                tensor.scalar_type(), " but grads[", s, "] has ", grad.scalar_type(),
+                ". Both must be the same.");
   };
-  check_dtype("out", out);
-  check_dtype("norm", norm);
-  for (int64_t mode = 0; mode < order; ++mode) {
-    const std::optional<at::Tensor> given = roots[mode];
+  check_dtype("outs", s, out);
+  check_dtype("norms", s, norm);
+  for (int64_t mode = 0; mode < grad.dim() - 1; ++mode) {
+    const std::optional<at::Tensor> given = roots[first + mode];
     if (!given) continue;
     const at::Tensor& root = *given;
     const int64_t size = grad.size(mode + 1);
-    check_dtype("roots", root);
+    check_dtype("roots", first + mode, root);
     TORCH_CHECK((root.dim() == 2 || (root.dim() == 3 && root.size(2) == size)) &&
                     root.size(0) == grad.size(0) && root.size(1) == size,
-                "roots[", mode, "] has shape ", root.sizes(), ". Must be [", grad.size(0), ", ",
-                size, ", ", size, "], or [", grad.size(0), ", ", size, "] for a diagonal.");
+                "roots[", first + mode, "] has shape ", root.sizes(), ". Must be [", grad.size(0),
+                ", ", size, ", ", size, "], or [", grad.size(0), ", ", size, "] for a diagonal.");
   }
-  if (grad.numel() == 0) return;
-  const at::Tensor packed = grad.contiguous();
-  std::vector<at::Tensor> packed_roots;  // owns what the kernel reads; undefined where there is none
-  for (int64_t mode = 0; mode < order; ++mode) {
-    const std::optional<at::Tensor> root = roots[mode];
-    packed_roots.push_back(root ? root->contiguous() : at::Tensor());
+}
+
+void precondition_(at::TensorList outs, at::TensorList norms, at::TensorList grads,
+                   const Roots& roots) {
+  TORCH_CHECK(outs.size() == grads.size() && norms.size() == grads.size(), "outs, norms and grads"
+              " have ", outs.size(), ", ", norms.size(), " and ", grads.size(),
+              " entries. Must have one each for every stack.");
+  int64_t modes = 0;
+  for (const at::Tensor& grad : grads) modes += std::max<int64_t>(grad.dim() - 1, 0);
+  TORCH_CHECK(modes == static_cast<int64_t>(roots.size()), "roots has ", roots.size(),
+              " tensors. Must have one for each of the ", modes, " modes of grads.");
+  int64_t first = 0;
+  for (size_t s = 0; s < grads.size(); ++s) {
+    check_precondition(outs, norms, grads, roots, s, first);
+    check_same_dtype("grads", grads, s);
+    first += grads[s].dim() - 1;
   }
-  with_flat(grad, [&](auto flat) {
+  if (grads.empty()) return;
+  std::vector<at::Tensor> packed;  // owns what the kernel reads
+  const auto pack = [&](const at::Tensor& tensor) -> const at::Tensor& {
+    return packed.emplace_back(tensor.contiguous());
+  };
+  with_flat(grads[0], [&](auto flat) {
     using Flat = decltype(flat);
-    std::vector<cpu::Root<Flat>> modes;
-    for (int64_t mode = 0; mode < order; ++mode) {
-      const at::Tensor& root = packed_roots[mode];
-      const Flat* entries = root.defined() ? const_pointer<Flat>(root) : nullptr;
-      modes.push_back({entries, grad.size(mode + 1), root.defined() && root.dim() == 2});
+    std::vector<cpu::Preconditioned<Flat>> stacks;
+    int64_t at = 0;
+    for (size_t s = 0; s < grads.size(); ++s) {
+      const at::Tensor& grad = grads[s];
+      const int64_t begin = at;
+      at += grad.dim() - 1;
+      if (grad.numel() == 0) continue;
+      cpu::Preconditioned<Flat> stack{pointer<Flat>(outs[s]), pointer<Flat>(norms[s]),
+                                      const_pointer<Flat>(pack(grad)), grad.size(0), {}};
+      for (int64_t mode = 0; begin + mode < at; ++mode) {
+        const std::optional<at::Tensor> root = roots[begin + mode];
+        const Flat* entries = root ? const_pointer<Flat>(pack(*root)) : nullptr;
+        stack.roots.push_back({entries, grad.size(mode + 1), root && root->dim() == 2});
+      }
+      stacks.push_back(std::move(stack));
     }
-    cpu::precondition(pointer<Flat>(out), pointer<Flat>(norm), const_pointer<Flat>(packed),
-                      grad.size(0), modes);
+    cpu::precondition(stacks);
   });
 }
 
@@ -283,6 +364,7 @@ void eigh_(const at::Tensor& values, const at::Tensor& vectors, const at::Tensor
 TORCH_LIBRARY_IMPL(shampoo, CPU, m) {
   m.impl("gather_blocks_", &shampoo::gather_blocks_);
   m.impl("graft_moments_", &shampoo::graft_moments_);
+  m.impl("graft_scale_", &shampoo::graft_scale_);
   m.impl("magnitudes_", &shampoo::magnitudes_);
   m.impl("gram_ema_", &shampoo::gram_ema_);
   m.impl("precondition_", &shampoo::precondition_);
@@ -291,6 +373,7 @@ TORCH_LIBRARY_IMPL(shampoo, CPU, m) {
   m.impl("update_blocks_", &shampoo::update_blocks_);
   m.impl("gather_blocks_.Tensor", &shampoo::gather_blocks_live_);
   m.impl("graft_moments_.Tensor", &shampoo::graft_moments_live_);
+  m.impl("graft_scale_.Tensor", &shampoo::graft_scale_live_);
   m.impl("gram_ema_.Tensor", &shampoo::gram_ema_live_);
   m.impl("update_blocks_.Tensor", &shampoo::update_blocks_live_);
 }

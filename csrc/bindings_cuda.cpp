@@ -113,6 +113,26 @@ void graft_moments_(const std::optional<at::Tensor>& grad,
 }
 
 template <class Scalar>
+void graft_scale_(const at::Tensor& scale, const at::Tensor& norm,
+                  const std::optional<at::Tensor>& length, const std::optional<at::Tensor>& is_own,
+                  Given<Scalar> correction, bool grafted, double most,
+                  const std::optional<at::Tensor>& accepted) {
+  check_graft_scale(scale, norm, length, is_own, accepted, scale.device());
+  if constexpr (std::is_same_v<Scalar, double>)
+    if (length) check_positive("correction", correction);
+  if (scale.numel() == 0) return;
+  const Number divisor = numbers_of("correction", correction, scale.numel(), scale);
+  const OnDeviceOf current(scale);
+  with_flat(scale, [&](auto flat) {
+    using Flat = decltype(flat);
+    cuda::graft_scale(GraftScale<Flat>{pointer<Flat>(scale), const_pointer<Flat>(norm),
+                                       const_pointer<Flat>(length), const_pointer<bool>(is_own),
+                                       const_pointer<bool>(accepted), divisor, grafted, most},
+                      scale.numel(), current.stream);
+  });
+}
+
+template <class Scalar>
 void update_blocks_(at::TensorList params, const std::optional<at::Tensor>& momentum,
                     const at::Tensor& direction, const at::Tensor& scale, const at::Tensor& tiles,
                     Given<Scalar> lr, Given<Scalar> weight_decay, Given<Scalar> mu, bool nesterov,
@@ -185,6 +205,8 @@ TORCH_LIBRARY_IMPL(shampoo, CUDA, m) {
   m.impl("cuda_magnitudes_", &shampoo::magnitudes_);
   m.impl("cuda_graft_moments_", &shampoo::graft_moments_<double>);
   m.impl("cuda_graft_moments_.Tensor", &shampoo::graft_moments_<at::Tensor>);
+  m.impl("cuda_graft_scale_", &shampoo::graft_scale_<double>);
+  m.impl("cuda_graft_scale_.Tensor", &shampoo::graft_scale_<at::Tensor>);
   m.impl("cuda_update_blocks_", &shampoo::update_blocks_<double>);
   m.impl("cuda_update_blocks_.Tensor", &shampoo::update_blocks_<at::Tensor>);
   m.impl("cuda_minimax_small_root_", &shampoo::minimax_small_root_);

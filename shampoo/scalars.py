@@ -19,8 +19,8 @@ class Counted:
     """What depends on how many steps a parameter has taken, where the parameters differ in it.
 
     Attributes:
-        numbers: [4, members] float64: ``correction1``, ``correction2``, that of the second moment,
-            the count itself.
+        numbers: [5, members] float64: ``correction1``, ``correction_ahead``, ``correction2``, that
+            of the second moment, the count itself.
         started: [members] bool, whether roots are used; one bool for all who have a gradient.
     """
 
@@ -46,9 +46,11 @@ class Counted:
         """
         known = list(distinct)
         is_corrected = hyper.bias_correction
+        first = [correction_of(hyper.beta1, n) if is_corrected else 1.0 for n in known]
         each = [
-            [correction_of(hyper.beta1, n) for n in known] if is_corrected else [1.0] * len(known),
-            [correction_of(hyper.beta2, n) for n in known] if is_corrected else [1.0] * len(known),
+            first,
+            [ahead_of(hyper, correction) for correction in first],
+            [correction_of(hyper.beta2, n) if is_corrected else 1.0 for n in known],
             [moment.correction_at(count) for count in known],
             known,
         ]
@@ -61,6 +63,11 @@ class Counted:
         if not started and any(flags):
             started = torch.tensor(flags, device="cpu")[chosen].to(device, non_blocking=True)
         return cls(numbers.index_select(1, chosen).to(device, non_blocking=True), started)
+
+
+def ahead_of(hyper: Hyperparameters, correction: Number) -> Number:
+    """The correction of the first average a step later: ``1 - beta1^(t + 1)``, or 1 without any."""
+    return 1.0 - hyper.beta1 * (1.0 - correction)
 
 
 def has_started(hyper: Hyperparameters, kind: Kind, step: Number) -> bool | Tensor:
@@ -79,6 +86,7 @@ class Scalars(NamedTuple):
     momentum: Number
     beta1: Number
     correction1: Number
+    correction_ahead: Number  # that of the average as it will be
     beta2: Number
     factor_weight: Number
     correction2: Number
@@ -95,6 +103,7 @@ class Scalars(NamedTuple):
         if moment.corrected:
             moment = moment._replace(correction=correction_of(moment.beta, step))
         is_corrected = hyper.bias_correction
+        correction1 = correction_of(hyper.beta1, step) if is_corrected else 1.0  # 2.3
         return cls(
             sign=-1.0 if hyper.maximize else 1.0,
             coupled_decay=hyper.coupled_decay,
@@ -102,7 +111,8 @@ class Scalars(NamedTuple):
             lr=hyper.lr,
             momentum=hyper.momentum,
             beta1=hyper.beta1,
-            correction1=correction_of(hyper.beta1, step) if is_corrected else 1.0,  # 2.3
+            correction1=correction1,
+            correction_ahead=ahead_of(hyper, correction1),
             beta2=hyper.beta2,
             factor_weight=hyper.factor_weight,
             correction2=correction_of(hyper.beta2, step) if is_corrected else 1.0,
@@ -140,10 +150,12 @@ class Scalars(NamedTuple):
         """
         if self.counted is None:
             return self
-        first, second, moment, step = self.counted.numbers.index_select(1, param_index).unbind()
+        numbers = self.counted.numbers.index_select(1, param_index)
+        first, ahead, second, moment, step = numbers.unbind()
         started = self.counted.started
         return self._replace(
             correction1=first,
+            correction_ahead=ahead,
             correction2=second,
             moment=self.moment._replace(correction=moment),
             step=step,
@@ -157,7 +169,8 @@ class Scalars(NamedTuple):
 
 
 # What moves something that stays, and what it becomes in a step that is not taken: the gradient is
-# zero, averages keep what they have, weights stay. Bias corrections may be what they are.
+# zero, averages keep what they have, weights stay. Bias corrections move nothing, but ops that take
+# one of their numbers from the device take all of them there.
 _NEUTRAL = {
     "sign": 0.0,
     "coupled_decay": 0.0,
@@ -165,10 +178,12 @@ _NEUTRAL = {
     "lr": 0.0,
     "momentum": 1.0,
     "beta1": 1.0,
+    "correction1": 1.0,
+    "correction_ahead": 1.0,
     "beta2": 1.0,
     "factor_weight": 0.0,
 }
-_NEUTRAL_MOMENT = {"beta": 1.0, "weight": 0.0}
+_NEUTRAL_MOMENT = {"beta": 1.0, "weight": 0.0, "correction": 1.0}
 
 
 class Gate:

@@ -114,9 +114,11 @@ class Far(TorchDispatchMode):
 
     Attributes:
         refuses_copies: whether what comes from the host must come without waiting.
+        memory: where what lies under its tensors is: on "meta", nothing is computed.
     """
 
     refuses_copies = True
+    memory = torch.device("cpu")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return _run(func, args, kwargs or {})
@@ -152,7 +154,7 @@ def _run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         _refuse_wait(str(func), args[0], kwargs.get("non_blocking", False))
     unwrapped, named = tree_map_only(FarTensor, lambda each: each.under, (args, kwargs))
     if asked is not None:
-        named["device"] = torch.device("cpu")
+        named["device"] = Far.memory if _is_far(asked) else torch.device("cpu")
     out = func(*unwrapped, **named)
     if packet is aten._to_copy and given and asked is not None and not _is_far(asked):
         return out  # a copy that was let through

@@ -164,6 +164,17 @@ class HostOps:
             *_given([step]),
         )
 
+    def graft_scale_(self, scale, norm, length, is_own, correction, grafted, most, accepted=None):
+        self.module.graft_scale_(
+            *map(_address, (scale, norm, length, is_own)),
+            scale.dtype == torch.float64,
+            len(scale),
+            *_given([correction]),
+            grafted,
+            most,
+            _address(accepted),
+        )
+
     def small_root(self, A, p, relative_eps, eps=0.0, residual=None):
         """Roots and ridges of [B, n, n] by the standard schedule (roots.md, section 2)."""
         guard = 64  # floats behind the roots that must stay as they are

@@ -52,18 +52,28 @@ def good_arguments() -> SimpleNamespace:
         "seed": 5,
         "step": 3.0,
     }
+    scale = {
+        "scale": torch.empty(3),
+        "norm": torch.rand(3),
+        "length": torch.rand(3),
+        "is_own": torch.tensor([True, False, True]),
+        "correction": 0.9,
+        "grafted": True,
+        "most": 1e30,
+        "accepted": torch.tensor(True),
+    }
     gram = {
-        "factor": torch.eye(4).repeat(2, 1, 1),
-        "grad": torch.randn(2, 4, 3),
-        "k": 0,
+        "factors": [torch.eye(4).repeat(2, 1, 1), torch.eye(2)[None]],
+        "grads": [torch.randn(2, 4, 3), torch.randn(1, 5, 2)],
+        "modes": [0, 1],
         "beta": 0.9,
         "weight": 0.1,
     }
-    roots = [torch.eye(4).repeat(2, 1, 1), torch.eye(3).repeat(2, 1, 1)]
+    roots = [torch.eye(4).repeat(2, 1, 1), torch.eye(3).repeat(2, 1, 1), torch.eye(5)[None]]
     precondition = {
-        "out": torch.empty(2, 4, 3),
-        "norm": torch.empty(2),
-        "grad": torch.randn(2, 4, 3),
+        "outs": [torch.empty(2, 4, 3), torch.empty(1, 5)],
+        "norms": [torch.empty(2), torch.empty(1)],
+        "grads": [torch.randn(2, 4, 3), torch.randn(1, 5)],
         "roots": roots,
     }
     stack = torch.randn(2, 4, 4)
@@ -98,6 +108,7 @@ def good_arguments() -> SimpleNamespace:
         gather_blocks_=gather,
         graft_moments_=moments,
         update_blocks_=update,
+        graft_scale_=scale,
         gram_ema_=gram,
         precondition_=precondition,
         eigh_=eigh,

@@ -130,6 +130,11 @@ const Flat* const_pointer(const at::Tensor& tensor) {
   return static_cast<const Flat*>(tensor.const_data_ptr());
 }
 
+template <class Flat>
+const Flat* const_pointer(const std::optional<at::Tensor>& tensor) {
+  return tensor ? const_pointer<Flat>(*tensor) : nullptr;
+}
+
 // Calls `use(Flat())` with the C++ type of a flat tensor.
 template <class Use>
 void with_flat(const at::Tensor& tensor, const Use& use) {
@@ -194,6 +199,39 @@ inline void check_magnitudes(const at::Tensor& out, at::TensorList tensors,
     TORCH_CHECK(numel < kMost, "tensors[0] to tensors[", i, "] have ", numel,
                 " elements or more. Must have fewer.");
   }
+}
+
+// What graft_scale_ takes.
+inline void check_graft_scale(const at::Tensor& scale, const at::Tensor& norm,
+                              const std::optional<at::Tensor>& length,
+                              const std::optional<at::Tensor>& is_own,
+                              const std::optional<at::Tensor>& accepted,
+                              const at::Device& device = at::kCPU) {
+  check_flat("scale", scale, device);
+  const auto check_count = [&](const char* name, const at::Tensor& tensor) {
+    TORCH_CHECK(tensor.numel() == scale.numel(), name, " has ", tensor.numel(),
+                " elements. Must have ", scale.numel(), ", as scale has.");
+  };
+  check_same("norm", norm, "scale", scale);
+  check_count("norm", norm);
+  if (length) {
+    check_same("length", *length, "scale", scale);
+    check_count("length", *length);
+  }
+  const auto check_flags = [&](const char* name, const at::Tensor& flags) {
+    TORCH_CHECK(flags.device() == device && flags.scalar_type() == at::kBool &&
+                    flags.is_contiguous(),
+                name, " is ", flags.scalar_type(), " with strides ", flags.strides(), " on ",
+                flags.device(), ". Must be contiguous Bool on ", place_of(device), ".");
+  };
+  if (is_own) {
+    check_flags("is_own", *is_own);
+    check_count("is_own", *is_own);
+  }
+  if (!accepted) return;
+  check_flags("accepted", *accepted);
+  TORCH_CHECK(accepted->numel() == 1, "accepted has ", accepted->numel(),
+              " elements. Must be one flag.");
 }
 
 // What update_blocks_ takes beside its table of parameters.

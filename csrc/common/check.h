@@ -52,6 +52,13 @@ inline void check_length(const char* name, const at::Tensor& tensor, const char*
               " describes ", needed, ".");
 }
 
+// One of a list of stacks, which a kernel takes as the first of them is.
+inline void check_same_dtype(const char* name, at::TensorList stacks, size_t index) {
+  TORCH_CHECK(stacks[index].scalar_type() == stacks[0].scalar_type(), name, "[", index,
+              "] has dtype ", stacks[index].scalar_type(), " but ", name, "[0] has ",
+              stacks[0].scalar_type(), ". All must be the same.");
+}
+
 // A number in the memory of a device: 0-d, float64.
 inline void check_number(const char* name, const at::Tensor& tensor, const at::Device& device) {
   TORCH_CHECK(tensor.device() == device && tensor.scalar_type() == at::kDouble &&

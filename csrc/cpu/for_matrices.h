@@ -3,9 +3,13 @@
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <utility>
+#include <vector>
 
 namespace shampoo::cpu {
 
@@ -50,6 +54,65 @@ void for_matrices(int64_t count, int64_t scratch_numel, const Work& work) {
         }
       });
     });
+}
+
+// What a stack asks of a thread that works on one of its matrices.
+struct Job {
+  int64_t count;    // matrices
+  int64_t scratch;  // elements
+  int64_t cost;     // products of one matrix, by which the dear ones go first
+};
+
+// From so many products on, threads share a matrix of a stack that has fewer than there are threads.
+constexpr int64_t kSharedCost = int64_t{1} << 20;
+
+// A matrix of one of many stacks.
+struct Place {
+  size_t stack;
+  int64_t matrix;
+};
+
+// Calls `work(place, following, scratch, for_panels)` for every matrix of many stacks. Threads take
+// matrices of all of them together, one after another, dear ones first, so that small stacks keep no
+// thread waiting. `following` points to what the thread will take next, or is null.
+template <class Flat, class Work>
+void for_stacks(const std::vector<Job>& jobs, const Work& work) {
+  const int64_t threads = at::get_num_threads();
+  std::vector<size_t> together;
+  for (size_t s = 0; s < jobs.size(); ++s) {
+    const bool is_alone = jobs.size() == 1 || threads == 1;
+    if (is_alone || (jobs[s].count < threads && jobs[s].cost >= kSharedCost))
+      for_matrices<Flat>(jobs[s].count, jobs[s].scratch,
+                         [&](int64_t b, Flat* scratch, const auto& for_panels) {
+                           const Place place{s, b}, following{s, b + 1};
+                           work(place, b + 1 < jobs[s].count ? &following : nullptr, scratch,
+                                for_panels);
+                         });
+    else
+      together.push_back(s);
+  }
+  if (together.empty()) return;
+  std::stable_sort(together.begin(), together.end(),
+                   [&](size_t a, size_t b) { return jobs[a].cost > jobs[b].cost; });
+  std::vector<Place> matrices;
+  int64_t most = 0;
+  for (const size_t s : together) {
+    most = std::max(most, jobs[s].scratch);
+    for (int64_t b = 0; b < jobs[s].count; ++b) matrices.push_back({s, b});
+  }
+  std::atomic<size_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    const Scratch<Flat> scratch(most);
+    for (int64_t thread = begin; thread < end; ++thread)
+      for (size_t at = next++; at < matrices.size();) {
+        const size_t then = next++;
+        work(matrices[at], then < matrices.size() ? &matrices[then] : nullptr, scratch.data(),
+             [](int64_t panels, const auto& visit) {
+               for (int64_t panel = 0; panel < panels; ++panel) visit(panel);
+             });
+        at = then;
+      }
+  });
 }
 
 }  // namespace shampoo::cpu

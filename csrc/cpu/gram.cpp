@@ -14,43 +14,52 @@
 
 namespace shampoo::cpu {
 
+namespace {
+
 template <class Flat>
-void gram_ema(Flat* factor, const Flat* grad, int64_t count, int64_t before, int64_t size,
-              int64_t after, Flat beta, Flat weight) {
-  const Unfolding shape{before, size, after};
-  const auto layout = Layout<Flat>::rows(size);
-  const int64_t panels = layout.count(), numel = before * size * after;
-  const int64_t stride = kDepth<Flat> * kWidth<Flat>;
-  for_matrices<Flat>(count, panels * stride, [&](int64_t b, Flat* packed,
-                                                         const auto& for_panels) {
-    Flat* matrix = factor + b * size * size;
-    Ahead ahead;
-    if (b + 1 < count) ahead.add(grad + (b + 1) * numel, numel).add(matrix + size * size, size * size);
-    for (int64_t start = 0; start < shape.depth(); start += kDepth<Flat>) {
-      const int64_t depth = std::min(kDepth<Flat>, shape.depth() - start);
-      for_panels(panels, [&](int64_t panel) {
-        pack(packed + panel * stride, grad + b * numel, shape, panel * kWidth<Flat>, start, depth);
-      });
-      const Operands<Flat> operands{packed, packed, stride, depth};
-      const Polynomial<Flat> average{weight, matrix, start == 0 ? beta : Flat(1)};
-      for_panels(panels, [&](int64_t panel) {
-        // A panel has as many tiles as its ordinal says; long sums ask in their first piece alone.
-        const int64_t before = panel * (panel + 1) / 2, all = panels * (panels + 1) / 2;
-        upper_tiles(matrix, layout, panel, operands, average, start + depth == shape.depth(),
-                    start == 0 ? ahead.part(before, before + panel + 1, all) : Ahead());
-      });
-    }
-  });
+const Flat* block_of(const Gram<Flat>& stack, int64_t b) {
+  return stack.grad + b * stack.before * stack.size * stack.after;
+}
+
+template <class Flat>
+Flat* matrix_of(const Gram<Flat>& stack, int64_t b) {
+  return stack.factor + b * stack.size * stack.size;
+}
+
+template <class Flat, class ForPanels>
+void gram_ema_of(const Gram<Flat>& stack, int64_t b, const Ahead& ahead, Flat* packed, Flat beta,
+                 Flat weight, const ForPanels& for_panels) {
+  const Unfolding shape{stack.before, stack.size, stack.after};
+  const auto layout = Layout<Flat>::rows(stack.size);
+  const int64_t panels = layout.count(), stride = kDepth<Flat> * kWidth<Flat>;
+  const Flat* block = block_of(stack, b);
+  Flat* matrix = matrix_of(stack, b);
+  for (int64_t start = 0; start < shape.depth(); start += kDepth<Flat>) {
+    const int64_t depth = std::min(kDepth<Flat>, shape.depth() - start);
+    for_panels(panels, [&](int64_t panel) {
+      pack(packed + panel * stride, block, shape, panel * kWidth<Flat>, start, depth);
+    });
+    const Operands<Flat> operands{packed, packed, stride, depth};
+    const Polynomial<Flat> average{weight, matrix, start == 0 ? beta : Flat(1)};
+    for_panels(panels, [&](int64_t panel) {
+      // A panel has as many tiles as its ordinal says; long sums ask in their first piece alone.
+      const int64_t before = panel * (panel + 1) / 2, all = panels * (panels + 1) / 2;
+      upper_tiles(matrix, layout, panel, operands, average, start + depth == shape.depth(),
+                  start == 0 ? ahead.part(before, before + panel + 1, all) : Ahead());
+    });
+  }
 }
 
 // A thread takes columns, never a part of a sum: torch cuts a long sum by the number of threads.
 template <class Flat>
-void gram_diagonal_ema(Flat* factor, const Flat* grad, int64_t count, int64_t before, int64_t size,
-                       int64_t after, Flat beta, Flat weight) {
+void gram_diagonal_ema(const Gram<Flat>& stack, Flat beta, Flat weight) {
   constexpr int64_t kColumns = 64;
+  Flat* const factor = stack.factor;
+  const Flat* const grad = stack.grad;
+  const int64_t before = stack.before, size = stack.size, after = stack.after;
   const int64_t pieces = (size + kColumns - 1) / kColumns;
   const int64_t grain = kGrain / (kColumns * before * after) + 1;
-  at::parallel_for(0, count * pieces, grain, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, stack.count * pieces, grain, [&](int64_t begin, int64_t end) {
     for (int64_t piece = begin; piece < end; ++piece) {
       const int64_t b = piece / pieces, first = piece % pieces * kColumns;
       const int64_t columns = std::min(kColumns, size - first);
@@ -71,11 +80,35 @@ void gram_diagonal_ema(Flat* factor, const Flat* grad, int64_t count, int64_t be
   });
 }
 
-template void gram_ema(float*, const float*, int64_t, int64_t, int64_t, int64_t, float, float);
-template void gram_ema(double*, const double*, int64_t, int64_t, int64_t, int64_t, double, double);
-template void gram_diagonal_ema(float*, const float*, int64_t, int64_t, int64_t, int64_t, float,
-                                float);
-template void gram_diagonal_ema(double*, const double*, int64_t, int64_t, int64_t, int64_t, double,
-                                double);
+}  // namespace
+
+template <class Flat>
+void gram_ema(const std::vector<Gram<Flat>>& stacks, Flat beta, Flat weight) {
+  std::vector<Gram<Flat>> full;
+  std::vector<Job> jobs;
+  for (const Gram<Flat>& stack : stacks) {
+    if (stack.is_diagonal) {
+      gram_diagonal_ema(stack, beta, weight);
+      continue;
+    }
+    const int64_t panels = Layout<Flat>::rows(stack.size).count();
+    const int64_t products = stack.size * stack.size * stack.before * stack.after;
+    jobs.push_back({stack.count, panels * kDepth<Flat> * kWidth<Flat>, products});
+    full.push_back(stack);
+  }
+  for_stacks<Flat>(jobs, [&](const Place& place, const Place* following, Flat* packed,
+                             const auto& for_panels) {
+    Ahead ahead;
+    if (following != nullptr) {
+      const Gram<Flat>& stack = full[following->stack];
+      ahead.add(block_of(stack, following->matrix), stack.before * stack.size * stack.after)
+          .add(matrix_of(stack, following->matrix), stack.size * stack.size);
+    }
+    gram_ema_of(full[place.stack], place.matrix, ahead, packed, beta, weight, for_panels);
+  });
+}
+
+template void gram_ema(const std::vector<Gram<float>>&, float, float);
+template void gram_ema(const std::vector<Gram<double>>&, double, double);
 
 }  // namespace shampoo::cpu

@@ -2,18 +2,22 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace shampoo::cpu {
 
-// factor[b] <- beta factor[b] + weight sum over (x, z) of grad[b, x, i, z] grad[b, x, j, z]
-// factor: [count, size, size], grad: [count, before, size, after]
+// One mode of a stack of blocks. grad: [count, before, size, after]; factor: [count, size, size], or
+// [count, size] if it is a diagonal
 template <class Flat>
-void gram_ema(Flat* factor, const Flat* grad, int64_t count, int64_t before, int64_t size,
-              int64_t after, Flat beta, Flat weight);
+struct Gram {
+  Flat* factor;
+  const Flat* grad;
+  int64_t count, before, size, after;
+  bool is_diagonal;
+};
 
-// The diagonal of the same: factor [count, size]
+// For every stack: factor[b] <- beta factor[b] + weight sum over (x, z) of grad[b, x, i, z] grad[b, x, j, z]
 template <class Flat>
-void gram_diagonal_ema(Flat* factor, const Flat* grad, int64_t count, int64_t before, int64_t size,
-                       int64_t after, Flat beta, Flat weight);
+void gram_ema(const std::vector<Gram<Flat>>& stacks, Flat beta, Flat weight);
 
 }  // namespace shampoo::cpu

@@ -15,10 +15,17 @@ struct Root {
   bool is_diagonal;
 };
 
-// out[b] = grad[b] x_1 root_1[b] ... x_o root_o[b], norm[b] = |out[b]|
-// out, grad: [count, d_1 .. d_o], no overlap; roots: one a mode, symmetric
+// A stack of blocks. out, grad: [count, d_1 .. d_o], no overlap; roots: one a mode, symmetric
 template <class Flat>
-void precondition(Flat* out, Flat* norm, const Flat* grad, int64_t count,
-                  const std::vector<Root<Flat>>& roots);
+struct Preconditioned {
+  Flat *out, *norm;
+  const Flat* grad;
+  int64_t count;
+  std::vector<Root<Flat>> roots;
+};
+
+// For every stack: out[b] = grad[b] x_1 root_1[b] ... x_o root_o[b], norm[b] = |out[b]|
+template <class Flat>
+void precondition(const std::vector<Preconditioned<Flat>>& stacks);
 
 }  // namespace shampoo::cpu

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/graft_scale.h"
 #include "common/moments.h"
 #include "common/numbers.h"
 #include "common/tiles.h"
@@ -52,6 +53,10 @@ void graft_moments(Flat* grad, Flat* exp_avg, Flat* exp_avg_sq, Flat* direction,
                    const std::vector<Source>& sources, const std::vector<Tile>& tiles,
                    Number alpha, bool accumulate, const MomentNumbers& numbers, Flat* ahead,
                    double* scratch, Stream stream);
+
+// One scale for each of `count` blocks, at least one.
+template <class Flat>
+void graft_scale(const GraftScale<Flat>& blocks, int64_t count, Stream stream);
 
 template <class Flat>
 void update_blocks(const std::vector<Source>& params, Flat* momentum, const Flat* direction,

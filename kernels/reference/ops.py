@@ -27,6 +27,9 @@ from shampoo.kernels.reference.philox import philox
 Number = float | Tensor  # a tensor is float64 on the device, and never read on the host
 
 
+_TINY = 1e-16  # keeps the ratio of two lengths finite where the preconditioned one is zero
+
+
 def _read(number: Number) -> Number:
     """A number that the host may read without waiting, read: bits do not depend on where it was."""
     is_here = isinstance(number, Tensor) and number.dim() == 0 and number.device.type == "cpu"
@@ -40,9 +43,10 @@ def _for_blocks(number: Number, blocks: slice, dtype: torch.dtype) -> Number:
     return _read(number)
 
 
-def _tile_rows(
-    tiles: Tensor,
-) -> Iterator[tuple[int, int, list[int], list[int], list[int], list[int]]]:
+_TileRow = tuple[int, int, list[int], list[int], list[int], list[int]]
+
+
+def _tile_rows(tiles: Tensor) -> Iterator[_TileRow]:
     order = (tiles.shape[1] - 2) // 4
     for source, offset, *box in tiles.tolist():
         dims, start, grid, extent = (box[i * order : (i + 1) * order] for i in range(4))
@@ -75,22 +79,26 @@ def gather_blocks_(
 
     """
     alpha = _read(alpha)
-    for source, offset, dims, start, grid, extent in _tile_rows(tiles):
-        blocks = _blocks_of(sources[source].reshape(dims), start, grid, extent)
-        region = out.narrow(0, offset, blocks.numel()).view(blocks.shape)
-        factor = 1.0
-        if isinstance(alpha, Tensor):
-            blocks = torch.where(alpha == 0.0, 0.0, blocks.to(out.dtype) * alpha)
-        elif alpha == 0.0:
-            blocks = torch.zeros_like(blocks)
-        else:
-            factor = alpha
+    is_nothing = alpha == 0.0
+    for rows, first, count, size in _runs(tiles):
+        for source, offset, dims, start, grid, extent in rows:
+            blocks = _blocks_of(sources[source].reshape(dims), start, grid, extent)
+            region = out.narrow(0, offset, blocks.numel()).view(blocks.shape)
+            if not accumulate:
+                region.copy_(blocks)
+            elif isinstance(alpha, Tensor):
+                region.add_(torch.where(is_nothing, 0.0, blocks.to(out.dtype) * alpha))
+            elif alpha != 0.0:
+                region.add_(blocks.to(out.dtype), alpha=alpha)
         if accumulate:
-            region.add_(blocks.to(out.dtype), alpha=factor)
-        else:
-            region.copy_(blocks)
-            if factor != 1.0:
-                region.mul_(factor)
+            continue
+        run = out[first : first + count * size]  # a tile at a time would be a launch for each
+        if isinstance(alpha, Tensor):
+            run.mul_(alpha).masked_fill_(is_nothing, 0.0)
+        elif alpha == 0.0:
+            run.zero_()
+        elif alpha != 1.0:
+            run.mul_(alpha)
 
 
 def magnitudes_(out: Tensor, tensors: Sequence[Tensor]) -> None:
@@ -159,11 +167,11 @@ def graft_moments_(
     if not runs:
         return
     if grad is None:
-        grad = norm.new_empty(max(start + count * size for start, count, size in runs))
+        grad = norm.new_empty(max(start + count * size for _, start, count, size in runs))
     gather_blocks_(grad, sources, tiles, alpha, accumulate)
     beta1, beta2, weight2 = _read(beta1), _read(beta2), _read(weight2)
     block = 0
-    for start, count, size in runs:
+    for _, start, count, size in runs:
         rows = slice(block, block + count)
         region = slice(start, start + count * size)
         raw = grad[region].view(count, size)
@@ -195,19 +203,66 @@ def graft_moments_(
         block += count
 
 
-def _runs(tiles: Tensor) -> Iterator[tuple[int, int, int]]:
-    """Blocks of equal size that lie one after another, joined: start, count, size."""
+def _runs(tiles: Tensor) -> Iterator[tuple[list[_TileRow], int, int, int]]:
+    """Tiles of blocks of one size that lie one after another, joined: they, start, count, size."""
+    rows: list[_TileRow] = []
     start = count = size = 0
-    for _, offset, _, _, grid, extent in _tile_rows(tiles):
+    for row in _tile_rows(tiles):
+        offset, grid, extent = row[1], row[4], row[5]
         numel = math.prod(extent)
-        if count and (offset != start + count * size or numel != size):
-            yield start, count, size
-            count = 0
-        if not count:
-            start, size = offset, numel
+        if rows and (offset != start + count * size or numel != size):
+            yield rows, start, count, size
+            rows = []
+        if not rows:
+            start, size, count = offset, numel, 0
+        rows.append(row)
         count += math.prod(grid)
-    if count:
-        yield start, count, size
+    if rows:
+        yield rows, start, count, size
+
+
+def graft_scale_(
+    scale: Tensor,
+    norm: Tensor,
+    length: Tensor | None,
+    is_own: Tensor | None,
+    correction: Number,
+    grafted: bool,
+    most: float,
+    accepted: Tensor | None = None,
+) -> None:
+    """``scale <- norm / (length / correction + 1e-16) / correction``, 0 for what takes no step.
+
+    The bias correction of the average from which a direction was made is a factor of it, and joins
+    the scale. A block that follows the grafted direction has the scale 1. It is 0 for a block whose
+    scaled direction would be longer than ``most``, or is NaN, and for all if ``accepted`` is False.
+
+    Args:
+        scale: [B] float32 or float64, contiguous, written.
+        norm: [B] in the same dtype, read: the lengths of the grafted directions.
+        length: The same, read: those of the blocks' own; or None, where all follow the grafted.
+        is_own: [B] bool, read: which blocks go their own way; None for all.
+        correction: What a direction is to be divided by, above 0; or [B] float64.
+        grafted: Whether directions take the grafted length; else they keep their own.
+        most: The length up to which a direction is kept.
+        accepted: 0-d bool on the device, read: whether anything is to move; None for yes.
+
+    """
+    if length is None:
+        found, reach = torch.ones_like(norm), norm
+    else:
+        divisor = correction.to(norm.dtype) if isinstance(correction, Tensor) else correction
+        if grafted:
+            found = norm / (length / divisor + _TINY) / divisor
+        else:
+            found = torch.ones_like(norm).mul_(1.0 / correction)
+        reach = length
+        if is_own is not None:
+            found, reach = torch.where(is_own, found, 1.0), torch.where(is_own, length, norm)
+    is_kept = found * reach <= most
+    if accepted is not None:
+        is_kept = is_kept & accepted
+    scale.copy_(torch.where(is_kept, found, 0.0))
 
 
 def _unfold(blocks: Tensor, mode: int) -> Tensor:
@@ -219,40 +274,64 @@ def _unfold(blocks: Tensor, mode: int) -> Tensor:
     return blocks.reshape(count, before, size, after).transpose(1, 2).reshape(count, size, -1)
 
 
-def gram_ema_(factor: Tensor, grad: Tensor, k: int, beta: Number, weight: Number) -> None:
+def gram_ema_(
+    factors: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    modes: Sequence[int],
+    beta: Number,
+    weight: Number,
+) -> None:
     """``A_k <- beta A_k + weight mat_k(G) mat_k(G)^T`` (Gupta et al., 2018), or its diagonal.
 
     Args:
-        factor: [B, d_k, d_k], symmetric, or [B, d_k] for a diagonal mode, read and written.
-        grad: [B, d_1 .. d_o] in the dtype of ``factor``, read.
-        k: The mode, from 0.
+        factors: S stacks, [B, d_k, d_k], symmetric, or [B, d_k] for a diagonal mode, read and
+            written; B and d differ from stack to stack.
+        grads: [S], [B, d_1 .. d_o] in the dtype of the factors, read; one may occur several times.
+        modes: [S], k, from 0.
         beta: Decay.
         weight: The weight of the new Gram matrix.
 
     """
-    unfolded = _unfold(grad, k)
     beta, weight = _read(beta), _read(weight)
-    if isinstance(weight, Tensor):
-        diagonal = factor.dim() == 2
-        gram = unfolded.square().sum(2) if diagonal else torch.bmm(unfolded, unfolded.mT)
-        factor.mul_(beta).addcmul_(gram, weight.to(gram.dtype))
-    elif factor.dim() == 2:
-        factor.mul_(beta).add_(unfolded.square().sum(2), alpha=weight)
-    else:
-        factor.baddbmm_(unfolded, unfolded.mT, beta=float(beta), alpha=weight)
+    for factor, grad, k in zip(factors, grads, modes, strict=True):
+        unfolded = _unfold(grad, k)
+        if isinstance(weight, Tensor):
+            diagonal = factor.dim() == 2
+            gram = unfolded.square().sum(2) if diagonal else torch.bmm(unfolded, unfolded.mT)
+            factor.mul_(beta).addcmul_(gram, weight.to(gram.dtype))
+        elif factor.dim() == 2:
+            factor.mul_(beta).add_(unfolded.square().sum(2), alpha=weight)
+        else:
+            factor.baddbmm_(unfolded, unfolded.mT, beta=float(beta), alpha=weight)
 
 
-def precondition_(out: Tensor, norm: Tensor, grad: Tensor, roots: Sequence[Tensor | None]) -> None:
+def precondition_(
+    outs: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    roots: Sequence[Tensor | None],
+) -> None:
     """``out <- G x_1 X_1 ... x_o X_o`` (Gupta et al., 2018) and ``norm[b] <- |out_b|``.
 
     Args:
-        out: [B, d_1 .. d_o] in the dtype of ``grad``, contiguous, written.
-        norm: [B] in the dtype of ``grad``, written.
-        grad: [B, d_1 .. d_o], read.
-        roots: One a mode, read: [B, d_k, d_k] symmetric, [B, d_k] for a diagonal mode, or None for
-            one that stays as it is.
+        outs: S stacks, [B, d_1 .. d_o] in the dtype of the blocks, contiguous, written; B, d and o
+            differ from stack to stack.
+        norms: [S], [B] in the same dtype, written.
+        grads: [S], [B, d_1 .. d_o], read.
+        roots: One for every mode of the first stack, then of the second and so on, read: [B, d_k,
+            d_k] symmetric, [B, d_k] for a diagonal mode, or None for one that stays as it is.
 
     """
+    begin = 0
+    for out, norm, grad in zip(outs, norms, grads, strict=True):
+        end = begin + grad.dim() - 1
+        _apply_roots(out, grad, roots[begin:end])
+        norm.copy_(torch.linalg.vector_norm(out.view(len(out), -1), dim=1, dtype=torch.float64))
+        begin = end
+
+
+def _apply_roots(out: Tensor, grad: Tensor, roots: Sequence[Tensor | None]) -> None:
+    """``out <- G x_1 X_1 ... x_o X_o`` of one stack."""
     count, order = grad.shape[0], grad.dim() - 1
     blocks = grad
     for mode, root in enumerate(roots):
@@ -271,7 +350,6 @@ def precondition_(out: Tensor, norm: Tensor, grad: Tensor, roots: Sequence[Tenso
             before, after = math.prod(sizes[1 : mode + 1]), math.prod(sizes[mode + 2 :])
             product = torch.bmm(root, _unfold(blocks, mode))
             blocks = product.view(count, size, before, after).transpose(1, 2).reshape(sizes)
-    norm.copy_(torch.linalg.vector_norm(out.view(count, -1), dim=1, dtype=torch.float64))
 
 
 def eigh_(values: Tensor, vectors: Tensor, stack: Tensor) -> None:
@@ -333,32 +411,39 @@ def update_blocks_(
 
     """
     lr, weight_decay, mu = _read(lr), _read(weight_decay), _read(mu)
+    kept, drawn = 1.0 - lr * weight_decay, 0.0 if step is None else step
     block = 0
-    for source, offset, dims, start, grid, extent in _tile_rows(tiles):
-        param, count = params[source], math.prod(grid)
-        merged = param.reshape(dims)
-        weight = _blocks_of(merged, start, grid, extent)
-        region = slice(offset, offset + weight.numel())
-        own = scale[block : block + count, None]
-        move = torch.where(own == 0.0, 0.0, direction[region].view(count, -1) * own)
-        move = move.view(weight.shape)
-        wide = weight.to(torch.promote_types(weight.dtype, move.dtype))
+    for rows, first, total, size in _runs(tiles):
+        own = scale[block : block + total, None]
+        # For all tiles of a run at once: a tile at a time would be launches for each.
+        moves = direction[first : first + total * size].view(total, size) * own
+        moves.masked_fill_(own == 0.0, 0.0)
         if momentum is None:
-            wide = wide * (1.0 - lr * weight_decay) - lr * move
-        else:
-            buffer = momentum[region].view(weight.shape)
-            wide = wide - lr * momentum_direction(move, buffer, wide, weight_decay, mu, nesterov)
-        if seed is not None and weight.dtype == torch.bfloat16:
-            places = torch.arange(region.start, region.stop, device=weight.device)
-            drawn = 0.0 if step is None else step
-            if isinstance(drawn, Tensor) and drawn.dim() == 1:
-                own = drawn[block : block + count]
-                drawn = own.repeat_interleave(len(places) // count)
-            wide = _dithered(wide.float(), seed, drawn, places)
-        weight.copy_(wide)
-        if merged.untyped_storage().data_ptr() != param.untyped_storage().data_ptr():
-            param.copy_(merged.view(param.shape))
-        block += count
+            moves.mul_(lr)
+        moves = moves.view(-1)
+        for source, offset, dims, start, grid, extent in rows:
+            param, count = params[source], math.prod(grid)
+            merged = param.reshape(dims)
+            weight = _blocks_of(merged, start, grid, extent)
+            numel = weight.numel()
+            move = moves[offset - first : offset - first + numel].view(weight.shape)
+            wide = weight.to(torch.promote_types(weight.dtype, move.dtype))
+            if momentum is None:
+                wide = (wide * kept).sub_(move)
+            else:
+                buffer = momentum[offset : offset + numel].view(weight.shape)
+                along = momentum_direction(move, buffer, wide, weight_decay, mu, nesterov)
+                wide = wide - lr * along
+            if seed is not None and weight.dtype == torch.bfloat16:
+                places = torch.arange(offset, offset + numel, device=weight.device)
+                each = drawn
+                if isinstance(drawn, Tensor) and drawn.dim() == 1:
+                    each = drawn[block : block + count].repeat_interleave(numel // count)
+                wide = _dithered(wide.float(), seed, each, places)
+            weight.copy_(wide)
+            if merged.untyped_storage().data_ptr() != param.untyped_storage().data_ptr():
+                param.copy_(merged.view(param.shape))
+            block += count
 
 
 def momentum_direction(

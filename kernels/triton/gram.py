@@ -1,10 +1,13 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # mypy: disable-error-code="import-untyped, import-not-found"
-"""Exponential averages of Gram matrices, upper tiles only.
+"""Exponential averages of Gram matrices, upper tiles only, of many stacks in a launch.
 
-Replaces one ``baddbmm_`` per mode, and the copy that unfolding a middle mode costs. Every tile
-pair is computed once, so it moves half of the bytes of the factor; where d <= 256 and there are few
-blocks, too few tiles are left to fill a GPU and cuBLAS is as fast.
+Replaces one ``baddbmm_`` per stack and mode, and the copy that unfolding a middle mode costs. Every
+tile pair is computed once, so it moves half of the bytes of the factor; where d <= 256 and there
+are few blocks, too few tiles are left to fill a GPU and cuBLAS is as fast.
+
+Stacks whose kernels are compiled alike go together: those of one size of tiles and one order of
+memory. What is compiled for a stack follows its own sizes, never what goes with it.
 
 Gradients in half precision are multiplied as they are. Those in float32 take three TF32 products
 (``tf32x3``): it drops the product of the two remainders, 2^-24 of the whole, while ``bf16x3``
@@ -24,6 +27,18 @@ from torch import Tensor
 
 from shampoo.kernels.reference.ops import Number
 from shampoo.kernels.triton.arch import HOPPER, INTERPRETED, capability, mirrored, triangle
+from shampoo.kernels.triton.stack_table import (
+    Row,
+    distance,
+    entry,
+    extent,
+    place,
+    row_of,
+    strides_of,
+    table_of,
+    unit_or,
+    vector_of,
+)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,18 +63,25 @@ def launch_config(size: int, dtype: torch.dtype, device: torch.device) -> Launch
     return LaunchConfig(128, block_k, 8, 3)
 
 
-def supports(factor: Tensor, grad: Tensor, k: int, beta: Number, weight: Number) -> bool:
-    """Whether :func:`gram_ema_` takes these: a full float32 factor, blocks below 2^31 elements.
+def supports(
+    factors: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    modes: Sequence[int],
+    beta: Number,
+    weight: Number,
+) -> bool:
+    """Whether :func:`gram_ema_` takes these: full float32 factors, blocks below 2^31 elements.
 
-    Both numbers of the host, or both one float64 on the device of the factor.
+    Both numbers of the host, or both one float64 on the device of the factors.
     """
-    return (
+    return all(
         factor.dim() == 3
         and factor.dtype == torch.float32
         and grad.dtype in _DTYPES
         and grad.numel() > 0
         and reach(grad) < 2**31
         and _are_readable((beta, weight), factor.device)
+        for factor, grad in zip(factors, grads, strict=True)
     )
 
 
@@ -100,36 +122,43 @@ def number(given, ON_DEVICE: tl.constexpr):
         return given
 
 
+_COLUMNS = 14
+_COLUMNS_OF_A_ROW = tl.constexpr(_COLUMNS)
+
+
 # Numbers on the device are cut from one tensor, 8 bytes apart: one kernel for all their places.
 @triton.jit(do_not_specialize_on_alignment=("beta", "weight"))
 def gram_ema_kernel(
-    factor,  # [B, d, d] float32
-    grad,  # [B, before, d, after]
+    factors,  # [B, d, d] float32, the first of them
+    grads,  # [B, before, d, after], the first of them
+    table,  # [STACKS, 14]
     beta,  # as weight float32, or if ON_DEVICE a pointer to float64
     weight,
-    size,  # d
-    depth,  # before * after
-    after,
-    factor_stride_b,
-    factor_stride_row,
-    factor_stride_col,
-    stride_b,
-    stride_before,
-    stride_size,
-    stride_after,
-    count,  # tiles of a factor
     LAYOUT: tl.constexpr,
+    UNIT: tl.constexpr,
+    VECTOR: tl.constexpr,
     ON_DEVICE: tl.constexpr,
     UPCAST: tl.constexpr,
+    STACKS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """One upper tile of ``beta A + weight mat(G) mat(G)^T`` and its mirror image."""
-    matrix = (tl.program_id(0) // count).to(tl.int64)
-    row_tile, col_tile = triangle(tl.program_id(0) % count)
+    row, program = row_of(table, _COLUMNS_OF_A_ROW, STACKS)
+    count = entry(row, 13)  # tiles of a factor
+    size = extent(row, 3, VECTOR)  # d
+    depth = extent(row, 4, VECTOR)  # before * after
+    after = extent(row, 5, VECTOR if LAYOUT != 1 else 1)
+    factor_stride_row = extent(row, 7, VECTOR)
+    factor_stride_col = unit_or(row, 8, UNIT, 1)
+    stride_before = extent(row, 10, VECTOR)
+    stride_size = unit_or(row, 11, UNIT and LAYOUT == 1, VECTOR)
+    stride_after = unit_or(row, 12, UNIT and LAYOUT != 1, VECTOR if LAYOUT == 1 else 1)
+    matrix = (program // count).to(tl.int64)
+    row_tile, col_tile = triangle(program % count)
     rows = row_tile * BLOCK + tl.arange(0, BLOCK)
     cols = col_tile * BLOCK + tl.arange(0, BLOCK)
-    grad += matrix * stride_b
+    grad = grads + place(row, 2, VECTOR) + matrix * place(row, 9, VECTOR)
     left = grad + rows[:, None] * stride_size
     right = grad + cols[:, None] * stride_size
     total = tl.zeros((BLOCK, BLOCK), tl.float32)
@@ -143,7 +172,7 @@ def gram_ema_kernel(
             a = a.to(tl.float32)
             b = b.to(tl.float32)
         total = tl.dot(a, tl.trans(b), total, input_precision="tf32x3")
-    factor += matrix * factor_stride_b
+    factor = factors + place(row, 1, VECTOR) + matrix * place(row, 6, VECTOR)
     here = factor + rows[:, None] * factor_stride_row + cols[None, :] * factor_stride_col
     inside = (rows < size)[:, None] & (cols < size)[None, :]
     # Loaded with the tile, not before the loop: they would hold registers through it.
@@ -173,46 +202,88 @@ def unfolded(blocks: Tensor, mode: int) -> Tensor:
     return blocks.reshape(len(blocks), before, blocks.shape[mode + 1], after)
 
 
+class _Compiled(NamedTuple):
+    """What stacks that go together have in common."""
+
+    config: LaunchConfig
+    layout: int
+    is_unit: bool  # whether what is innermost lies side by side
+    vector: int
+    dtype: torch.dtype
+
+
 def gram_ema_(
-    factor: Tensor,
-    grad: Tensor,
-    k: int,
+    factors: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    modes: Sequence[int],
     beta: Number,
     weight: Number,
     *,
     config: LaunchConfig | None = None,
 ) -> None:
-    """``A_k <- beta A_k + weight mat_k(G) mat_k(G)^T``, bitwise symmetric.
+    """``A_k <- beta A_k + weight mat_k(G) mat_k(G)^T``, bitwise symmetric, for every stack.
 
     Only the upper triangle of A_k is read, which must be symmetric.
 
     Args:
-        factor: [B, d_k, d_k] float32, read and written.
-        grad: [B, d_1 .. d_o] float32, bfloat16 or float16, any order; not copied.
-        k: The mode, from 0.
+        factors: S stacks, [B, d_k, d_k] float32, read and written.
+        grads: [S], [B, d_1 .. d_o] float32, bfloat16 or float16, any order; not copied.
+        modes: [S], k, from 0.
         beta: Decay; a float, or 0-d float64 on the device, which gives the same bits.
         weight: Of the new Gram matrix; as ``beta``.
         config: The tiles; by the table of :func:`launch_config` by default.
     """
-    view = unfolded(grad, k)
-    batch, before, size, after = view.shape
-    config = launch_config(size, grad.dtype, grad.device) if config is None else config
-    rows = triton.cdiv(size, config.block)
-    count = rows * (rows + 1) // 2
-    gram_ema_kernel[(batch * count,)](
-        factor,
-        view,
+    groups: dict[_Compiled, list[tuple[Tensor, Tensor]]] = {}
+    for factor, grad, mode in zip(factors, grads, modes, strict=True):
+        view = unfolded(grad, mode)
+        own = launch_config(view.shape[2], grad.dtype, grad.device) if config is None else config
+        groups.setdefault(_compiled_for(factor, view, own), []).append((factor, view))
+    for compiled, stacks in groups.items():
+        _launch(compiled, stacks, beta, weight)
+
+
+def _compiled_for(factor: Tensor, view: Tensor, config: LaunchConfig) -> _Compiled:
+    _, before, size, after = view.shape
+    layout = layout_of(before, after)
+    inner = 2 if layout == 1 else 3
+    is_unit = factor.stride(2) == 1 and (view.stride(inner) == 1 or view.shape[inner] == 1)
+    numbers = [factor.data_ptr() // 4, *strides_of(factor)[:2], size, before * after]
+    numbers += [view.data_ptr() // view.element_size()]
+    numbers += [stride for at, stride in enumerate(strides_of(view)) if at != inner]
+    if layout == 2:
+        numbers.append(after)
+    vector = vector_of(numbers, view.element_size()) if is_unit else 1
+    return _Compiled(config, layout, is_unit, vector, view.dtype)
+
+
+def _launch(
+    compiled: _Compiled, stacks: Sequence[tuple[Tensor, Tensor]], beta: Number, weight: Number
+) -> None:
+    (first_factor, first_view), config = stacks[0], compiled.config
+    rows: list[Row] = []
+    programs = 0
+    for factor, view in stacks:
+        batch, before, size, after = view.shape
+        edge = triton.cdiv(size, config.block)
+        count = edge * (edge + 1) // 2
+        places = distance(factor, first_factor), distance(view, first_view)
+        sizes = size, before * after, after
+        strides = *strides_of(factor), *strides_of(view)
+        rows.append((programs, *places, *sizes, *strides, count))
+        programs += batch * count
+    table = table_of(rows, first_view.device)
+    gram_ema_kernel[(programs,)](
+        first_factor,
+        first_view,
+        table,
         beta,
         weight,
-        size,
-        before * after,
-        after,
-        *factor.stride(),
-        *view.stride(),
-        count,
-        LAYOUT=layout_of(before, after),
+        LAYOUT=compiled.layout,
+        UNIT=compiled.is_unit,
+        VECTOR=compiled.vector,
         ON_DEVICE=isinstance(beta, Tensor),
-        UPCAST=INTERPRETED and grad.dtype == torch.bfloat16,
+        UPCAST=INTERPRETED and first_view.dtype == torch.bfloat16,
+        STACKS=len(table),
         BLOCK=config.block,
         BLOCK_K=config.block_k,
         num_warps=config.warps,

@@ -69,8 +69,8 @@ class Trial:
         self.truth = truth
         self._measured = 0.0, 0.0
         plain = {name: _copied(value) for name, value in self.given.items()}
-        if case.stacked and "grad" in plain:  # which references take in the dtype of the others
-            plain["grad"] = plain["grad"].to(case.dtype)
+        if op.by_stack:  # whose references take blocks in the dtype of the others
+            plain["grads"] = [grad.to(case.dtype) for grad in plain["grads"]]
         self._call(op.reference, plain)
         self.plain = plain
 
@@ -91,6 +91,7 @@ class Trial:
                 self._run_again(load(""), first)
                 self._run_with_live_numbers(load, first)
                 self._run_in_parts(load(""), first)
+                self._run_by_stack(load(""), first)
         except _FailedError as failure:
             return Finding(*self._measured, str(failure))
         except Exception as error:
@@ -124,8 +125,9 @@ class Trial:
 
     def _look_for_asymmetry(self, first: Arguments) -> None:
         for name in self.case.symmetric:
-            if not torch.equal(first[name], first[name].mT):
-                raise _FailedError(f"{name} is not symmetric")
+            for matrices, _ in _pairs(first[name], first[name]):
+                if matrices.dim() == 3 and not torch.equal(matrices, matrices.mT):
+                    raise _FailedError(f"{name} is not symmetric")
 
     def _run_again(self, run: Run, first: Arguments) -> None:
         again, _ = self._results(run, fill=True, shift=1 if self.device.type == "cpu" else 32)
@@ -146,18 +148,34 @@ class Trial:
         for place, given, parts in self._parts():
             results, _ = self._results(run, fill=False, given=given)
             for name in self.outputs:
-                whole, part = first[name], parts.get(name)
+                part = parts.get(name)
                 if part is None:
                     continue
-                mine = results[name][-(part.stop - part.start) :]
-                if not torch.equal(_bits(mine), _bits(whole[part])):
-                    raise _FailedError(f"gave other bits for block {place} alone than in the batch")
+                for mine, whole in _pairs(results[name], first[name]):
+                    mine = mine[-(part.stop - part.start) :]
+                    if not torch.equal(_bits(mine), _bits(whole[part])):
+                        raise _FailedError(
+                            f"gave other bits for block {place} alone than in the batch"
+                        )
+
+    def _run_by_stack(self, run: Run, first: Arguments) -> None:
+        """Every stack of a list by itself."""
+        names = self.op.arguments
+        if not self.op.by_stack or len(self.given["grads"]) == 1:
+            return
+        for place, call in enumerate(self.op.stacks_of(list(self.given.values()))):
+            given = dict(zip(names, call, strict=True))
+            results, _ = self._results(run, fill=False, given=given)
+            for name in self.outputs:
+                if not torch.equal(_bits(results[name][0]), _bits(first[name][place])):
+                    raise _FailedError(f"gave other bits for stack {place} alone than with others")
 
     def _parts(self) -> list[tuple[int, Arguments, Mapping[str, slice]]]:
         """The call for the first and the last block alone."""
         found: list[tuple[int, Arguments, Mapping[str, slice]]] = []
         if self.case.stacked:
-            count = len(self.given[self.case.stacked[0]])
+            stacks = self.given[self.case.stacked[0]]
+            count = len(stacks[0] if isinstance(stacks, list) else stacks)
             for place in sorted({0, count - 1}):
                 part = slice(place, place + 1)
                 alone = {
@@ -228,8 +246,8 @@ class Trial:
         call: Arguments = {}
         guards: list[tuple[str, Guarded]] = []
         for name, value in given.items():
-            if name in self.case.overwritten and isinstance(value, Tensor):
-                value = torch.full_like(value, fill if value.dtype == torch.bool else torch.nan)
+            if name in self.case.overwritten:
+                value = _each(value, lambda t: t.new_full(t.shape, _spoilt(t, fill)))
             call[name], new = _placed(value, self.device, shift)
             guards += [(name, guard) for guard in new]
         run(*call.values())
@@ -240,8 +258,9 @@ class Trial:
 
     def _call(self, run: Run, arguments: Arguments) -> None:
         for name in self.case.overwritten:
-            if isinstance(arguments[name], Tensor) and arguments[name].is_floating_point():
-                arguments[name].fill_(torch.nan)
+            for tensor, _ in _pairs(arguments[name], arguments[name]):
+                if tensor.is_floating_point():
+                    tensor.fill_(torch.nan)
         run(*arguments.values())
 
     def _outputs_are_equal(self, one: Arguments, other: Arguments) -> bool:
@@ -272,6 +291,11 @@ def _eigh_error(results: Arguments, stack: Tensor) -> float:
 
 def _eps(tensor: Tensor) -> float:
     return torch.finfo(tensor.dtype).eps
+
+
+def _spoilt(tensor: Tensor, fill: bool) -> float | bool:
+    """What stands in an output before a kernel writes it."""
+    return fill if tensor.dtype == torch.bool else torch.nan
 
 
 def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -35,12 +35,14 @@ def random_factors(batch: int, n: int, device: torch.device) -> Tensor:
 
 
 def _gram(batch: int, n: int, device: torch.device) -> list[Any]:
-    return [random_factors(batch, n, device), torch.randn(batch, n, n, device=device), 0, 0.9, 0.1]
+    grad = torch.randn(batch, n, n, device=device)
+    return [[random_factors(batch, n, device)], [grad], [0], 0.9, 0.1]
 
 
 def _precondition(batch: int, n: int, device: torch.device) -> list[Any]:
     grad, root = torch.randn(batch, n, n, device=device), random_factors(batch, n, device)
-    return [torch.empty_like(grad), torch.empty(batch, device=device), grad, [root, root.clone()]]
+    norm = torch.empty(batch, device=device)
+    return [[torch.empty_like(grad)], [norm], [grad], [root, root.clone()]]
 
 
 def _eigh(batch: int, n: int, device: torch.device) -> list[Any]:
@@ -95,6 +97,11 @@ def _moments(batch: int, numel: int, device: torch.device) -> list[Any]:
     return [*moments, torch.empty(count, device=device), sources, tiles, 1.0, False, *scalars]
 
 
+def _scale(batch: int, numel: int, device: torch.device) -> list[Any]:
+    scale, norm, length = torch.rand(3, numel, device=device).unbind()
+    return [scale, norm, length, None, 0.9, True, 1e30]
+
+
 def _update(batch: int, numel: int, device: torch.device) -> list[Any]:
     params, tiles = blocks(batch, numel, device)
     direction = torch.randn(_covered(tiles), device=device)
@@ -112,6 +119,7 @@ WORKLOADS: dict[str, Callable[[int, int, torch.device], list[Any]]] = {
     "gather_blocks_": _gather,
     "magnitudes_": _magnitudes,
     "graft_moments_": _moments,
+    "graft_scale_": _scale,
     "update_blocks_": _update,
 }
 """By op what makes float32 arguments: of ``(blocks, columns or elements, device)``."""

@@ -129,11 +129,13 @@ class SingleProcess(Distributor):
         """M <- mu M + P, W <- W - lr D."""
         momentum = segment.moments.get("momentum") if hyper.momentum > 0 else None
         dtype = segment.direction.dtype if momentum is None else momentum.dtype
+        scale = segment.scale.to(dtype)
         ops.update_blocks_(
             list(map(self.inputs.params.__getitem__, segment.members)),
             momentum,
             segment.direction.to(dtype),  # wider only for float64 parameters
-            scalars.gate(segment.scale.to(dtype)),
+            # A ratio of norms knows nothing of steps that are not taken.
+            scalars.gate(scale) if arena.is_layerwise else scale,
             segment.tiles,
             scalars.lr,
             # LARS and LAMB have it in P. A product, since it may be a number on the device.

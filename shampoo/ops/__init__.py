@@ -16,7 +16,8 @@ from shampoo.ops.routes import grant, kernels, load_kernels, runs_kernel_on_cpu
 
 __all__ = ["OPS", "REFERENCE", "Number", "grant", "has_kernel", "kernels", "load_kernels"]
 __all__ += ["runs_kernel_on_cpu"]
-__all__ += ["gather_blocks_", "graft_moments_", "magnitudes_", "update_blocks_"]
+__all__ += ["gather_blocks_", "graft_moments_", "graft_scale_", "magnitudes_"]
+__all__ += ["update_blocks_"]
 __all__ += ["gram_ema_", "precondition_"]
 __all__ += ["check_roots_", "eigh_", "minimax_root_", "minimax_small_root_"]
 
@@ -53,21 +54,36 @@ graft_moments_ = declare(
         kernels=(Cpp(), Cuda()),
     )
 )
+graft_scale_ = declare(
+    Op(
+        "graft_scale_(Tensor(a!) scale, Tensor norm, Tensor? length, Tensor? is_own,"
+        " float correction, bool grafted, float most, Tensor? accepted=None) -> ()",
+        reference.graft_scale_,
+        subject=("scale",),
+        moving=("correction",),
+        is_elementwise=True,
+        kernels=(Cpp(), Cuda()),
+    )
+)
 gram_ema_ = declare(
     Op(
-        # "k", not "mode": torch.compile would pass that by keyword to functions that have one.
-        "gram_ema_(Tensor(a!) factor, Tensor grad, int k, float beta, float weight) -> ()",
+        "gram_ema_(Tensor(a!)[] factors, Tensor[] grads, int[] modes, float beta, float weight)"
+        " -> ()",
         reference.gram_ema_,
-        subject=("factor",),
+        subject=("factors",),
         moving=("beta", "weight"),
+        by_stack=("factors", "grads", "modes"),
         kernels=(Cpp(), Triton("gram")),
     )
 )
 precondition_ = declare(
     Op(
-        "precondition_(Tensor(a!) out, Tensor(b!) norm, Tensor grad, Tensor?[] roots) -> ()",
+        "precondition_(Tensor(a!)[] outs, Tensor(b!)[] norms, Tensor[] grads, Tensor?[] roots)"
+        " -> ()",
         reference.precondition_,
-        subject=("out",),
+        subject=("outs",),
+        by_stack=("outs", "norms", "grads"),
+        by_mode=("roots",),
         kernels=(Cpp(), Triton("precondition")),
     )
 )

@@ -6,12 +6,14 @@ than half of its last place. So what is checked are gradients, before anything m
 lengths of directions, a number a block, and never the state itself.
 """
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
 
+@functools.cache
 def summand_limit(dtype: torch.dtype) -> float:
     """The largest number of which sums of any length stay finite: 5e30 in float32.
 
@@ -20,16 +22,6 @@ def summand_limit(dtype: torch.dtype) -> float:
     """
     info = torch.finfo(dtype)
     return info.max * info.eps / 8
-
-
-def kept_scale(scale: Tensor, length: Tensor) -> Tensor:
-    """``scale``, and 0 for blocks whose direction is not finite, or too long for a momentum of it.
-
-    Args:
-        scale: [B], what the direction of each block is to be multiplied by.
-        length: [B], its norm before that; NaN or Inf if the direction has such an element.
-    """
-    return torch.where(scale * length <= summand_limit(scale.dtype), scale, 0.0)
 
 
 def scale_(blocks: Tensor, scale: Tensor) -> None:

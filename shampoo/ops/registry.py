@@ -8,7 +8,7 @@ import functools
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -89,6 +89,10 @@ class Op:
         is_elementwise: Whether the size is the number of elements; otherwise it is the number of
             columns of the subject.
         kernels: The kernels beside the reference, at most one of a kind.
+        by_stack: The arguments that are lists with one entry for each of several stacks of blocks.
+            A kernel is chosen for every stack by itself: bits do not depend on what else is in a
+            call. ``grads`` is among them: the blocks.
+        by_mode: The lists with one entry for every mode of every stack.
     """
 
     schema: str
@@ -97,6 +101,8 @@ class Op:
     moving: tuple[str, ...] = ()
     is_elementwise: bool = False
     kernels: tuple[Cpp | Cuda | Triton, ...] = ()
+    by_stack: tuple[str, ...] = ()
+    by_mode: tuple[str, ...] = ()
 
     @functools.cached_property
     def name(self) -> str:
@@ -119,6 +125,28 @@ class Op:
     def places_of(self, names: tuple[str, ...]) -> tuple[int, ...]:
         """Where arguments stand among all of them."""
         return tuple(self.arguments.index(name) for name in names)
+
+    def stacks_of(self, arguments: Sequence[Any]) -> list[list[Any]]:
+        """A call on lists of stacks as calls on one stack each, in the same order."""
+        lists, modes = self.places_of(self.by_stack), self.places_of(self.by_mode)
+        grads = arguments[self.arguments.index("grads")]
+        calls, begin = [], 0
+        for index, grad in enumerate(grads):
+            call, end = list(arguments), begin + grad.dim() - 1
+            for place in lists:
+                call[place] = [arguments[place][index]]
+            for place in modes:
+                call[place] = list(arguments[place][begin:end])
+            calls.append(call)
+            begin = end
+        return calls
+
+    def joined(self, calls: Sequence[Sequence[Any]]) -> list[Any]:
+        """Calls that differ in their stacks alone as one."""
+        arguments = list(calls[0])
+        for place in self.places_of(self.by_stack + self.by_mode):
+            arguments[place] = [each for call in calls for each in call[place]]
+        return arguments
 
     @functools.cached_property
     def schemas(self) -> Mapping[str, str]:

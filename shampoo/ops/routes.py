@@ -254,26 +254,51 @@ def routes_of(
     if not there:
         return {}
     choose = backends.router(op, backend, table, licence_of)
-    return {
-        op.full_name(overload): _switch(
-            {kind: op.load(kind, overload) for kind in there}, op.reference, choose
-        )
-        for overload in op.schemas
-    }
+    routes = {}
+    for overload in op.schemas:
+        kernels = {kind: op.load(kind, overload) for kind in there}
+        switch = _switch_by_stack if op.by_stack else _switch
+        routes[op.full_name(overload)] = switch(op, kernels, choose)
+    return routes
 
 
 def _switch(
+    op: Op,
     kernels: Mapping[str, tuple[Run, Supports | None]],
-    reference: Run,
     choose: Callable[[Sequence[Any]], str],
 ) -> Run:
     def run(*arguments: Any) -> None:
-        kernel, supports = kernels.get(choose(arguments), (reference, None))
-        if supports is not None and not supports(*arguments):
-            kernel = reference
-        kernel(*arguments)
+        _chosen(op, kernels, choose, arguments)(*arguments)
 
     return run
+
+
+def _switch_by_stack(
+    op: Op,
+    kernels: Mapping[str, tuple[Run, Supports | None]],
+    choose: Callable[[Sequence[Any]], str],
+) -> Run:
+    """One call of each kernel that is chosen for some of the stacks."""
+
+    def run(*arguments: Any) -> None:
+        groups: dict[Run, list[list[Any]]] = {}
+        for call in op.stacks_of(arguments):
+            groups.setdefault(_chosen(op, kernels, choose, call), []).append(call)
+        for kernel, calls in groups.items():
+            kernel(*op.joined(calls))
+
+    return run
+
+
+def _chosen(
+    op: Op,
+    kernels: Mapping[str, tuple[Run, Supports | None]],
+    choose: Callable[[Sequence[Any]], str],
+    arguments: Sequence[Any],
+) -> Run:
+    """The kernel for the arguments of a call, if it takes them; else the reference."""
+    kernel, supports = kernels.get(choose(arguments), (op.reference, None))
+    return kernel if supports is None or supports(*arguments) else op.reference
 
 
 @functools.cache

@@ -1,9 +1,11 @@
 """The protocol of a kind: what it declares, and the four things that a step asks of it.
 
 Shared by all kinds are the graft, masks, decay, momentum, the schedule of refreshes, sharding and
-checkpoints. A kind is handed stacks, never single blocks: B blocks of one shape, or K factors of
-one size, whose tensors it writes in place.
+checkpoints. A kind is handed stacks, never single blocks: all stacks of a segment, each B blocks of
+one shape, so that an op can take them together; or K factors of one size. It writes in place.
 """
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -29,13 +31,17 @@ class Preconditioner(Kind):
         """
 
     def accumulate(
-        self, statistics: Statistics, grad: Tensor, hyper: Hyperparameters, scalars: Scalars
+        self,
+        statistics: Sequence[Statistics],
+        grads: Sequence[Tensor],
+        hyper: Hyperparameters,
+        scalars: Scalars,
     ) -> None:
-        """Moves the statistics of B blocks by their gradients; in every step, before a refresh.
+        """Moves the statistics of blocks by their gradients; in every step, before a refresh.
 
         Args:
-            statistics: of the blocks.
-            grad: [B, d_1 .. d_o], read only.
+            statistics: of S stacks of blocks.
+            grads: [S], [B, d_1 .. d_o], read only.
             scalars: of the segment; see :func:`of_blocks`.
         """
 
@@ -51,20 +57,21 @@ class Preconditioner(Kind):
 
     def apply(
         self,
-        out: Tensor,
-        norm: Tensor,
-        statistics: Statistics,
-        filtered: Tensor,
+        outs: Sequence[Tensor],
+        norms: Sequence[Tensor],
+        statistics: Sequence[Statistics],
+        filtered: Sequence[Tensor],
         hyper: Hyperparameters,
         scalars: Scalars,
     ) -> None:
-        """Computes the direction of B blocks. No graft, and no mask: blocks that are not ready too.
+        """Computes the directions of blocks. No graft, and no mask: blocks that are not ready too.
 
         Args:
-            out: [B, d_1 .. d_o], written.
-            norm: [B], written: its length.
-            statistics: of the blocks, read only.
-            filtered: [B, d_1 .. d_o], the gradient or its average, without bias correction.
+            outs: S stacks, [B, d_1 .. d_o], written.
+            norms: [S], [B], written: the lengths of the blocks.
+            statistics: [S], read only.
+            filtered: [S], [B, d_1 .. d_o], the gradients or their averages, without bias
+                correction.
             scalars: of the segment; see :func:`of_blocks`.
         """
         raise NotImplementedError(f"{self.name} has no direction of its own")

@@ -32,7 +32,7 @@ def diagonal_root(
     unit = torch.where(largest > 0, largest, 1.0)  # keeps the fourth powers in range
     squares, fourth_powers = (diagonal / unit).square(), torch.zeros_like(unit)
     # Not torch's sum, whose order depends on the batch and on the number of threads.
-    ops.gram_ema_(fourth_powers, squares[:, None], 0, 0.0, 1.0)
+    ops.gram_ema_([fourth_powers], [squares[:, None]], [0], 0.0, 1.0)
     norm = unit * fourth_powers.sqrt().sqrt()
     ridge = (relative_eps * norm).clamp_min(eps)
     damped = diagonal + ridge

@@ -46,17 +46,28 @@ class KLShampoo(Shampoo):
         return replace(plain, products=products, numbers=numbers)
 
     def accumulate(
-        self, statistics: Statistics, grad: Tensor, hyper: Hyperparameters, scalars: Scalars
+        self,
+        statistics: Sequence[Statistics],
+        grads: Sequence[Tensor],
+        hyper: Hyperparameters,
+        scalars: Scalars,
     ) -> None:
         """``A_k <- beta2 A_k + (1 - beta2) (d_k / numel) mat_k(G~) mat_k(G~)^T``."""
+        for each, grad in zip(statistics, grads, strict=True):
+            self._accumulate(each, grad, hyper, scalars)
+
+    def _accumulate(
+        self, statistics: Statistics, grad: Tensor, hyper: Hyperparameters, scalars: Scalars
+    ) -> None:
         roots, numel = self.roots_in_force(statistics, hyper, scalars), grad[0].numel()
         whitened, norm = torch.empty_like(grad), grad.new_empty(len(grad))
         for k, mode in enumerate(statistics.modes):
             if mode.kept != NONE:
-                ops.precondition_(whitened, norm, grad, [*roots[:k], None, *roots[k + 1 :]])
+                others = [*roots[:k], None, *roots[k + 1 :]]
+                ops.precondition_([whitened], [norm], [grad], others)
                 clip_squares_(whitened, norm)
                 weight = scalars.factor_weight * (statistics.extent[k] / numel)
-                ops.gram_ema_(mode.state["factor"], whitened, k, scalars.beta2, weight)
+                ops.gram_ema_([mode.state["factor"]], [whitened], [k], scalars.beta2, weight)
 
     def roots_in_force(
         self, statistics: Statistics, hyper: Hyperparameters, scalars: Scalars

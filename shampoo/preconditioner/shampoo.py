@@ -65,12 +65,21 @@ class Shampoo(Preconditioner):
         return PendingFlags(count)
 
     def accumulate(
-        self, statistics: Statistics, grad: Tensor, hyper: Hyperparameters, scalars: Scalars
+        self,
+        statistics: Sequence[Statistics],
+        grads: Sequence[Tensor],
+        hyper: Hyperparameters,
+        scalars: Scalars,
     ) -> None:
         """``A_k <- beta2 A_k + (1 - beta2) mat_k(G) mat_k(G)^T``, from the raw gradient."""
-        for k, mode in enumerate(statistics.modes):
-            if mode.kept != NONE:
-                ops.gram_ema_(mode.state["factor"], grad, k, scalars.beta2, scalars.factor_weight)
+        factors, sources, numbers = [], [], []
+        for each, grad in zip(statistics, grads, strict=True):
+            for k, mode in enumerate(each.modes):
+                if mode.kept != NONE:
+                    factors.append(mode.state["factor"])
+                    sources.append(grad)
+                    numbers.append(k)
+        ops.gram_ema_(factors, sources, numbers, scalars.beta2, scalars.factor_weight)
 
     def refresh(self, rows: TakenRows, hyper: Hyperparameters, scalars: Scalars) -> None:
         """``X_k <- (A_k / c2 + ridge I)^(-1/p)``, checked."""
@@ -91,16 +100,18 @@ class Shampoo(Preconditioner):
 
     def apply(
         self,
-        out: Tensor,
-        norm: Tensor,
-        statistics: Statistics,
-        filtered: Tensor,
+        outs: Sequence[Tensor],
+        norms: Sequence[Tensor],
+        statistics: Sequence[Statistics],
+        filtered: Sequence[Tensor],
         hyper: Hyperparameters,
         scalars: Scalars,
     ) -> None:
         """``P = M1 x_1 X_1 ... x_o X_o``."""
-        roots = self.roots(statistics, hyper, scalars.correction2)
-        ops.precondition_(out, norm, filtered, roots)
+        roots: list[Tensor | None] = []
+        for each in statistics:
+            roots += self.roots(each, hyper, scalars.correction2)
+        ops.precondition_(outs, norms, filtered, roots)
 
     def roots(
         self, statistics: Statistics, hyper: Hyperparameters, correction: Number

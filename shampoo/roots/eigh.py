@@ -48,5 +48,5 @@ def eigh_root_(
     # V P V^T as a product with its own transpose: half the work, and bits that no batch changes.
     vectors.mul_(powers.sqrt_()[:, None, :])
     product = torch.zeros_like(stack)
-    ops.gram_ema_(product, vectors, 0, 0.0, 1.0)
+    ops.gram_ema_([product], [vectors], [0], 0.0, 1.0)
     root.copy_(torch.add(product, product.mT).mul_(0.5))

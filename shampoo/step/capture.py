@@ -209,6 +209,11 @@ def _counted(hyper: Hyperparameters, arena: Arena, accepted: Tensor) -> Counted:
     one = torch.ones_like(steps)
     numbers = [
         torch.where(accepted, one * number, 1.0)
-        for number in (plain.correction1, plain.correction2, plain.moment.correction)
+        for number in (
+            plain.correction1,
+            plain.correction_ahead,
+            plain.correction2,
+            plain.moment.correction,
+        )
     ]
     return Counted(torch.stack([*numbers, steps]), plain.started)

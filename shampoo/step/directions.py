@@ -7,15 +7,14 @@ import torch
 from torch import Tensor
 
 from shampoo import ops
-from shampoo.blocks.segments import ActiveBlocks, FactorRows, Segment
+from shampoo.blocks.segments import ActiveBlocks, FactorRows, Part, Segment
+from shampoo.blocks.statistics import Statistics
 from shampoo.distributed.distributor import Distributor
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.ops import Number
-from shampoo.ops.limits import kept_scale, summand_limit
+from shampoo.ops.limits import summand_limit
 from shampoo.preconditioner.base import Preconditioner, of_blocks
 from shampoo.scalars import Scalars
-
-_TINY = 1e-16  # keeps the ratio of the two lengths finite where the preconditioned one is zero
 
 
 def refresh_ahead(
@@ -87,14 +86,16 @@ def accumulate(
     """Moves the statistics of all blocks by the raw gradient, ``[N]`` (step 3)."""
     if not kind.preconditions:
         return
+    statistics, grads = [], []
     for part in segment.parts:
         blocks = part.of(grad).view_as(part.grad)
-        if part.rows is None:
-            kind.accumulate(part.statistics, blocks, hyper, scalars)
-            continue
-        copies = part.statistics.copied(part.rows)
-        kind.accumulate(copies, blocks.index_select(0, part.rows), hyper, scalars)
-        copies.put_back()
+        own, rows = part.statistics, part.rows
+        statistics.append(own if rows is None else own.copied(rows))
+        grads.append(blocks if rows is None else blocks.index_select(0, rows))
+    kind.accumulate(statistics, grads, hyper, scalars)
+    for part, moved in zip(segment.parts, statistics, strict=True):
+        if part.rows is not None:
+            moved.put_back()
 
 
 def refresh(
@@ -174,15 +175,9 @@ def graft(kind: Preconditioner, segment: Segment, source: Gradients, scalars: Sc
     )
 
 
-def average_correction(scalars: Scalars, hyper: Hyperparameters, is_ahead: bool) -> Number:
-    """What the average that a kind is given is to be divided by.
-
-    Args:
-        is_ahead: whether it :func:`looks_ahead`.
-    """
-    if is_ahead:  # 1 - beta1^(t + 1)
-        return 1.0 - hyper.beta1 * (1.0 - scalars.correction1)
-    return scalars.correction1
+def average_correction(scalars: Scalars, hyper: Hyperparameters) -> Number:
+    """What the average that a kind is given is to be divided by."""
+    return scalars.correction_ahead if looks_ahead(hyper) else scalars.correction1
 
 
 def precondition(
@@ -194,46 +189,73 @@ def precondition(
     block that is not ready, else the direction of its kind with the norm of D. A block whose P its
     dtype cannot hold gets the scale 0, and so takes no step; its statistics have moved.
     """
+    most = summand_limit(segment.norm.dtype)
     if scalars.started is False:
-        segment.scale.copy_(segment.norm <= summand_limit(segment.norm.dtype))
+        followed = segment.norm, None, None, 1.0, True, most, scalars.accepted
+        ops.graft_scale_(segment.scale, *followed)
         return
     is_ahead, norm = looks_ahead(hyper), torch.empty_like(segment.norm)
-    is_own: Tensor | None = None  # [R], whether a block has a direction of its own; None: all have
+    # The host does not know whether a step that is replayed has started, or is ready.
+    ready, may_be_ready = [], scalars.started is True
     for part in segment.parts:
-        rows = part.rows
-        statistics, direction = part.statistics, part.direction
-        filtered = part.grad  # or, in its place, the average that looks ahead
+        ready.append(may_be_ready and (part.readiness.is_known or part.is_ready()))
+    # Where some block is not, the grafted direction must stay.
+    apart = segment.direction if all(ready) else torch.empty_like(segment.direction)
+    outs, norms, statistics, filtered = [], [], [], []
+    for part, is_ready in zip(segment.parts, ready, strict=True):
+        own, source = part.statistics, part.grad  # or the average that looks ahead, in its place
         if part.exp_avg is not None and not is_ahead:
-            filtered = part.exp_avg
-        if rows is not None:
-            statistics = statistics.copied(rows)
-            filtered = filtered.index_select(0, rows)
-        # The host does not know whether a step that is replayed has started, or is ready.
-        is_ready = scalars.started is True and (part.readiness.is_known or part.is_ready())
-        # Where some block is not, the grafted direction must stay.
-        out = direction if is_ready and rows is None else torch.empty_like(filtered)
-        kind.apply(out, norm[part.blocks], statistics, filtered, hyper, scalars)
+            source = part.exp_avg
+        if part.rows is not None:
+            own, source = own.copied(part.rows), source.index_select(0, part.rows)
+            outs.append(torch.empty_like(source))
+        else:
+            outs.append(part.direction if is_ready else part.of(apart).view_as(part.direction))
+        norms.append(norm[part.blocks])
+        statistics.append(own)
+        filtered.append(source)
+    kind.apply(outs, norms, statistics, filtered, hyper, scalars)
+    is_own: Tensor | None = None  # [R], whether a block has a direction of its own; None: all have
+    if segment.active is not None or not all(ready):  # else they are where they belong
+        is_own = _put_directions(segment.parts, ready, outs, statistics, norm, scalars)
+    ops.graft_scale_(
+        segment.scale,
+        segment.norm,
+        norm,
+        is_own,
+        average_correction(scalars, hyper),
+        hyper.geometry.grafting != "none",
+        most,
+        scalars.accepted,
+    )
+
+
+def _put_directions(
+    parts: Sequence[Part],
+    ready: Sequence[bool],
+    outs: Sequence[Tensor],
+    statistics: Sequence[Statistics],
+    norm: Tensor,
+    scalars: Scalars,
+) -> Tensor | None:
+    """Puts directions where they belong: those of blocks that are ready.
+
+    Returns:
+        [R], whether a block has a direction of its own; None if all have.
+    """
+    is_own: Tensor | None = None
+    for part, is_ready, out, own in zip(parts, ready, outs, statistics, strict=True):
         if not is_ready:
             is_own = torch.ones_like(norm, dtype=torch.bool) if is_own is None else is_own
             mask = is_own[part.blocks]
-            for mode in statistics.modes:
+            for mode in own.modes:
                 if mode.ready is not None:
                     mask &= mode.ready
-            mask &= of_blocks(scalars.started, statistics)
+            mask &= of_blocks(scalars.started, own)
             shape = (-1, *[1] * (out.dim() - 1))
-            out = torch.where(mask.view(shape), out, part.take(direction))
-            if rows is None:
-                direction.copy_(out)
-        if rows is not None:
-            direction.index_copy_(0, rows, out)
-    # The bias correction of the gradient average is a factor of the direction: it joins the scale.
-    correction = average_correction(scalars, hyper, is_ahead)
-    if hyper.geometry.grafting == "none":
-        scale = torch.ones_like(norm).mul_(1.0 / correction)
-    else:
-        divisor = correction.to(norm.dtype) if isinstance(correction, Tensor) else correction
-        scale = segment.norm / (norm / divisor + _TINY) / divisor
-    if is_own is not None:
-        scale = torch.where(is_own, scale, 1.0)
-        norm = torch.where(is_own, norm, segment.norm)
-    segment.scale.copy_(kept_scale(scale, norm))
+            out = torch.where(mask.view(shape), out, part.take(part.direction))
+            if part.rows is None:
+                part.direction.copy_(out)
+        if part.rows is not None:
+            part.direction.index_copy_(0, part.rows, out)
+    return is_own

@@ -24,7 +24,7 @@ from shampoo.preconditioner.base import of_blocks
 from shampoo.roots.findings import FINDINGS
 from shampoo.scalars import Scalars
 from shampoo.step.block_plan import BlockPlan
-from shampoo.step.directions import average_correction, looks_ahead
+from shampoo.step.directions import average_correction
 
 # The columns of a row: what is added up, over arenas and over ranks, and that of which the largest
 # counts. Of elements their number and the squares of three kinds, of blocks and of factors how many
@@ -299,7 +299,7 @@ def _directions(segment: Segment, hyper: Hyperparameters, scalars: Scalars) -> T
         return segment.scale.new_zeros(len(_BLOCKS), dtype=torch.float64)
     # A block whose direction is zero, or too long, has no scale.
     is_own = torch.cat([_are_ready(part, own) for part in segment.parts]) & (segment.scale > 0)
-    scale = segment.scale.double() * average_correction(own, hyper, looks_ahead(hyper))
+    scale = segment.scale.double() * average_correction(own, hyper)
     logs = torch.where(is_own, scale, 1.0).log()
     return torch.stack((is_own.sum().double(), logs.sum()))
 

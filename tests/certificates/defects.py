@@ -16,8 +16,9 @@ from shampoo.ops import OPS
 OUTPUT = {
     "gather_blocks_": "out",
     "graft_moments_": "norm",
-    "gram_ema_": "factor",
-    "precondition_": "out",
+    "graft_scale_": "scale",
+    "gram_ema_": "factors",
+    "precondition_": "outs",
     "eigh_": "vectors",
     "minimax_root_": "root",
     "update_blocks_": "params",

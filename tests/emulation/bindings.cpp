@@ -125,6 +125,18 @@ void update_blocks_(const std::vector<Memory>& params, uintptr_t momentum, uintp
   });
 }
 
+void graft_scale_(uintptr_t scale, uintptr_t norm, uintptr_t length, uintptr_t is_own,
+                  bool is_double, int64_t count, Given correction, bool grafted, double most,
+                  uintptr_t accepted) {
+  with_flat(is_double, [&](auto flat) {
+    using Flat = decltype(flat);
+    graft_scale(GraftScale<Flat>{at<Flat>(scale), at<const Flat>(norm), at<const Flat>(length),
+                                 at<const bool>(is_own), at<const bool>(accepted),
+                                 number_of(correction), grafted, most},
+                count, nullptr);
+  });
+}
+
 std::vector<uint32_t> random_words(uint64_t seed, uint64_t high, uint64_t low) {
   const RandomWords random = philox(seed, high, low);
   return {random.words, random.words + 4};
@@ -137,10 +149,13 @@ PYBIND11_MODULE(EMULATION_NAME, module) {
     emulation::order = backward ? emulation::Order::kBackward : emulation::Order::kForward;
   });
   module.def("wide_accesses", [] { return emulation::wide_accesses; });
+  module.def("launches", [] { return emulation::launches; });
+  module.def("set_dry", [](bool dry) { emulation::dry = dry; });
   module.def("minimax_small_root_", &minimax_small_root_);
   module.def("gather_blocks_", &gather_blocks_);
   module.def("magnitudes_", &magnitudes_);
   module.def("graft_moments_", &graft_moments_);
+  module.def("graft_scale_", &graft_scale_);
   module.def("update_blocks_", &update_blocks_);
   module.def("random_words", &random_words);
 }

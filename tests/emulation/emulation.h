@@ -46,6 +46,8 @@ constexpr unsigned char kFenceByte = 0xa5;
 enum class Order { kForward, kBackward };
 inline Order order = Order::kForward;  // of the warps of a block, and of the blocks of a grid
 inline int64_t wide_accesses = 0;  // to several elements at once, since the program started
+inline int64_t launches = 0;  // of kernels and of what sets memory to zero, likewise
+inline bool dry = false;  // whether launches are counted, and nothing runs
 
 enum class State { kReady, kInCollective, kAtBarrier, kDone };
 
@@ -192,6 +194,8 @@ inline Block* current = nullptr;
 inline void launch(unsigned blocks, unsigned threads, size_t shared_bytes,
                    const std::function<void()>& body) {
   if (blocks == 0) throw std::invalid_argument("a launch of no blocks, which CUDA refuses");
+  ++launches;
+  if (dry) return;
   Block memory(threads, shared_bytes);
   current = &memory;
   grid_size.x = blocks;
@@ -289,7 +293,10 @@ void launch(void (*kernel)(Params...), unsigned blocks, unsigned threads, size_t
   emulation::launch(blocks, threads, shared_bytes, [&] { kernel(args...); });
 }
 
-inline void set_zero(void* memory, size_t bytes, ::CUstream_st*) { std::memset(memory, 0, bytes); }
+inline void set_zero(void* memory, size_t bytes, ::CUstream_st*) {
+  ++emulation::launches;
+  if (!emulation::dry) std::memset(memory, 0, bytes);
+}
 
 inline void expect_aligned(const void* address, size_t bytes) {
   ++emulation::wide_accesses;

@@ -188,6 +188,7 @@ def test_only_what_may_run_is_loaded():
 def test_size_and_dtype_are_those_of_what_the_op_works_on():
     arguments = {name: list(values.values()) for name, values in vars(good_arguments()).items()}
     sizes = {
+        "graft_scale_": 3,
         "gather_blocks_": 12,
         "magnitudes_": 17,  # of two tensors
         "graft_moments_": 12,

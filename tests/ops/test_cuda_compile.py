@@ -24,6 +24,7 @@ KERNELS = {
     "moments_kernel<double>": (256, 2),
     "coefficients_kernel": (256, 1),
     "norms_kernel": (256, 4),
+    "graft_scale_kernel": (128, 8),
     "minimax_small_root_kernel<32>": (64, 8),
     "minimax_small_root_kernel<64>": (128, 3),
     "minimax_small_root_kernel<96>": (192, 1),

@@ -132,8 +132,8 @@ def test_gram_ema_of_large_factors(compiled, flat, shape):
         rows = grad.double().movedim(mode + 1, 1).flatten(2)
         truth = 0.9 * start.double() + 0.2 * rows @ rows.mT
         factor, expected = start.clone(), start.clone()
-        compiled.gram_ema_(factor, grad, mode, 0.9, 0.2)
-        reference.gram_ema_(expected, grad, mode, 0.9, 0.2)
+        compiled.gram_ema_([factor], [grad], [mode], 0.9, 0.2)
+        reference.gram_ema_([expected], [grad], [mode], 0.9, 0.2)
         assert_as_good(factor, expected, truth)
 
 
@@ -155,7 +155,7 @@ def test_gram_ema_and_precondition(impl, flat, shape):
             gram = torch.einsum(f"{inputs}->{output}", grad.double(), grad.double())
             product = f"b{letters},b{letter}{'' if diagonal else 'z'}"
             truth = torch.einsum(f"{product}->b{letters if diagonal else others}", truth, double)
-            impl.gram_ema_(factor, grad, mode, 0.9, 0.2)
+            impl.gram_ema_([factor], [grad], [mode], 0.9, 0.2)
             expected = 0.9 * double + 0.2 * gram
             torch.testing.assert_close(
                 factor.double(),
@@ -164,7 +164,7 @@ def test_gram_ema_and_precondition(impl, flat, shape):
                 atol=32 * torch.finfo(flat).eps * expected.abs().max(),
             )
         out, norm = torch.full_like(grad, torch.nan), torch.full((3,), torch.nan, dtype=flat)
-        impl.precondition_(out, norm, grad, roots)
+        impl.precondition_([out], [norm], [grad], roots)
         near = 64 * torch.finfo(flat).eps * truth.norm()
         torch.testing.assert_close(out.double(), truth, rtol=0, atol=near)
         torch.testing.assert_close(norm.double(), truth.flatten(1).norm(dim=1), rtol=0, atol=near)
@@ -202,6 +202,7 @@ def change(tensor: Tensor, index: int, value: int) -> Tensor:
 
 ROW = good_arguments().gather_blocks_["tiles"]
 GATHER, MOMENTS, UPDATE = "gather_blocks_", "graft_moments_", "update_blocks_"
+GRAM, ROOTS, SCALE = "gram_ema_", "precondition_", "graft_scale_"
 WRONG = [
     (GATHER, "out", torch.ones(3, 4), r"out must be one-dimensional.*\[3, 4\]"),
     (GATHER, "out", torch.ones(24)[::2], r"out must be one-dimensional.*strides \[2\]"),
@@ -237,18 +238,25 @@ WRONG = [
     (UPDATE, "scale", torch.ones(2).double(), r"scale has dtype Double but direction has Float"),
     (UPDATE, "direction", torch.ones(11), r"tiles\[0\] lies at \[0, 12\) but direction has 11"),
     (UPDATE, "momentum", torch.ones(11), r"momentum has 11 elements but direction describes 12"),
-    ("gram_ema_", "k", 2, r"Invalid k=2. Must be in \[0, 2\) for grad of shape \[2, 4, 3\]"),
-    ("gram_ema_", "factor", torch.ones(2, 3, 3), r"factor has shape \[2, 3, 3\]. Must be \[2, 4,"),
-    ("gram_ema_", "factor", torch.ones(2, 4).double(), r"factor has dtype Double but grad has"),
+    (SCALE, "norm", torch.ones(2), r"norm has 2 elements. Must have 3, as scale has"),
+    (SCALE, "length", torch.ones(3).double(), r"length has dtype Double but scale has Float"),
+    (SCALE, "is_own", torch.ones(3), r"is_own is Float with strides \[1\] on cpu"),
+    (SCALE, "accepted", torch.ones(2).bool(), r"accepted has 2 elements. Must be one flag"),
+    (SCALE, "correction", 0.0, r"Invalid correction=0. Must be > 0"),
+    (GRAM, "modes", [0, 2], r"Invalid modes\[1\]=2. Must be in \[0, 2\) for grads"),
+    (GRAM, "factors", [torch.ones(2, 3, 3)] * 2, r"factors\[0\] has shape \[2, 3, 3\]"),
+    (GRAM, "factors", [torch.ones(2, 4).double()] * 2, r"factors\[0\] has dtype Double but"),
+    (GRAM, "factors", [torch.ones(2, 4)], r"factors, grads and modes have 1, 2 and 2 entries"),
     (UPDATE, "params", [torch.ones(12, dtype=torch.int8)], r"params\[0\] has dtype Char"),
     ("magnitudes_", "out", torch.empty(2), r"out is Float of shape \[2\] on cpu. Must be"),
     ("magnitudes_", "tensors", [torch.ones(3)], r"Must be contiguous float64 of shape \[1\]"),
     ("magnitudes_", "tensors", [torch.ones(3), torch.ones(0)], r"tensors\[1\] is empty"),
-    ("precondition_", "roots", [torch.ones(2, 4)], r"roots has 1 tensors. Must have one"),
-    ("precondition_", "roots", [torch.ones(2, 4)] * 2, r"roots\[1\] has shape \[2, 4\]"),
-    ("precondition_", "out", torch.ones(2, 3, 4), r"out has shape \[2, 3, 4\].*Must be contiguous"),
-    ("precondition_", "norm", torch.ones(3), r"norm has 3 elements. Must have 2"),
-    ("precondition_", "norm", torch.ones(2).double(), r"norm has dtype Double but grad has Float"),
+    (ROOTS, "roots", [torch.ones(2, 4)], r"roots has 1 tensors. Must have one"),
+    (ROOTS, "roots", [torch.ones(2, 4)] * 3, r"roots\[1\] has shape \[2, 4\]"),
+    (ROOTS, "outs", [torch.ones(2, 3, 4)] * 2, r"outs\[0\] has shape \[2, 3, 4\].*Must be"),
+    (ROOTS, "norms", [torch.ones(2), torch.ones(3)], r"norms\[1\] has 3 elements. Must have 1"),
+    (ROOTS, "norms", [torch.ones(2).double()] * 2, r"norms\[0\] has dtype Double but"),
+    (ROOTS, "norms", [torch.ones(2)], r"outs, norms and grads have 2, 1 and 2 entries"),
     ("eigh_", "stack", torch.ones(2, 4, 3), r"stack has shape \[2, 4, 3\]. Must be \[B, n, n\]"),
     ("eigh_", "values", torch.ones(2, 3), r"values has shape \[2, 3\]. Must be \[2, 4\]"),
     ("eigh_", "vectors", torch.ones(1, 4, 4), r"vectors has shape \[1, 4, 4\]. Must be"),

@@ -77,7 +77,7 @@ def test_precondition(dtype, shape, diagonal):
 
     def run(grad: Tensor, out: Tensor, *roots: Tensor) -> Results:
         norm = torch.full_like(grad.flatten(1)[:, 0], torch.nan)
-        ops.precondition_(out, norm, grad, roots)
+        ops.precondition_([out], [norm], [grad], roots)
         return out, norm
 
     grad = torch.randn(BLOCKS, *shape, dtype=dtype)
@@ -95,10 +95,40 @@ def test_gram_ema(dtype, shape):
                 continue
 
             def run(factor: Tensor, grad: Tensor, mode: int = mode) -> Results:
-                ops.gram_ema_(factor, grad, mode, 0.9, 0.2)
+                ops.gram_ema_([factor], [grad], [mode], 0.9, 0.2)
                 return (factor,)
 
             assert_independent(run, factor, grad)
+
+
+@pytest.mark.parametrize("dtype", FLAT, ids=str)
+def test_stacks_of_a_list(dtype):
+    """On any threads, which take the matrices of all stacks in whatever order they come to them."""
+    shapes = [*SHAPES, (130, 257), (600, 520), (64,)]
+    grads = [torch.randn(1 + i % 4, *shape, dtype=dtype) for i, shape in enumerate(shapes)]
+    stacks = [(grad, mode) for grad in grads for mode in range(grad.dim() - 1)]
+    start = [symmetric(len(g), *[g.shape[k + 1]] * 2, dtype=dtype) for g, k in stacks]
+    start[3] = start[3][:, 0].clone()  # a diagonal
+    expected: list[Tensor] | None = None
+    for threads, is_alone in ((1, True), (1, False), (2, False), (3, False)):
+        torch.set_num_threads(threads)
+        factors = [factor.clone() for factor in start]
+        outs = [torch.full_like(grad, torch.nan) for grad in grads]
+        norms = [grad.new_full((len(grad),), torch.nan) for grad in grads]
+        if is_alone:
+            for factor, (grad, mode) in zip(factors, stacks, strict=True):
+                ops.gram_ema_([factor], [grad], [mode], 0.9, 0.2)
+            at = 0
+            for out, norm, grad in zip(outs, norms, grads, strict=True):
+                ops.precondition_([out], [norm], [grad], start[at : (at := at + grad.dim() - 1)])
+        else:
+            sources, modes = [grad for grad, _ in stacks], [mode for _, mode in stacks]
+            ops.gram_ema_(factors, sources, modes, 0.9, 0.2)
+            ops.precondition_(outs, norms, grads, start)
+        found = [*factors, *outs, *norms]
+        assert not any(each.isnan().any() for each in found)
+        expected = expected or found
+        assert all(map(torch.equal, found, expected)), threads
 
 
 @pytest.mark.parametrize("numel", [3, 1000, 70001])

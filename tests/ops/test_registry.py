@@ -99,9 +99,9 @@ def test_one_tensor_among_the_numbers_makes_all_of_them_tensors():
 
     weight = torch.tensor(0.1, dtype=torch.float64)
     with Watch():
-        ops.gram_ema_(factor, grad, 0, 0.9, weight)
-        ops.gram_ema_(factor, grad, 0, 0.9, weight=weight)
-        ops.gram_ema_(factor, grad, 0, 0.9, 0.1)
+        ops.gram_ema_([factor], [grad], [0], 0.9, weight)
+        ops.gram_ema_([factor], [grad], [0], 0.9, weight=weight)
+        ops.gram_ema_([factor], [grad], [0], 0.9, 0.1)
     packet = torch.ops.shampoo.gram_ema_
     assert [func for func, _, _ in seen] == [packet.Tensor, packet.Tensor, packet.default]
     for _, args, kwargs in seen[:2]:

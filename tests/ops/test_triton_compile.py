@@ -37,6 +37,7 @@ TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
+    torch.int64: "*i64",
     torch.bool: "*i1",
 }
 
@@ -90,11 +91,11 @@ def launch_everything():
             grad = torch.empty(shape, dtype=dtype)
             factors = [torch.empty(2, size, size) for size in shape[1:]]
             for mode, factor in enumerate(factors):
-                kernels["gram"].gram_ema_(factor, grad, mode, 0.99, 0.01)
+                kernels["gram"].gram_ema_([factor], [grad], [mode], 0.99, 0.01)
                 if factor.shape[1] >= 64:  # registers are scarce
-                    kernels["gram"].gram_ema_(factor, grad, mode, *live)
+                    kernels["gram"].gram_ema_([factor], [grad], [mode], *live)
             out, norm = torch.empty(shape), torch.empty(2)
-            kernels["precondition"].precondition_(out, norm, grad, factors)
+            kernels["precondition"].precondition_([out], [norm], [grad], factors)
 
 
 def test_numbers_on_the_device_may_lie_anywhere(monkeypatch):
@@ -103,7 +104,7 @@ def test_numbers_on_the_device_may_lie_anywhere(monkeypatch):
     monkeypatch.setattr(gram, "gram_ema_kernel", Recorder(gram.gram_ema_kernel, launches))
     numbers = torch.empty(3, dtype=torch.float64).unbind()
     for beta, weight in (numbers[:2], numbers[1:], numbers[::2]):
-        gram.gram_ema_(torch.empty(2, 32, 32), torch.empty(2, 32, 8), 0, beta, weight)
+        gram.gram_ema_([torch.empty(2, 32, 32)], [torch.empty(2, 32, 8)], [0], beta, weight)
     assert len(launches) == 1
 
 

@@ -64,12 +64,15 @@ class OneSided(Preconditioner):
     def are_ready(self, state: Mapping[str, Tensor]) -> Tensor:
         return state["inverse"][:, 0, 0] > 0
 
-    def accumulate(self, statistics: Statistics, grad: Tensor, hyper: Any, scalars: Any) -> None:
-        statistics.block_state["seen"].addcmul_(grad, grad)
-        for k, mode in enumerate(statistics.modes):
-            if mode.kept == FULL:
-                weight = scalars.factor_weight
-                ops.gram_ema_(mode.state["gram"], grad, k, scalars.beta2, weight)
+    def accumulate(
+        self, statistics: Sequence[Statistics], grads: Sequence[Tensor], hyper: Any, scalars: Any
+    ) -> None:
+        for own, grad in zip(statistics, grads, strict=True):
+            own.block_state["seen"].addcmul_(grad, grad)
+            for k, mode in enumerate(own.modes):
+                if mode.kept == FULL:
+                    weight = scalars.factor_weight
+                    ops.gram_ema_([mode.state["gram"]], [grad], [k], scalars.beta2, weight)
 
     def refresh(self, rows: TakenRows, hyper: Any, scalars: Any) -> None:
         gram = rows.state["gram"]
@@ -86,14 +89,15 @@ class OneSided(Preconditioner):
     fails = 0
 
     def apply(
-        self, out: Tensor, norm: Tensor, statistics: Statistics, filtered: Tensor, hyper: Any,
-        scalars: Any,
+        self, outs: Sequence[Tensor], norms: Sequence[Tensor], statistics: Sequence[Statistics],
+        filtered: Sequence[Tensor], hyper: Any, scalars: Any,
     ) -> None:  # fmt: skip
-        scaled = filtered / (statistics.block_state["seen"].sqrt() + 1.0)
-        inverses = [mode.state.get("inverse") for mode in statistics.modes]
-        for k, mode in enumerate(statistics.modes):
-            inverses[k] = mode.state["inverse"] if mode.kept == FULL else None
-        ops.precondition_(out, norm, scaled, inverses)
+        scaled, inverses = [], []
+        for own, blocks in zip(statistics, filtered, strict=True):
+            scaled.append(blocks / (own.block_state["seen"].sqrt() + 1.0))
+            for mode in own.modes:
+                inverses.append(mode.state["inverse"] if mode.kept == FULL else None)
+        ops.precondition_(outs, norms, scaled, inverses)
 
 
 @contextmanager

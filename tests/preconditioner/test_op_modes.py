@@ -36,7 +36,7 @@ def test_none_leaves_a_mode_as_it_is_in_every_position(impl, flat, shape):
         grad, roots, truth = draw(shape, kept, flat)
         out, norm = torch.full_like(grad, torch.nan), torch.full((3,), torch.nan, dtype=flat)
         before = grad.clone()
-        impl.precondition_(out, norm, grad, roots)
+        impl.precondition_([out], [norm], [grad], roots)
         near = 64 * torch.finfo(flat).eps * truth.norm()
         torch.testing.assert_close(out.double(), truth, rtol=0, atol=near)
         torch.testing.assert_close(norm.double(), truth.flatten(1).norm(dim=1), rtol=0, atol=near)
@@ -47,7 +47,7 @@ def test_none_leaves_a_mode_as_it_is_in_every_position(impl, flat, shape):
 def test_without_a_root_nothing_changes_a_bit(impl, shape):
     grad, roots, _ = draw(shape, [None] * len(shape), torch.float32)
     out = torch.empty_like(grad)
-    impl.precondition_(out, torch.empty(3), grad, roots)
+    impl.precondition_([out], [torch.empty(3)], [grad], roots)
     assert torch.equal(out, grad)
 
 
@@ -59,7 +59,7 @@ def test_none_is_as_good_as_the_identity(impl):
         found = []
         for root in (None, torch.eye(grad.shape[mode + 1]).repeat(3, 1, 1)):
             out, norm = torch.empty_like(grad), torch.empty(3)
-            impl.precondition_(out, norm, grad, [*roots[:mode], root, *roots[mode + 1 :]])
+            impl.precondition_([out], [norm], [grad], [*roots[:mode], root, *roots[mode + 1 :]])
             found.append((out, norm))
         (out, norm), (expected, length) = found
         torch.testing.assert_close(out, expected)
@@ -67,15 +67,15 @@ def test_none_is_as_good_as_the_identity(impl):
 
 
 def test_the_op_passes_none_through_the_dispatcher():
-    arguments = (torch.empty(2, 4, 3), torch.empty(2), torch.randn(2, 4, 3))
+    arguments = ([torch.empty(2, 4, 3)], [torch.empty(2)], [torch.randn(2, 4, 3)])
     roots = [None, torch.eye(3).repeat(2, 1, 1)]
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.precondition_, (*arguments, roots), test_utils=checks)
 
 
 def test_the_kernel_in_triton_leaves_none_to_the_reference():
-    out, norm, grad = torch.empty(2, 4, 3), torch.empty(2), torch.randn(2, 4, 3)
+    stack = [torch.empty(2, 4, 3)], [torch.empty(2)], [torch.randn(2, 4, 3)]
     full = [torch.eye(4).repeat(2, 1, 1), torch.eye(3).repeat(2, 1, 1)]
-    assert triton_kernel.supports(out, norm, grad, full)
+    assert triton_kernel.supports(*stack, full)
     for roots in ([None, full[1]], [full[0], None], [None, None]):
-        assert not triton_kernel.supports(out, norm, grad, roots)
+        assert not triton_kernel.supports(*stack, roots)

@@ -17,9 +17,9 @@ SHAPES = [(2, n) for n in SIZES] + [
 
 def check(factor, grad, mode, config=CONFIG, layout="contiguous"):
     expected, truth = factor.clone(), factor.double()
-    reference.gram_ema_(expected, grad.float(), mode, 0.9, 0.3)
-    reference.gram_ema_(truth, grad.double(), mode, 0.9, 0.3)
-    arguments = factor, strided(grad, layout), mode, 0.9, 0.3
+    reference.gram_ema_([expected], [grad.float()], [mode], 0.9, 0.3)
+    reference.gram_ema_([truth], [grad.double()], [mode], 0.9, 0.3)
+    arguments = [factor], [strided(grad, layout)], [mode], 0.9, 0.3
     assert supports(*arguments)
     before = grad.clone()
     gram_ema_(*arguments, config=config)
@@ -52,9 +52,9 @@ def test_numbers_in_memory_give_the_same_bits(shape, dtype):
     for mode, size in enumerate(shape[1:]):
         factor = symmetric(shape[0], size)
         expected = factor.clone()
-        gram_ema_(expected, grad, mode, 0.9, 0.3, config=CONFIG)
-        assert supports(factor, grad, mode, *numbers)
-        gram_ema_(factor, grad, mode, *numbers, config=CONFIG)
+        gram_ema_([expected], [grad], [mode], 0.9, 0.3, config=CONFIG)
+        assert supports([factor], [grad], [mode], *numbers)
+        gram_ema_([factor], [grad], [mode], *numbers, config=CONFIG)
         assert torch.equal(factor, expected)
     assert [number.item() for number in numbers] == [0.9, 0.3]
 
@@ -85,8 +85,8 @@ def test_only_the_upper_triangle_is_read():
     expected.copy_(factor.triu().nan_to_num())
     expected += expected.triu(1).mT
     grad = torch.randn(1, 65, 33)
-    gram_ema_(factor, grad, 0, 0.9, 0.3, config=CONFIG)
-    gram_ema_(expected, grad, 0, 0.9, 0.3, config=CONFIG)
+    gram_ema_([factor], [grad], [0], 0.9, 0.3, config=CONFIG)
+    gram_ema_([expected], [grad], [0], 0.9, 0.3, config=CONFIG)
     assert torch.equal(factor, expected)
 
 
@@ -94,18 +94,18 @@ def test_blocks_do_not_depend_on_each_other():
     factor, grad = symmetric(3, 65), torch.randn(3, 65, 40)
     alone = factor[1:2].clone()
     grad[0] = torch.nan
-    gram_ema_(factor, grad, 0, 0.9, 0.3, config=CONFIG)
-    gram_ema_(alone, grad[1:2], 0, 0.9, 0.3, config=CONFIG)
+    gram_ema_([factor], [grad], [0], 0.9, 0.3, config=CONFIG)
+    gram_ema_([alone], [grad[1:2]], [0], 0.9, 0.3, config=CONFIG)
     assert torch.equal(factor[1:2], alone)
     assert factor[0].isnan().all()
 
 
 def test_what_is_left_to_the_reference():
     full, grad = symmetric(1, 8), torch.randn(1, 8, 4)
-    assert not supports(full[:, 0], grad, 0, 0.9, 0.1)  # a diagonal factor
-    assert not supports(full.double(), grad.double(), 0, 0.9, 0.1)
-    assert not supports(full, grad[:, :, :0], 0, 0.9, 0.1)
+    assert not supports([full[:, 0]], [grad], [0], 0.9, 0.1)  # a diagonal factor
+    assert not supports([full.double()], [grad.double()], [0], 0.9, 0.1)
+    assert not supports([full], [grad[:, :, :0]], [0], 0.9, 0.1)
     number = torch.tensor(0.5, dtype=torch.float64)
     for other in (0.5, number.float(), number.repeat(2), number.to("meta")):
-        assert not supports(full, grad, 0, other, number)
-        assert not supports(full, grad, 0, number, other)
+        assert not supports([full], [grad], [0], other, number)
+        assert not supports([full], [grad], [0], number, other)

@@ -1,5 +1,7 @@
 """What the op table sends to the kernels in Triton, for an op and for its overload."""
 
+import copy
+
 import pytest
 import torch
 from comparison import symmetric
@@ -21,10 +23,8 @@ def numbers(*values, dtype=torch.float64):
 def test_every_kernel_has_the_routes_of_its_op(op):
     routes = routes_of(op, "triton", NOTHING, {"triton"})
     assert set(routes) == {op.full_name(overload) for overload in op.schemas}
-    given, expected = (list(vars(good_arguments())[op.name].values()) for _ in range(2))
-    for i, value in enumerate(given):
-        if isinstance(value, torch.Tensor):
-            expected[i] = value.clone()
+    given = list(vars(good_arguments())[op.name].values())
+    expected = copy.deepcopy(given)
     routes[op.name](*given)
     op.reference(*expected)
     torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
@@ -40,14 +40,44 @@ def test_numbers_may_lie_on_the_device(backend):
     below = torch.full((20, 20), torch.nan).tril(-1)
     factor, grad = symmetric(2, 20) + below, torch.randn(2, 20, 7)
     expected = factor.clone()
-    routes["gram_ema_"](expected, grad, 0, 0.9, 0.1)
-    routes["gram_ema_.Tensor"](factor, grad, 0, *numbers(0.9, 0.1))
+    routes["gram_ema_"]([expected], [grad], [0], 0.9, 0.1)
+    routes["gram_ema_.Tensor"]([factor], [grad], [0], *numbers(0.9, 0.1))
     assert expected.isfinite().all()
     assert torch.equal(factor, expected)
     large = symmetric(2, 21)
     large[:, 1, 0] = torch.nan
-    routes["gram_ema_.Tensor"](large, torch.randn(2, 21, 7), 0, *numbers(0.9, 0.1))
+    routes["gram_ema_.Tensor"]([large], [torch.randn(2, 21, 7)], [0], *numbers(0.9, 0.1))
     assert large[:, 1, 0].isnan().all() == (backend == "auto")
+
+
+def test_a_kernel_is_chosen_for_each_stack_of_a_call():
+    rows = [{"size": 20, "kernel": "triton"}, {"size": 99, "kernel": "reference"}]
+    table = {"cpu": {}, "cuda": {"": {"ops": {"gram_ema_": {"float32": rows}}}}}
+    routes = routes_of(OPS["gram_ema_"], "auto", table, {"triton"})
+    sizes = [20, 21, 7, 20]
+    # Only the kernel leaves out what is below the diagonal.
+    factors = [symmetric(2, n) + torch.full((n, n), torch.nan).tril(-1) for n in sizes]
+    grads = [torch.randn(2, n, 5) for n in sizes]
+    diagonal, blocks = torch.rand(2, 5), torch.randn(2, 5, 3)
+    expected = diagonal.clone()
+    together = [*factors, diagonal], [*grads, blocks], [0] * 5
+    routes["gram_ema_"](*together, 0.9, 0.1)
+    reference.gram_ema_([expected], [blocks], [0], 0.9, 0.1)
+    assert [bool(factor.isfinite().all()) for factor in factors] == [True, False, True, True]
+    assert torch.equal(diagonal, expected)
+    routes = routes_of(OPS["precondition_"], "triton", NOTHING, {"triton"})
+    shapes = [(6, 5), (4,), (3, 4, 5), (2, 7)]
+    grads = [torch.randn(2, *shape) for shape in shapes]
+    roots = [symmetric(2, n) for shape in shapes for n in shape]
+    roots[2] = None  # which the kernel does not take
+    results = []
+    for run in (routes["precondition_"], reference.precondition_):
+        outs, norms = [torch.full_like(grad, torch.nan) for grad in grads], [torch.empty(2)] * 4
+        norms = [norm.clone() for norm in norms]
+        run(outs, norms, grads, roots)
+        results.append((outs, norms))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    assert torch.equal(results[0][0][1], grads[1])
 
 
 def test_what_the_kernel_does_not_take_is_left_to_the_reference():
@@ -59,6 +89,6 @@ def test_what_the_kernel_does_not_take_is_left_to_the_reference():
         (full.clone(), numbers(0.9, 0.1, dtype=torch.float32)),
     ):
         expected, blocks = factor.clone(), grad.to(factor.dtype)
-        reference.gram_ema_(expected, blocks, 0, *values)
-        routes["gram_ema_.Tensor"](factor, blocks, 0, *values)
+        reference.gram_ema_([expected], [blocks], [0], *values)
+        routes["gram_ema_.Tensor"]([factor], [blocks], [0], *values)
         assert torch.equal(factor, expected)

@@ -25,11 +25,11 @@ def spread(batch, n, decades=4):
 
 def check(grad, roots, config=CONFIG, layout="contiguous"):
     truth, length = torch.empty(grad.shape, dtype=torch.float64), torch.empty(len(grad)).double()
-    reference.precondition_(truth, length, grad.double(), [root.double() for root in roots])
+    reference.precondition_([truth], [length], [grad.double()], [root.double() for root in roots])
     expected = torch.empty(grad.shape)
-    reference.precondition_(expected, torch.empty(len(grad)), grad.float(), roots)
+    reference.precondition_([expected], [torch.empty(len(grad))], [grad.float()], roots)
     out, norm = torch.full(grad.shape, torch.nan), torch.full((len(grad),), torch.nan)
-    arguments = out, norm, strided(grad, layout), roots
+    arguments = [out], [norm], [strided(grad, layout)], roots
     assert supports(*arguments)
     precondition_(*arguments, config=config)
     for block, wanted, torchs in zip(out, truth, expected, strict=True):
@@ -71,11 +71,11 @@ def test_zero_and_not_finite():
     grad = torch.randn(4, 33, 20)
     roots = [symmetric(4, 33), symmetric(4, 20)]
     out, norm = torch.empty(4, 33, 20), torch.empty(4)
-    precondition_(out, norm, grad, roots, config=CONFIG)
+    precondition_([out], [norm], [grad], roots, config=CONFIG)
     alone, length = out[3].clone(), norm[3].clone()
     grad[0], grad[1, 5, 3] = 0, torch.nan
     roots[0][2] = 0
-    precondition_(out, norm, grad, roots, config=CONFIG)
+    precondition_([out], [norm], [grad], roots, config=CONFIG)
     assert (out[0] == 0).all()
     assert norm[0] == 0
     assert not norm[1].isfinite()

@@ -1,6 +1,7 @@
 """Cases of the ops that work on stacks of blocks and factors."""
 
 import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ _BLOCKS = 3
 
 # Shapes of a block: ragged sizes, of which one may be long, and every order.
 SHAPES = [(size,) for size in SIZES] + [(5, 7), (65, 130), (257, 33), (33, 5, 40), (2, 3, 4, 5)]
+
+# Those of one call: every layout of memory, every size of tiles, orders that end at other modes.
+_TOGETHER = [(63,), (65, 128), (3, 257), (33, 5, 40), (128, 64), (2, 3, 4, 5), (64, 128)]
 
 
 def symmetric(batch: int, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -39,46 +43,87 @@ def _gram(shape: tuple[int, ...], flat: torch.dtype, data: torch.dtype, kind: st
             continue
 
         def arguments(k: int = k, full: bool = full) -> Arguments:
-            grad = strided(torch.randn(_BLOCKS, *shape).to(data), kind)
-            factor = symmetric(_BLOCKS, shape[k], flat)
-            if not full:
-                factor = factor.diagonal(dim1=1, dim2=2).clone()
-            return {"factor": factor, "grad": grad, "k": k, "beta": 0.9, "weight": 0.2}
+            return _gram_arguments([(shape, k, full)], flat, data, kind)
 
         words = f"mode {k} of {[*shape]} {dtype_name(data)}" + (", diagonal" if not full else "")
-        cases.append(
-            Case(
-                "gram_ema_",
-                flat,
-                words + (f", {kind}" if kind != "contiguous" else ""),
-                arguments,
-                symmetric=("factor",) if full else (),
-                stacked=("factor", "grad"),
-                on_cpu=data == flat,
-            )
-        )
+        cases.append(_gram_case(words, arguments, flat, data, kind))
     return cases
 
 
-def _precondition(
-    shape: tuple[int, ...], flat: torch.dtype, data: torch.dtype, kind: str, diagonal: int | None
+def _gram_case(
+    words: str, make: Callable[[], Arguments], flat: torch.dtype, data: torch.dtype, kind: str
 ) -> Case:
+    return Case(
+        "gram_ema_",
+        flat,
+        words + (f", {kind}" if kind != "contiguous" else ""),
+        make,
+        symmetric=("factors",),
+        stacked=("factors", "grads"),
+        on_cpu=data == flat,
+    )
+
+
+def _gram_arguments(
+    stacks: Sequence[tuple[tuple[int, ...], int, bool]],
+    flat: torch.dtype,
+    data: torch.dtype,
+    kind: str,
+) -> Arguments:
+    """Of every stack the shape of a block, the mode, and whether its factor is full."""
+    factors, grads = [], []
+    for shape, k, full in stacks:
+        grads.append(strided(torch.randn(_BLOCKS, *shape).to(data), kind))
+        factor = symmetric(_BLOCKS, shape[k], flat)
+        factors.append(factor if full else factor.diagonal(dim1=1, dim2=2).clone())
+    modes = [k for _, k, _ in stacks]
+    return {"factors": factors, "grads": grads, "modes": modes, "beta": 0.9, "weight": 0.2}
+
+
+def _grams_together(flat: torch.dtype, data: torch.dtype, has_diagonals: bool) -> Case:
+    """Every mode of stacks of many sizes and orders."""
+    stacks = [(shape, k, True) for shape in _TOGETHER for k in range(len(shape))]
+    if has_diagonals:
+        stacks[1:1] = [(_TOGETHER[1], 0, False), (_TOGETHER[-2], 2, False)]
+    words = f"{len(stacks)} stacks together {dtype_name(data)}"
+    words += ", two diagonal" if has_diagonals else ""
+
     def arguments() -> Arguments:
-        grad = strided(torch.randn(_BLOCKS, *shape).to(data), kind)
-        roots = [symmetric(_BLOCKS, n, flat) for n in shape]
+        return _gram_arguments(stacks, flat, data, "contiguous")
+
+    return _gram_case(words, arguments, flat, data, "contiguous")
+
+
+def _precondition(
+    shapes: Sequence[tuple[int, ...]],
+    flat: torch.dtype,
+    data: torch.dtype,
+    kind: str = "contiguous",
+    diagonal: int | None = None,
+) -> Case:
+    """A stack for each shape of a block; ``diagonal``: which of all of their modes is one."""
+
+    def arguments() -> Arguments:
+        grads = [strided(torch.randn(_BLOCKS, *shape).to(data), kind) for shape in shapes]
+        roots = [symmetric(_BLOCKS, n, flat) for shape in shapes for n in shape]
         if diagonal is not None:
             roots[diagonal] = roots[diagonal].diagonal(dim1=1, dim2=2).clone()
-        out = torch.zeros(_BLOCKS, *shape, dtype=flat)
-        return {"out": out, "norm": torch.zeros(_BLOCKS, dtype=flat), "grad": grad, "roots": roots}
+        return {
+            "outs": [torch.zeros(_BLOCKS, *shape, dtype=flat) for shape in shapes],
+            "norms": [torch.zeros(_BLOCKS, dtype=flat) for _ in shapes],
+            "grads": grads,
+            "roots": roots,
+        }
 
-    words = f"{[*shape]} {dtype_name(data)}" + (f", {kind}" if kind != "contiguous" else "")
+    words = f"{[*shapes[0]]}" if len(shapes) == 1 else f"{len(shapes)} stacks together"
+    words += f" {dtype_name(data)}" + (f", {kind}" if kind != "contiguous" else "")
     return Case(
         "precondition_",
         flat,
         words + (f", mode {diagonal} diagonal" if diagonal is not None else ""),
         arguments,
-        overwritten=("out", "norm"),
-        stacked=("out", "norm", "grad", "roots"),
+        overwritten=("outs", "norms"),
+        stacked=("outs", "norms", "grads", "roots"),
         on_cpu=data == flat,
     )
 
@@ -149,14 +194,21 @@ def stack_cases() -> dict[str, list[Case]]:
     for flat, shape in itertools.product(FLAT, SHAPES):
         gram += _gram(shape, flat, flat, "contiguous")
         for diagonal in (None, 0) if len(shape) < 4 else (None, 0, 3):
-            precondition.append(_precondition(shape, flat, flat, "contiguous", diagonal))
+            precondition.append(_precondition([shape], flat, flat, diagonal=diagonal))
     single = torch.float32
     for data, shape in itertools.product(HALF, [(63,), (65, 130), (257, 33), (33, 5, 40)]):
         gram += _gram(shape, single, data, "contiguous")
-        precondition.append(_precondition(shape, single, data, "contiguous", None))
+        precondition.append(_precondition([shape], single, data))
     for kind in ("transposed", "sliced"):
         gram += _gram((65, 130), single, single, kind)
-        precondition.append(_precondition((65, 130), single, single, kind, None))
+        precondition.append(_precondition([(65, 130)], single, single, kind))
+        precondition.append(_precondition([(64, 128), (3, 257), (128, 64)], single, single, kind))
+    for flat in FLAT:
+        gram += [_grams_together(flat, flat, has_diagonals) for has_diagonals in (False, True)]
+        precondition += [_precondition(_TOGETHER, flat, flat, diagonal=at) for at in (None, 2)]
+    for data in HALF:
+        gram.append(_grams_together(single, data, has_diagonals=False))
+        precondition.append(_precondition(_TOGETHER, single, data))
     sizes = sorted({*SIZES, 17, 128})
     schedules = [(4, 1e-6), (2, 1e-4), (6, 1e-6)]
     roots = [(n, *(4, 1e-6), flat) for flat, n in itertools.product(FLAT, sizes)] + [

@@ -1,0 +1,124 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: disable-error-code="import-untyped, import-not-found"
+"""Tables of stacks, so that one launch takes many: where each lies, its sizes and strides.
+
+A row is a stack: the first program of the grid that works on it, then whatever the kernel wants to
+know. Places are distances in elements from the first stack, whose address travels as an argument,
+so that stacks that lie in one tensor have the same table wherever that is. A table is copied to the
+device when it is first seen, and kept: the memory of state stays where it is from step to step.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+Row = tuple[int, ...]
+
+_BYTES = 16  # that a thread loads at once
+_END = 2**62  # where no stack begins
+_MOST = 256  # tables that are kept
+_LEAST_ROWS = 16  # fewer would make kernels of their own
+
+Key = tuple[tuple[Row, ...], torch.device]
+
+_tables: OrderedDict[Key, Tensor] = OrderedDict()
+_of_graphs: dict[Key, Tensor] = {}  # which read them as long as they are replayed
+
+
+def table_of(rows: Sequence[Row], device: torch.device) -> Tensor:
+    """The table on a device, [R, columns] int64, R a power of two; rows without a stack at its end.
+
+    Args:
+        rows: of equal length, by their first entry, which ascends from 0.
+        device: where the stacks are.
+    """
+    key = (tuple(rows), device)
+    is_captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    known = _tables.get(key)
+    if known is not None:
+        _tables.move_to_end(key)
+        if is_captured:
+            _of_graphs[key] = known
+        return known
+    length = max(_LEAST_ROWS, triton.next_power_of_2(len(rows)))
+    padded = [*rows, *[(_END, *[0] * (len(rows[0]) - 1))] * (length - len(rows))]
+    if is_captured:
+        return _captured(padded, device)
+    table = torch.tensor(padded, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
+    _tables[key] = table
+    if len(_tables) > _MOST:
+        _tables.popitem(last=False)
+    return table
+
+
+def _captured(rows: Sequence[Row], device: torch.device) -> Tensor:
+    """A table that a graph makes anew in every replay, from the arguments of its launches.
+
+    A copy would read memory of the host, which is gone by then. float64 holds every number here but
+    the end, for which any larger one does.
+    """
+    numbers = [float(number) for row in rows for number in row]
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    each = torch._foreach_add([zero] * len(numbers), numbers)
+    return torch.stack(each).to(torch.int64).view(len(rows), -1)
+
+
+def distance(tensor: Tensor, first: Tensor) -> int:
+    """How many elements of its dtype a tensor lies behind another one."""
+    return (tensor.data_ptr() - first.data_ptr()) // tensor.element_size()
+
+
+def strides_of(tensor: Tensor) -> list[int]:
+    """The strides, 0 where there is one index, so that no stride counts that is never used."""
+    return [
+        stride if size > 1 else 0
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ]
+
+
+def vector_of(numbers: Sequence[int], element_size: int) -> int:
+    """How many elements may be loaded at once where all of these numbers count elements; or 1."""
+    vector = _BYTES // element_size
+    return vector if all(number % vector == 0 for number in numbers) else 1
+
+
+@triton.jit
+def row_of(table, COLUMNS: tl.constexpr, STACKS: tl.constexpr):
+    """The row of the stack that this program works on, and which of the stack's programs it is."""
+    program = tl.program_id(0)
+    first = tl.load(table + tl.arange(0, STACKS) * COLUMNS)
+    row = table + (tl.sum((first <= program).to(tl.int32), axis=0) - 1) * COLUMNS
+    return row, program - tl.load(row).to(tl.int32)
+
+
+@triton.jit
+def entry(row, AT: tl.constexpr):
+    """A number of a stack that 32 bits hold."""
+    return tl.load(row + AT).to(tl.int32)
+
+
+@triton.jit
+def place(row, AT: tl.constexpr, VECTOR: tl.constexpr):
+    """A place, or the distance of one matrix to the next, known to be a multiple of VECTOR."""
+    return tl.multiple_of(tl.load(row + AT), VECTOR)
+
+
+@triton.jit
+def extent(row, AT: tl.constexpr, VECTOR: tl.constexpr):
+    """A size or stride inside of a block, known to be a multiple of VECTOR."""
+    return tl.multiple_of(tl.load(row + AT).to(tl.int32), VECTOR)
+
+
+@triton.jit
+def unit_or(row, AT: tl.constexpr, UNIT: tl.constexpr, VECTOR: tl.constexpr):
+    """A stride, which is 1 if UNIT."""
+    if UNIT:
+        return 1
+    else:
+        return tl.multiple_of(tl.load(row + AT).to(tl.int32), VECTOR)

@@ -1,0 +1,72 @@
+"""What an ordinary step launches on a GPU, whatever the number of tensors."""
+
+import warnings
+from collections.abc import Sequence
+
+import pytest
+import torch
+from host_build import HostOps
+from launches import Launches, parameter
+
+from benchmarks.shapes import MODELS
+from shampoo import Shampoo
+
+pytest.importorskip("triton", reason="triton is not installed: its launches are not counted")
+
+ORDINARY = 13  # not a refresh, and all blocks have roots by then
+
+
+def ordinary_step(model: str, backend: str) -> Launches:
+    return step_of(MODELS[model]().shapes, backend)
+
+
+def step_of(shapes: Sequence[tuple[int, ...]], backend: str = "auto") -> Launches:
+    with Launches(backend) as launches, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        params = [parameter(shape) for shape in shapes]
+        opt = Shampoo(params)
+        for step in range(1, ORDINARY + 1):
+            launches.is_counting = step >= ORDINARY - 1  # the one before makes tables that stay
+            launches.counts.clear()
+            opt.step()
+    return launches
+
+
+# With defaults: where all kernels passed and win, where there is no Triton, or no CUDA toolkit. By
+# torch a tile takes some launches of its own.
+MOST = {
+    ("auto", "gpt2"): 60,
+    ("auto", "resnet50"): 150,
+    ("cuda", "gpt2"): 100,
+    ("cuda", "resnet50"): 192,
+    ("triton", "gpt2"): 985,
+    ("triton", "resnet50"): 1097,
+}
+
+
+@pytest.mark.parametrize(("backend", "model"), MOST)
+def test_an_ordinary_step_is_few_launches(backend, model):
+    launches = ordinary_step(model, backend)
+    assert 0 < launches.total() <= MOST[backend, model], launches.counts.most_common()
+
+
+def test_launches_do_not_grow_with_the_number_of_tensors():
+    """More of the same shapes, below what a table of 96 tiles and a segment hold."""
+    shapes = [(64, 32), (48, 48), (256, 64), (64,)]
+    few, many = (step_of(shapes * times).total() for times in (1, 24))
+    assert 0 < few == many
+
+
+def test_what_only_counts_counts_what_runs():
+    host = HostOps()
+    sources = [torch.randn(4, 4) for _ in range(97)]  # one more than a table holds
+    tiles = torch.tensor([[i, 16 * i, 4, 4, 0, 0, 1, 1, 4, 4] for i in range(97)])
+    out = torch.zeros(97 * 16)
+    found = []
+    for dry in (True, False):
+        host.module.set_dry(dry)
+        before = host.module.launches()
+        host.gather_blocks_(out, sources, tiles, 1.0, False)
+        found.append(host.module.launches() - before)
+        assert bool(out.any()) is not dry
+    assert found == [2, 2]

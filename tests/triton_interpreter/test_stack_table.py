@@ -1,0 +1,103 @@
+"""Tables of stacks: what is in them, which are kept, and what stacks that share a launch get."""
+
+import pytest
+import torch
+from comparison import symmetric
+
+from shampoo.certificates.cases.stacks import SHAPES
+from shampoo.kernels.triton import gram, precondition, stack_table
+from shampoo.kernels.triton.stack_table import distance, strides_of, table_of, vector_of
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _no_tables(monkeypatch):
+    monkeypatch.setattr(stack_table, "_tables", type(stack_table._tables)())
+
+
+@pytest.mark.parametrize("count", [1, 16, 17, 70])
+def test_rows_without_a_stack_begin_where_no_program_is(count):
+    rows = [(3 * i, i, 2**40 + i) for i in range(count)]
+    table = table_of(rows, CPU)
+    assert len(table) in (16, 32, 128)
+    assert table[:count].tolist() == [list(row) for row in rows]
+    assert (table[count:, 0] > 2**31).all()
+
+
+def test_a_table_is_made_once_and_the_oldest_goes(monkeypatch):
+    monkeypatch.setattr(stack_table, "_MOST", 3)
+    first = table_of([(0, 1)], CPU)
+    assert table_of([(0, 1)], CPU) is first
+    for number in (2, 3):
+        table_of([(0, number)], CPU)
+    assert table_of([(0, 1)], CPU) is first, "it was used since"
+    table_of([(0, 4)], CPU)
+    assert [key[0][0][1] for key in stack_table._tables] == [3, 1, 4]
+
+
+def test_a_graph_makes_its_table_from_numbers_of_the_host():
+    rows = [(0, 2**47 + 1, -(2**40) - 3), (5, 7, 11)]
+    made = stack_table._captured([*rows, (stack_table._END, 0, 0)], CPU)
+    assert made.dtype == torch.int64
+    assert made[:2].tolist() == [list(row) for row in rows]
+    assert made[2, 0] > 2**31
+
+
+def test_distances_and_alignment():
+    memory = torch.empty(100, dtype=torch.bfloat16)
+    assert distance(memory[40:], memory[8:]) == 32
+    assert distance(memory[8:], memory[40:]) == -32
+    assert strides_of(torch.empty(1, 5, 1, 7)) == [0, 7, 0, 1]
+    assert vector_of([8, 16, 0], 2) == 8
+    assert vector_of([8, 12, 0], 2) == 1
+    assert vector_of([8, 12, 0], 4) == 4
+
+
+def test_stacks_share_launches(monkeypatch):
+    """As many as kernels are compiled differently, whatever the number of stacks."""
+    grids = []
+
+    class Counter:
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: grids.append(grid)
+
+    monkeypatch.setattr(gram, "gram_ema_kernel", Counter())
+    for name in ("scales_kernel", "apply_root_kernel", "norm_kernel"):
+        monkeypatch.setattr(precondition, name, Counter())
+    for count in (1, 20):
+        grads = [torch.empty(2, 64 * (1 + i % 4), 64) for i in range(count)]
+        factors = [torch.empty(2, grad.shape[1], grad.shape[1]) for grad in grads]
+        gram.gram_ema_(factors, grads, [0] * count, 0.9, 0.1)
+        assert len(grids) == 1
+        grids.clear()
+        roots = [torch.empty(2, n, n) for grad in grads for n in grad.shape[1:]]
+        outs, norms = [torch.empty_like(grad) for grad in grads], [torch.empty(2)] * count
+        precondition.precondition_(outs, norms, grads, roots)
+        assert len(grids) == (4 if count == 1 else 5)  # sides above 128 have tiles of their own
+        grids.clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stack_has_the_bits_that_it_has_alone(dtype):
+    shapes = [*SHAPES, (64, 128), (128, 64), (1, 5)]
+    grads = [torch.randn(1 + i % 3, *shape).to(dtype) for i, shape in enumerate(shapes)]
+    stacks = [(grad, k) for grad in grads for k in range(grad.dim() - 1)]
+    before = [symmetric(len(grad), grad.shape[k + 1]) for grad, k in stacks]
+    together = [factor.clone() for factor in before]
+    sources, modes = [grad for grad, _ in stacks], [k for _, k in stacks]
+    gram.gram_ema_(together, sources, modes, 0.9, 0.3)
+    for factor, found, (grad, k) in zip(before, together, stacks, strict=True):
+        gram.gram_ema_([factor], [grad], [k], 0.9, 0.3)
+        assert torch.equal(found, factor)
+    outs = [torch.full(grad.shape, torch.nan) for grad in grads]
+    norms = [torch.full((len(grad),), torch.nan) for grad in grads]
+    precondition.precondition_(outs, norms, grads, before)
+    begin = 0
+    for out, norm, grad in zip(outs, norms, grads, strict=True):
+        end = begin + grad.dim() - 1
+        alone, length = torch.empty_like(out), torch.empty_like(norm)
+        precondition.precondition_([alone], [length], [grad], before[begin:end])
+        assert torch.equal(out, alone)
+        assert torch.equal(norm, length)
+        begin = end
