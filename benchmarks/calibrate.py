@@ -32,7 +32,7 @@ from shampoo.roots.refresh import refresh_roots_
 
 RESULTS = Path(__file__).parent / "results"
 SIDES = {"cpu": (32, 64, 128, 256, 512, 1024), "cuda": (64, 128, 256, 512, 1024, 2048)}
-ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}  # of a stack: those of a segment of the optimizer
+ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}  # of a stack, as segments have them
 
 COPIED = {"cpu": 1 << 26, "cuda": 1 << 28}  # elements
 

@@ -284,8 +284,8 @@ def gram_ema_(
     """``A_k <- beta A_k + weight mat_k(G) mat_k(G)^T`` (Gupta et al., 2018), or its diagonal.
 
     Args:
-        factors: S stacks, [B, d_k, d_k], symmetric, or [B, d_k] for a diagonal mode, read and
-            written; B and d differ from stack to stack.
+        factors: S stacks of one dtype, [B, d_k, d_k], symmetric, or [B, d_k] for a diagonal mode,
+            read and written; B and d differ from stack to stack.
         grads: [S], [B, d_1 .. d_o] in the dtype of the factors, read; one may occur several times.
         modes: [S], k, from 0.
         beta: Decay.
@@ -314,8 +314,8 @@ def precondition_(
     """``out <- G x_1 X_1 ... x_o X_o`` (Gupta et al., 2018) and ``norm[b] <- |out_b|``.
 
     Args:
-        outs: S stacks, [B, d_1 .. d_o] in the dtype of the blocks, contiguous, written; B, d and o
-            differ from stack to stack.
+        outs: S stacks, [B, d_1 .. d_o], all in the dtype of the blocks, contiguous, written; B, d
+            and o differ from stack to stack.
         norms: [S], [B] in the same dtype, written.
         grads: [S], [B, d_1 .. d_o], read.
         roots: One for every mode of the first stack, then of the second and so on, read: [B, d_k,

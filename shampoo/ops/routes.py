@@ -278,13 +278,15 @@ def _switch_by_stack(
     kernels: Mapping[str, tuple[Run, Supports | None]],
     choose: Callable[[Sequence[Any]], str],
 ) -> Run:
-    """One call of each kernel that is chosen for some of the stacks."""
+    """One call of each kernel that is chosen for some of the stacks, and dtype of blocks."""
+    at = op.arguments.index("grads")
 
     def run(*arguments: Any) -> None:
-        groups: dict[Run, list[list[Any]]] = {}
+        groups: dict[tuple[Run, torch.dtype], list[list[Any]]] = {}
         for call in op.stacks_of(arguments):
-            groups.setdefault(_chosen(op, kernels, choose, call), []).append(call)
-        for kernel, calls in groups.items():
+            key = _chosen(op, kernels, choose, call), call[at][0].dtype
+            groups.setdefault(key, []).append(call)
+        for (kernel, _), calls in groups.items():
             kernel(*op.joined(calls))
 
     return run

@@ -107,6 +107,30 @@ def test_gram_and_precondition(shape, dtype):
     assert torch.equal(norm, same)
 
 
+def test_stacks_together_have_the_bits_of_each_alone():
+    shapes = [(3, 33), (2, 257, 64), (64, 64, 128), (2, 600, 130), (2, 8, 300, 7), (1, 1024, 768)]
+    grads = [torch.randn(shape, device="cuda") for shape in shapes]
+    stacks = [(grad, k) for grad in grads for k in range(grad.dim() - 1)]
+    start = [stack(1, g.shape[k + 1], 3.0).cuda().repeat(len(g), 1, 1) for g, k in stacks]
+    together, alone = ([factor.clone() for factor in start] for _ in range(2))
+    ops.gram_ema_(together, [grad for grad, _ in stacks], [k for _, k in stacks], 0.9, 0.1)
+    for factor, (grad, k) in zip(alone, stacks, strict=True):
+        ops.gram_ema_([factor], [grad], [k], 0.9, 0.1)
+    results = []
+    for is_alone in (False, True):
+        outs = [torch.full_like(grad, torch.nan) for grad in grads]
+        norms = [torch.full_like(grad.flatten(1)[:, 0], torch.nan) for grad in grads]
+        roots = iter(start)
+        own = [[next(roots) for _ in grad.shape[1:]] for grad in grads]
+        if is_alone:
+            for out, norm, grad, mine in zip(outs, norms, grads, own, strict=True):
+                ops.precondition_([out], [norm], [grad], mine)
+        else:
+            ops.precondition_(outs, norms, grads, start)
+        results.append([*outs, *norms])
+    assert all(map(torch.equal, [*together, *results[0]], [*alone, *results[1]]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(3, 33), (2, 257, 64), (2, 600, 130), (2, 8, 300, 7)], ids=str)
 def test_a_graph_accumulates_by_numbers_that_moved(shape, dtype):

@@ -80,6 +80,19 @@ def test_a_kernel_is_chosen_for_each_stack_of_a_call():
     assert torch.equal(results[0][0][1], grads[1])
 
 
+def test_a_launch_has_blocks_of_one_dtype():
+    run = routes_of(OPS["precondition_"], "triton", NOTHING, {"triton"})["precondition_"]
+    grads = [torch.randn(2, 6, 5).to(dtype) for dtype in (torch.bfloat16, torch.float32)] * 2
+    roots = [symmetric(2, n) for _ in grads for n in (6, 5)]
+    outs = [torch.full((2, 6, 5), torch.nan) for _ in grads]
+    norms = [torch.empty(2) for _ in grads]
+    run(outs, norms, grads, roots)
+    for at, (out, grad) in enumerate(zip(outs, grads, strict=True)):
+        alone = torch.empty_like(out)
+        run([alone], [torch.empty(2)], [grad], roots[2 * at : 2 * at + 2])
+        assert torch.equal(out, alone)
+
+
 def test_what_the_kernel_does_not_take_is_left_to_the_reference():
     routes = routes_of(OPS["gram_ema_"], "triton", NOTHING, {"triton"})
     full, grad = symmetric(2, 20), torch.randn(2, 20, 7)
