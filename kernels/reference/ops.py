@@ -79,7 +79,7 @@ def gather_blocks_(
 
     """
     alpha = _read(alpha)
-    is_nothing = alpha == 0.0
+    is_nothing = torch.as_tensor(alpha == 0.0)  # once for all tiles: on a device, a launch
     for rows, first, count, size in _runs(tiles):
         for source, offset, dims, start, grid, extent in rows:
             blocks = _blocks_of(sources[source].reshape(dims), start, grid, extent)
