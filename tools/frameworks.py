@@ -69,6 +69,7 @@ def versions() -> dict[str, str]:
 
 
 def main() -> int:
+    """Reads and writes."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("results", type=Path, help="what pytest --junitxml has written")
     parser.add_argument("file", type=Path, help="where to write")

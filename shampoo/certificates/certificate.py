@@ -9,7 +9,7 @@ import functools
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,15 @@ class Certificate:
         return Licence(
             {key: frozenset(each) for key, each in passed.items()}, refused, self._rows()
         )
+
+    def joined(self, other: "Certificate") -> "Certificate":
+        """With what another one of the same device says of the kernels that this one knows."""
+        more = {(each.op, each.kernel, each.dtype): each for each in other.reports}
+        reports = []
+        for report in self.reports:
+            found = more.get((report.op, report.kernel, report.dtype))
+            reports.append(report if found is None else report.joined(found))
+        return replace(self, reports=tuple(reports))
 
     def to_json(self) -> str:
         """What its file holds."""

@@ -89,12 +89,17 @@ _state: list[Any] = []  # of the last choice: backend, table, kinds, and whether
 
 
 def grant(device: torch.device, licence: Licence) -> None:
-    """Lets a CUDA device run what it is licensed for.
+    """Lets a CUDA device run what it is licensed for; the CPU from now on nothing else.
 
     Raises:
         shampoo.ops.jit.BuildError: if ``SHAMPOO_BACKEND`` insists on a kernel that was refused.
     """
-    backend, _, kinds, _ = _state
+    backend, table, kinds, _ = _state
+    if device.type == "cpu":
+        if backend != "auto":
+            raise_complaints(licence, ["cpp"])
+        _set_aside_on_cpu(licence, backend, table)
+        return
     if backend != "auto":
         raise_complaints(licence, [backend])
     if kinds and _licences.get(device) != licence:

@@ -1,6 +1,7 @@
 """Cases of the ops that work on stacks of blocks and factors."""
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +12,9 @@ from shampoo.roots.minimax_table import minimax_schedule
 
 FLAT = (torch.float32, torch.float64)
 HALF = (torch.bfloat16, torch.float16)
+FULL, DIAGONAL, NONE = "full", "diagonal", "none"  # how a mode of a block is kept
 _BLOCKS = 3
+_SMALL_ROOT = 128  # columns of what the fused chain takes
 
 # Shapes of a block: ragged sizes, of which one may be long, and every order.
 SHAPES = [(size,) for size in SIZES] + [(5, 7), (65, 130), (257, 33), (33, 5, 40), (2, 3, 4, 5)]
@@ -31,51 +34,74 @@ def spread(batch: int, n: int, decades: float = 6.0, dtype: torch.dtype = torch.
     return (A + A.mT).div(2).to(dtype)
 
 
-def _gram(shape: tuple[int, ...], flat: torch.dtype, data: torch.dtype, kind: str) -> list[Case]:
-    """One case a mode, and those with a diagonal factor."""
-    cases = []
-    for k, full in itertools.product(range(len(shape)), (True, False)):
-        if not full and (data != flat or kind != "contiguous"):
-            continue
-
-        def arguments(k: int = k, full: bool = full) -> Arguments:
-            grad = strided(torch.randn(_BLOCKS, *shape).to(data), kind)
-            factor = symmetric(_BLOCKS, shape[k], flat)
-            if not full:
-                factor = factor.diagonal(dim1=1, dim2=2).clone()
-            return {"factor": factor, "grad": grad, "k": k, "beta": 0.9, "weight": 0.2}
-
-        words = f"mode {k} of {[*shape]} {dtype_name(data)}" + (", diagonal" if not full else "")
-        cases.append(
-            Case(
-                "gram_ema_",
-                flat,
-                words + (f", {kind}" if kind != "contiguous" else ""),
-                arguments,
-                symmetric=("factor",) if full else (),
-                stacked=("factor", "grad"),
-                on_cpu=data == flat,
-            )
-        )
-    return cases
-
-
-def _precondition(
-    shape: tuple[int, ...], flat: torch.dtype, data: torch.dtype, kind: str, diagonal: int | None
+def gram(
+    shape: tuple[int, ...],
+    k: int,
+    full: bool,
+    flat: torch.dtype,
+    data: torch.dtype | None = None,
+    kind: str = "contiguous",
+    blocks: int = _BLOCKS,
 ) -> Case:
+    """A factor of mode ``k``, or its diagonal, from gradients in ``data``, by default ``flat``."""
+    data = flat if data is None else data
+
     def arguments() -> Arguments:
-        grad = strided(torch.randn(_BLOCKS, *shape).to(data), kind)
-        roots = [symmetric(_BLOCKS, n, flat) for n in shape]
-        if diagonal is not None:
-            roots[diagonal] = roots[diagonal].diagonal(dim1=1, dim2=2).clone()
-        out = torch.zeros(_BLOCKS, *shape, dtype=flat)
-        return {"out": out, "norm": torch.zeros(_BLOCKS, dtype=flat), "grad": grad, "roots": roots}
+        grad = strided(torch.randn(blocks, *shape).to(data), kind)
+        factor = symmetric(blocks, shape[k], flat)
+        if not full:
+            factor = factor.diagonal(dim1=1, dim2=2).clone()
+        return {"factor": factor, "grad": grad, "k": k, "beta": 0.9, "weight": 0.2}
+
+    words = f"mode {k} of {[*shape]} {dtype_name(data)}" + (", diagonal" if not full else "")
+    return Case(
+        "gram_ema_",
+        flat,
+        words + (f", {kind}" if kind != "contiguous" else ""),
+        arguments,
+        symmetric=("factor",) if full else (),
+        stacked=("factor", "grad"),
+        on_cpu=data == flat,
+    )
+
+
+def _grams(shape: tuple[int, ...], flat: torch.dtype, data: torch.dtype, kind: str) -> list[Case]:
+    """One case a mode, and those with a diagonal factor."""
+    ways = (True, False) if data == flat and kind == "contiguous" else (True,)
+    both = itertools.product(range(len(shape)), ways)
+    return [gram(shape, k, full, flat, data, kind) for k, full in both]
+
+
+def precondition(
+    shape: tuple[int, ...],
+    kept: Sequence[str],
+    flat: torch.dtype,
+    data: torch.dtype | None = None,
+    kind: str = "contiguous",
+    blocks: int = _BLOCKS,
+) -> Case:
+    """The direction of blocks of whose modes a matrix is ``kept``, a diagonal, or nothing."""
+    data = flat if data is None else data
+
+    def root(n: int, how: str) -> Tensor | None:
+        if how == NONE:
+            return None
+        matrix = symmetric(blocks, n, flat)
+        return matrix if how == FULL else matrix.diagonal(dim1=1, dim2=2).clone()
+
+    def arguments() -> Arguments:
+        grad = strided(torch.randn(blocks, *shape).to(data), kind)
+        roots = [root(n, how) for n, how in zip(shape, kept, strict=True)]
+        out = torch.zeros(blocks, *shape, dtype=flat)
+        return {"out": out, "norm": torch.zeros(blocks, dtype=flat), "grad": grad, "roots": roots}
 
     words = f"{[*shape]} {dtype_name(data)}" + (f", {kind}" if kind != "contiguous" else "")
+    for how, said in ((DIAGONAL, "diagonal"), (NONE, "without a factor")):
+        words += "".join(f", mode {k} {said}" for k, each in enumerate(kept) if each == how)
     return Case(
         "precondition_",
         flat,
-        words + (f", mode {diagonal} diagonal" if diagonal is not None else ""),
+        words,
         arguments,
         overwritten=("out", "norm"),
         stacked=("out", "norm", "grad", "roots"),
@@ -105,9 +131,11 @@ def root_arguments(A: Tensor, p: int, relative_eps: float) -> Arguments:
     }
 
 
-def _root(op: str, n: int, p: int, relative_eps: float, flat: torch.dtype) -> Case:
+def _root(
+    op: str, n: int, p: int, relative_eps: float, flat: torch.dtype, blocks: int = _BLOCKS
+) -> Case:
     def arguments() -> Arguments:
-        return root_arguments(spread(_BLOCKS, n, dtype=flat), p, relative_eps)
+        return root_arguments(spread(blocks, n, dtype=flat), p, relative_eps)
 
     return Case(
         op,
@@ -143,34 +171,45 @@ def _check(n: int, p: int) -> Case:
     )
 
 
+def root_cases(n: int, flat: torch.dtype, blocks: int) -> list[Case]:
+    """Roots of one size, by every op that takes it, and their check."""
+    every = [_root("minimax_root_", n, 4, 1e-6, flat, blocks)]
+    if flat == torch.float32:
+        every.append(_check(n, 4))
+        if n <= _SMALL_ROOT:
+            every.append(_root("minimax_small_root_", n, 4, 1e-6, flat, blocks))
+    return every
+
+
 def stack_cases() -> dict[str, list[Case]]:
     """Those of the ops that work on stacks."""
-    gram, precondition = [], []
+    grams, directions = [], []
     for flat, shape in itertools.product(FLAT, SHAPES):
-        gram += _gram(shape, flat, flat, "contiguous")
+        grams += _grams(shape, flat, flat, "contiguous")
         for diagonal in (None, 0) if len(shape) < 4 else (None, 0, 3):
-            precondition.append(_precondition(shape, flat, flat, "contiguous", diagonal))
+            kept = [DIAGONAL if k == diagonal else FULL for k in range(len(shape))]
+            directions.append(precondition(shape, kept, flat))
     single = torch.float32
     for data, shape in itertools.product(HALF, [(63,), (65, 130), (257, 33), (33, 5, 40)]):
-        gram += _gram(shape, single, data, "contiguous")
-        precondition.append(_precondition(shape, single, data, "contiguous", None))
+        grams += _grams(shape, single, data, "contiguous")
+        directions.append(precondition(shape, [FULL] * len(shape), single, data))
     for kind in ("transposed", "sliced"):
-        gram += _gram((65, 130), single, single, kind)
-        precondition.append(_precondition((65, 130), single, single, kind, None))
+        grams += _grams((65, 130), single, single, kind)
+        directions.append(precondition((65, 130), [FULL] * 2, single, single, kind))
     sizes = sorted({*SIZES, 17, 128})
     schedules = [(4, 1e-6), (2, 1e-4), (6, 1e-6)]
     roots = [(n, *(4, 1e-6), flat) for flat, n in itertools.product(FLAT, sizes)] + [
         (65, *schedule, single) for schedule in schedules[1:]
     ]
     return {
-        "gram_ema_": gram,
-        "precondition_": precondition,
+        "gram_ema_": grams,
+        "precondition_": directions,
         "eigh_": [_eigh(n, flat) for flat, n in itertools.product(FLAT, (1, 3, 63, 127))],
         "minimax_root_": [_root("minimax_root_", *each) for each in roots],
         "minimax_small_root_": [
             _root("minimax_small_root_", *each)
             for each in roots
-            if each[0] <= 128 and each[3] == single
+            if each[0] <= _SMALL_ROOT and each[3] == single
         ],
         "check_roots_": [_check(n, p) for n in (3, 65, 257) for p in (4, 2)],
     }
