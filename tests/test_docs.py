@@ -113,7 +113,7 @@ def test_the_table_of_faults_names_tests_that_exist():
     assert {name for name in named if f"def {name}(" not in written} == set()
 
 
-FRAMEWORKS = (ROOT / "docs" / "frameworks.md").read_text(encoding="utf-8")
+FRAMEWORKS = (ROOT / "docs" / "frameworks.md").read_text(encoding="utf-8").partition("## 1.")[0]
 ROWS = re.findall(r"^\| (.+?) \| (\S+(?: \S+)?) \| .* \| (`test_.+) \|$", FRAMEWORKS, re.M)
 
 
@@ -128,7 +128,8 @@ def test_every_row_of_the_table_of_frameworks_names_tests_that_passed():
             assert f"def {name}(" in path.read_text(encoding="utf-8"), cell
             assert last["tests"].get(f"tests/frameworks/{file}::{name}", 0) > 0, cell
         assert any(each.startswith(version.split()[-1]) for each in last["versions"].values())
-    assert not [name for name, why in last["not passed"].items() if not why.startswith("skipped")]
+    reasons = [why for each in last["not passed"].values() for why in each]
+    assert all(why.startswith("skipped: could not import 'distributed_shampoo'") for why in reasons)
 
 
 def test_versions_of_frameworks_are_those_that_are_installed():

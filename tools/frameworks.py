@@ -32,15 +32,16 @@ def outcome_of(path: Path) -> dict[str, Any]:
     """What stands in pytest's file: counts, tests that passed by name, and why others did not."""
     [suite] = ElementTree.parse(path).getroot().iter("testsuite")
     passed: dict[str, int] = collections.Counter()
-    others: dict[str, str] = {}
+    others: dict[str, dict[str, int]] = {}
     for case in suite.iter("testcase"):
         file = case.attrib["classname"].replace(".", "/")
-        name = case.attrib["name"]
+        name = f"{file}.py::{case.attrib['name'].partition('[')[0]}"
         wrong = next((each for each in case if each.tag in ("failure", "error", "skipped")), None)
         if wrong is None:
-            passed[f"{file}.py::{name.partition('[')[0]}"] += 1
+            passed[name] += 1
         else:
-            others[f"{file}.py::{name}"] = f"{wrong.tag}: {wrong.attrib.get('message', '')}"
+            why = f"{wrong.tag}: {wrong.attrib.get('message', '')}"
+            others.setdefault(name, collections.Counter())[why] += 1
     return {
         "date": suite.attrib["timestamp"].partition(".")[0],
         "seconds": round(float(suite.attrib["time"])),

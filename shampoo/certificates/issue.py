@@ -120,7 +120,7 @@ def certificate_of(
         try:
             found = _examined(device, subjects, library, is_timed, facts, shapes)
         except (UnavailableError, DoesNotLoadError, jit.BuildError) as reason:
-            where = " for this model's sizes" if shapes else ", and none is used"
+            where = " for the sizes of this model" if shapes else ", and none is used"
             _say(f"kernels are not checked{where}: {reason}")
             return None
         with contextlib.suppress(OSError):  # then the next process makes it again
@@ -148,7 +148,7 @@ def _examined(
     """A new certificate. A library that is damaged is built again first."""
     began = time.time()
     seconds = 5 if device.type == "cpu" else 30
-    what = f" for {len(shapes)} shapes of this model" if shapes else ""
+    what = " for the sizes of this model" if shapes else ""
     _say(f"checking kernels{what} on {facts['name']}, once, about {seconds} s")
     with shown_progress() as progress:
         how: dict[str, Any] = {"is_timed": is_timed, "progress": progress, "shapes": shapes}

@@ -35,7 +35,7 @@ LOUD = {
     "graft_moments_": "hangs",
     "update_blocks_": "slow",
 }
-LARGE = {"gram_ema_": "wrong_when_large"}
+LARGE = {"minimax_root_": "wrong_when_large"}
 SAID = {
     "last_tile": r"error .* exceeds",
     "past_the_end": "wrote beside out",
@@ -177,11 +177,11 @@ def test_a_defect_at_a_size_of_the_model_is_found_before_its_first_step(own_cach
     expected = with_references(LARGE, width=300)
     injected(LARGE)
     certificates.load_kernels()
-    assert ops.runs_kernel_on_cpu("gram_ema_")
-    with pytest.warns(RuntimeWarning, match=r"gram_ema_ \(cpp, float32\): error .* of \[33, 300\]"):
+    assert ops.runs_kernel_on_cpu("minimax_root_")
+    with pytest.warns(RuntimeWarning, match=r"minimax_root_ \(cpp, float32\): error .* n=300"):
         found = trained(width=300)
-    assert not ops.runs_kernel_on_cpu("gram_ema_")
+    assert not ops.runs_kernel_on_cpu("minimax_root_")
     assert ops.runs_kernel_on_cpu("precondition_")
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     certificates.load_kernels()
-    assert not ops.runs_kernel_on_cpu("gram_ema_"), "the next optimizer knows of it"
+    assert not ops.runs_kernel_on_cpu("minimax_root_"), "the next optimizer knows of it"

@@ -141,7 +141,7 @@ def test_a_plan_is_asked_for_once(asked, capsys, monkeypatch):
     new_process()
     prepare({CPU: {WIDE}})
     assert asked[1:] == [(["gram_ema_", "precondition_", "minimax_root_"], (WIDE,))]
-    assert capsys.readouterr().err.count("checking kernels for 1 shapes of this model") == 1
+    assert capsys.readouterr().err.count("checking kernels for the sizes of this model") == 1
     assert len(files()) == 2
     prepare({CPU: set(HELD)})
     assert asked[2:] == [(asked[1][0], tuple(sorted(HELD)))]
