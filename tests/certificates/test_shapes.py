@@ -95,6 +95,8 @@ def test_what_would_take_long_is_left_out_the_small_first():
 def test_kernels_are_timed_at_the_sides_of_a_plan():
     held = [Shape((side, 64), (FULL, FULL), "float32") for side in range(300, 320)]
     assert sizes_of(held) == list(range(312, 320))
+    long = Shape((50_000, 8, 5000), (DIAGONAL, FULL, FULL), "float32")
+    assert sizes_of([long]) == [8], "a matrix of that size would take all memory"
     sizes = [*sizes_of([WIDE]), 256]
     cuda = torch.device("cuda", 0)
     assert [size for size, _ in grid(OPS["gram_ema_"], cuda)].count(256) == 1

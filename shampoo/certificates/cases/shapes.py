@@ -20,6 +20,7 @@ _ROOT = 10  # an eigendecomposition, and the products of a kernel, in matrix pro
 _CHECK = 100  # the roots that it is given
 _SMALL = 1 << 16  # elements of a block, of which there are several in a case
 _ROUNDINGS = 32  # sums over a thousand terms in another order
+_LONGEST = 4096  # side at which kernels are timed: there, the next size below says enough
 _MOST_SIZES = 8  # at which kernels are timed for a plan, the largest
 
 
@@ -68,7 +69,13 @@ def lacking(shapes: Collection[Shape], device: str) -> tuple[Shape, ...]:
 
 def sizes_of(shapes: Collection[Shape]) -> list[int]:
     """The sides at which kernels are timed for a plan, beside those of the grid."""
-    return sorted({side for shape in shapes for side in shape.extent})[-_MOST_SIZES:]
+    sides = {
+        side
+        for shape in shapes
+        for side, how in zip(shape.extent, shape.kept, strict=True)
+        if how == FULL and side <= _LONGEST
+    }
+    return sorted(sides)[-_MOST_SIZES:]
 
 
 def shape_cases(shapes: Sequence[Shape], device: str) -> dict[str, list[Case]]:
