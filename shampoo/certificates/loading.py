@@ -27,12 +27,12 @@ def prepare(shapes: Mapping[torch.device, Collection[Shape]]) -> None:
     Raises:
         shampoo.ops.jit.BuildError: if ``SHAMPOO_BACKEND`` insists on a kernel that was refused.
     """
-    if backends.chosen() == ops.REFERENCE:
+    backend = backends.chosen()
+    if backend == ops.REFERENCE:
         return
     for device, held in shapes.items():
         if device.type == "cuda":
-            is_met = torch.cuda.is_available()  # and is not imagined by a tracer
-        else:  # a CPU was asked what all are asked before its library was loaded
-            is_met = bool(lacking(held, device.type)) and active_fake_mode() is None
-        if is_met:
-            ops.grant(device, licence_of(device, held))
+            if torch.cuda.is_available():  # and is not imagined by a tracer
+                ops.grant(device, licence_of(device, held))
+        elif backend != "triton" and lacking(held, device.type) and active_fake_mode() is None:
+            ops.confine_cpu(licence_of(device, held))

@@ -89,22 +89,29 @@ _state: list[Any] = []  # of the last choice: backend, table, kinds, and whether
 
 
 def grant(device: torch.device, licence: Licence) -> None:
-    """Lets a CUDA device run what it is licensed for; the CPU from now on nothing else.
+    """Lets a CUDA device run what it is licensed for.
 
     Raises:
         shampoo.ops.jit.BuildError: if ``SHAMPOO_BACKEND`` insists on a kernel that was refused.
     """
-    backend, table, kinds, _ = _state
-    if device.type == "cpu":
-        if backend != "auto":
-            raise_complaints(licence, ["cpp"])
-        _set_aside_on_cpu(licence, backend, table)
-        return
+    backend, _, kinds, _ = _state
     if backend != "auto":
         raise_complaints(licence, [backend])
     if kinds and _licences.get(device) != licence:
         _licences[device] = licence
         _route()
+
+
+def confine_cpu(licence: Licence) -> None:
+    """Lets the CPU run nothing but what it is licensed for, where more was loaded before.
+
+    Raises:
+        shampoo.ops.jit.BuildError: if ``SHAMPOO_BACKEND`` insists on a kernel that was refused.
+    """
+    backend, table, *_ = _state
+    if backend != "auto":
+        raise_complaints(licence, ["cpp"])
+    _set_aside_on_cpu(licence, backend, table)
 
 
 def raise_complaints(licence: Licence, kinds: Sequence[str]) -> None:
