@@ -128,13 +128,15 @@ $(VENV)/installed: $(VENV)/torch pyproject.toml setup.py
 	$(BIN)/pip install -q -e ".[dev,bench]"
 	touch $@
 
-# All that .venv has, torch with it, is lent by a path file; PYTHONPATH brings the clone.
+# All that .venv has, torch with it, is lent by a path file; PYTHONPATH brings the clone. DeepSpeed is
+# built by the setuptools of .venv, which one that comes with a new environment would hide.
 $(LARGEST)/installed: tests/frameworks/requirements-largest.txt
 $(FRAMEWORKS)/installed: tests/frameworks/requirements.txt tests/frameworks/requirements-largest.txt
 $(LARGEST)/installed $(FRAMEWORKS)/installed: | $(VENV)/installed
 	$(PYTHON) -m venv $(@D)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  > "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/lent.pth"
+	$(@D)/bin/pip uninstall -q -y setuptools
 	DS_BUILD_OPS=0 $(@D)/bin/pip install -q --no-deps --no-build-isolation -r $<
 	touch $@
 
