@@ -23,6 +23,7 @@ from shampoo.ops.trust import digest_of, make_folder, objection, write_text
 
 VERSION = 1
 FOLDER = "certificates"
+SHAPES = "shapes"  # among the facts of a certificate that is of a model alone
 
 Facts = Mapping[str, str]
 
@@ -185,6 +186,20 @@ def read(path: Path, facts: Facts) -> Certificate | None:
         return Certificate(content["facts"], reports, **found)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def of_models(facts: Facts) -> list[Certificate]:
+    """The certificates that there are of the shapes of models, of a device with these facts."""
+    found = []
+    for path in sorted(path_of(facts).parent.glob(f"{facts['device']}-*.json")):
+        try:
+            its = json.loads(path.read_text(encoding="utf-8"))["facts"]
+            is_ours = {**facts, SHAPES: its[SHAPES]} == its
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        read_again = read(path, its) if is_ours else None
+        found += [] if read_again is None else [read_again]
+    return found
 
 
 def write(path: Path, certificate: Certificate) -> None:

@@ -27,6 +27,7 @@ from shampoo.ops.licence import REFERENCE, Licence
 from shampoo.ops.trust import locked, make_folder
 
 Shapes = tuple[Shape, ...]
+KINDS = ("cpp", "cuda", "triton")  # of kernels that a certificate licenses
 _Key = tuple[torch.device, bool, Path]
 
 _given: dict[tuple[_Key, Shapes], Certificate] = {}  # to this process
@@ -101,7 +102,7 @@ def certificate_of(
     is_forced = is_forced or (tune == "1" and found is None)
     facts = certificate.facts_of(device, library)
     if shapes:
-        facts["shapes"] = " ".join(shape.words for shape in shapes)
+        facts[certificate.SHAPES] = " ".join(shape.words for shape in shapes)
     path = certificate.path_of(facts)
     before = path.stat().st_mtime_ns if path.exists() else 0
     found = certificate.read(path, facts)
@@ -224,9 +225,18 @@ def _key(device: torch.device) -> _Key:
     return device, jit.needs_cuda(), jit.cache_dir()
 
 
+def complaints_of(device: torch.device) -> list[str]:
+    """Why kernels are not used on a device, one line each: everywhere, or in some model."""
+    every = licence_of(device).complaints(KINDS)
+    base = certificate_of(device)
+    for model in certificate.of_models(base.facts) if base is not None else ():
+        every += [f"{line} (in one model)" for line in model.licence.complaints(KINDS)]
+    return every
+
+
 def complain(licence: Licence, device: torch.device) -> None:
     """Names the kernels that were refused, in one warning a process."""
-    complaints = licence.complaints(["cpp", "cuda", "triton"])
+    complaints = licence.complaints(KINDS)
     text = (
         f"shampoo uses PyTorch's own kernels on {device} in place of {len(complaints)} that did not"
         f" pass their checks: {'; '.join(complaints)}. `python -m shampoo tune --force` checks them"

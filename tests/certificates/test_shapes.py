@@ -14,7 +14,7 @@ from torch import nn
 
 from shampoo import Shampoo, certificates, ops
 from shampoo.agreement import _shapes_of
-from shampoo.certificates import certificate, issue
+from shampoo.certificates import certificate, issue, tune
 from shampoo.certificates.cases import shapes as of_shapes
 from shampoo.certificates.cases.shapes import Shape, lacking, shape_cases, sizes_of
 from shampoo.certificates.certificate import Certificate
@@ -162,6 +162,20 @@ def test_a_kernel_that_failed_already_is_not_asked_again(asked, monkeypatch):
     with pytest.warns(RuntimeWarning, match="did not pass"):
         prepare({CPU: {WIDE}})
     assert asked[1:] == [(["precondition_", "minimax_root_"], (WIDE,))]
+
+
+def test_what_failed_in_a_model_is_known_to_all(asked, tmp_path):
+    """`python -m shampoo` has no model at hand."""
+    prepare({CPU: {WIDE}})
+    assert certificates.complaints_of(CPU) == []
+    [path] = [path for path in folder().glob("*.json") if b"40x300" in path.read_bytes()]
+    spoil(path, "gram_ema_")
+    (folder() / "cpu-torn.json").write_text("{")
+    (folder() / "cpu-of-other-facts.json").write_text('{"facts": {"shapes": "3:float32"}}')
+    new_process()
+    line = "gram_ema_ (cpp, float32): error 0.1 exceeds 1e-07 in a case (in one model)"
+    assert certificates.complaints_of(CPU) == [line]
+    assert tune.in_words(CPU).endswith(", not timed, sizes of models: 1")
 
 
 def spoil(path, op):
