@@ -1,7 +1,7 @@
 """What is asked of a kernel that runs a case.
 
 It is judged by its reference: at most twice as far from float64 as that is in the same dtype, give
-or take a rounding of the largest value. Roots are judged by what they are for. Beside that it must
+or take roundings of the largest value. Roots are judged by what they are for. Beside that it must
 write all of its outputs and nothing else, give the same bits a second time, in a stack of one, at
 another place in memory and with its numbers on the device, and be symmetric where that is promised.
 """

@@ -14,6 +14,7 @@ FLAT = (torch.float32, torch.float64)
 HALF = (torch.bfloat16, torch.float16)
 FULL, DIAGONAL, NONE = "full", "diagonal", "none"  # how a mode of a block is kept
 _BLOCKS = 3
+_ROUNDINGS = 8  # sums of some 250 terms in another order, on a processor whose own is a lucky one
 _SMALL_ROOT = 128  # columns of what the fused chain takes
 
 # Shapes of a block: ragged sizes, of which one may be long, and every order.
@@ -62,6 +63,7 @@ def gram(
         symmetric=("factor",) if full else (),
         stacked=("factor", "grad"),
         on_cpu=data == flat,
+        roundings=_ROUNDINGS,
     )
 
 
@@ -106,6 +108,7 @@ def precondition(
         overwritten=("out", "norm"),
         stacked=("out", "norm", "grad", "roots"),
         on_cpu=data == flat,
+        roundings=_ROUNDINGS,
     )
 
 
