@@ -1,7 +1,8 @@
 # `make test`, `make slow` and `make bench` set up all they need, in .venv, and are quick the second
 # time. `make slow` is the rest of the tests: those that build, compile or interpret kernels for
 # minutes, run the examples, and generate programs. `make test-frameworks` trains in Accelerate,
-# Lightning and others (docs/frameworks.md), and installs them, about 1 GB.
+# Lightning and others (docs/frameworks.md), and installs them, about 1 GB; `make
+# test-frameworks-largest` in the five largest alone, a quarter of it.
 #
 # TORCH is what to install where .venv has no torch yet, as pip takes it; for a CPU wheel alone,
 # which is a tenth of the size, name its index: PIP_EXTRA_INDEX_URL=... make test
@@ -22,10 +23,11 @@ BIN := $(abspath $(VENV))/bin
 CUDA := $(abspath $(VENV))/cuda
 CLEAN := $(abspath $(VENV))/clean
 FRAMEWORKS := $(abspath $(VENV))/frameworks
+LARGEST := $(abspath $(VENV))/frameworks-largest
 WHEELS := $(abspath $(VENV))/wheels
 SOURCES := shampoo kernels tests benchmarks examples tools setup.py docs/conf.py
 
-.PHONY: test slow test-frameworks bench learning lint types pytest wheel sanitize soak docs clean
+.PHONY: test slow test-frameworks test-frameworks-largest bench learning lint types pytest wheel sanitize soak docs clean
 
 test: lint pytest types
 
@@ -69,10 +71,19 @@ pytest slow: $(VENV)/installed
 	$(BIN)/pytest -q --durations=10 -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
 	  -m $(if $(filter slow,$@),slow,"not slow and not frameworks")
 
-# What docs/frameworks.md says, with the real packages, in an environment of their own.
+# What docs/frameworks.md says, with the real packages, in an environment of their own. How it ended
+# is left in docs/frameworks.json.
 test-frameworks: $(FRAMEWORKS)/installed
 	PYTHONPATH=$(CURDIR) $(FRAMEWORKS)/bin/python -m pytest -q --durations=10 \
-	  -m frameworks tests/frameworks tests/test_loggers.py tests/commands tests/test_coming_from.py
+	  --junitxml=$(FRAMEWORKS)/last.xml -m frameworks \
+	  tests/frameworks tests/test_loggers.py tests/commands tests/test_coming_from.py; \
+	  status=$$?; \
+	  $(FRAMEWORKS)/bin/python tools/frameworks.py $(FRAMEWORKS)/last.xml docs/frameworks.json && \
+	  exit $$status
+
+test-frameworks-largest: $(LARGEST)/installed
+	PYTHONPATH=$(CURDIR) $(LARGEST)/bin/python -m pytest -q --durations=5 -m frameworks \
+	  $(patsubst %,tests/frameworks/test_%.py,accelerate transformers lightning torchtitan timm)
 
 # Builds the wheel and uses it as a stranger would: in an environment of its own, from elsewhere.
 # torch is lent to it by a path file, which does not make the development install visible.
@@ -117,12 +128,16 @@ $(VENV)/installed: $(VENV)/torch pyproject.toml setup.py
 	$(BIN)/pip install -q -e ".[dev,bench]"
 	touch $@
 
-# All that .venv has, torch with it, is lent by a path file; PYTHONPATH brings the clone.
-$(FRAMEWORKS)/installed: tests/frameworks/requirements.txt | $(VENV)/installed
-	$(PYTHON) -m venv $(FRAMEWORKS)
+# All that .venv has, torch with it, is lent by a path file; PYTHONPATH brings the clone. DeepSpeed is
+# built by the setuptools of .venv, which one that comes with a new environment would hide.
+$(LARGEST)/installed: tests/frameworks/requirements-largest.txt
+$(FRAMEWORKS)/installed: tests/frameworks/requirements.txt tests/frameworks/requirements-largest.txt
+$(LARGEST)/installed $(FRAMEWORKS)/installed: | $(VENV)/installed
+	$(PYTHON) -m venv $(@D)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-	  > "$$($(FRAMEWORKS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/lent.pth"
-	DS_BUILD_OPS=0 $(FRAMEWORKS)/bin/pip install -q --no-deps --no-build-isolation -r $<
+	  > "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/lent.pth"
+	$(@D)/bin/pip uninstall -q -y setuptools
+	DS_BUILD_OPS=0 $(@D)/bin/pip install -q --no-deps --no-build-isolation -r $<
 	touch $@
 
 $(VENV)/documenting: $(VENV)/installed

@@ -65,7 +65,9 @@ def report(build: bool) -> dict[str, object]:
             str(device): tune.in_words(device) for device in (in_use if licences else ())
         },
         "set_aside": [
-            line for each in licences for line in each.complaints(("cpp", "cuda", "triton"))
+            line
+            for device in (in_use if licences else ())
+            for line in certificates.complaints_of(device)
         ],
         "cpu_kernels": kernels,
         "gpu_kernels": backends.describe(backend, card, table, licences[-1] if licences else None)

@@ -1,11 +1,14 @@
 """A step before it is taken: whether all ranks that must step alike can take it, and with what."""
 
+import itertools
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from shampoo import certificates
 from shampoo.blocks.ownership import Team
+from shampoo.certificates.cases.shapes import Shape
 from shampoo.certificates.shared import Choices
 from shampoo.distributed.consensus import FAILED, OK, SKIPPED, DeferredError, Vote, digest
 from shampoo.distributed.distributor import StepInputs
@@ -142,20 +145,31 @@ class Agreeing(Persistent):
     def _prepare(self, preflight: Preflight) -> None:
         """Makes process groups and buffers; all ranks do in the step in which one needs them.
 
-        Kernels of a GPU are examined here too, if nobody has, and ranks agree on those that they
-        share.
+        Kernels are examined here too, on what the plan holds, if nobody has, and ranks agree on
+        those that they share.
         """
         plan, groups = preflight.plan, self._process_groups
         join_groups(plan, groups)
         deferred = DeferredError(is_shared=not plan.stepping_ranks.is_alone)
         self._distributors = None  # its buffers are free before new ones are asked for
-        devices = dict.fromkeys(arena.device for arena in plan.arenas)
         shared: Choices = {}
         with deferred:
-            certificates.prepare(devices)
-            shared = certificates.shared_choices(devices)
+            shapes = _shapes_of(plan)
+            certificates.prepare(shapes)
+            shared = certificates.shared_choices(shapes)
             self._distributors = Distributors(preflight.key, plan.planned, groups)
         if not plan.stepping_ranks.is_alone:
             consensus = groups.consensus(plan.stepping_ranks, plan.arenas[0].device)
             if not consensus.check(deferred, digest(repr(shared))):
                 certificates.agree(consensus.share(shared))
+
+
+def _shapes_of(plan: BlockPlan) -> dict[torch.device, set[Shape]]:
+    """What blocks a plan has, by device: of all owners, so that ranks ask for the same."""
+    found: dict[torch.device, set[Shape]] = {arena.device: set() for arena in plan.arenas}
+    for arena in itertools.chain.from_iterable(plan.all_arenas):
+        dtype = str(arena.dtype).removeprefix("torch.")
+        found[arena.device].update(
+            Shape(stack.extent, stack.modes, dtype) for stack in arena.stacks
+        )
+    return found

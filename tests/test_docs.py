@@ -1,5 +1,6 @@
 """What code, tests and documents name of the documents is there, section by section."""
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,6 +111,40 @@ def test_the_table_of_faults_names_tests_that_exist():
     named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "faults.md").read_text()))
     assert len(named) > 25
     assert {name for name in named if f"def {name}(" not in written} == set()
+
+
+FRAMEWORKS = (ROOT / "docs" / "frameworks.md").read_text(encoding="utf-8").partition("## 1.")[0]
+ROWS = re.findall(r"^\| (.+?) \| (\S+(?: \S+)?) \| .* \| (`test_.+) \|$", FRAMEWORKS, re.M)
+
+
+def test_every_row_of_the_table_of_frameworks_names_tests_that_passed():
+    assert len(ROWS) == len(re.findall(r"^\| ", FRAMEWORKS, re.M)) - 1 > 14
+    last = json.loads((ROOT / "docs" / "frameworks.json").read_text(encoding="utf-8"))
+    for _, version, cell in ROWS:
+        tests = re.findall(r"`(test_\w+\.py)::(test_\w+)`", cell)
+        assert len(tests) == cell.count("`") // 2, cell
+        for file, name in tests:
+            path = ROOT / "tests" / "frameworks" / file
+            assert f"def {name}(" in path.read_text(encoding="utf-8"), cell
+            assert last["tests"].get(f"tests/frameworks/{file}::{name}", 0) > 0, cell
+        assert any(each.startswith(version.split()[-1]) for each in last["versions"].values())
+    reasons = [why for each in last["not passed"].values() for why in each]
+    assert all(why.startswith("skipped: could not import 'distributed_shampoo'") for why in reasons)
+
+
+def test_versions_of_frameworks_are_those_that_are_installed():
+    folder = ROOT / "tests" / "frameworks"
+    largest, rest = (
+        (folder / f"requirements{which}.txt").read_text(encoding="utf-8")
+        for which in ("-largest", "")
+    )
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)$", largest + rest, re.M))
+    last = json.loads((ROOT / "docs" / "frameworks.json").read_text(encoding="utf-8"))
+    ours = {name: version for name, version in last["versions"].items() if name in pins}
+    assert len(ours) > 14
+    assert ours == {name: pins[name] for name in ours}
+    versions = {version for _, version, _ in ROWS if not version.startswith("torch ")}
+    assert versions <= set(ours.values())
 
 
 PAPER = """# Paper

@@ -6,7 +6,13 @@ it and the others of the machine wait. ``SHAMPOO_TUNE=0`` forbids it, and what h
 then runs references; ``SHAMPOO_TUNE=1`` repeats it, once a process.
 """
 
-from shampoo.certificates.issue import certificate_of, complain, kernels_in_use, licence_of
+from shampoo.certificates.issue import (
+    certificate_of,
+    complain,
+    complaints_of,
+    kernels_in_use,
+    licence_of,
+)
 from shampoo.certificates.loading import load_kernels, prepare
 from shampoo.certificates.shared import agree, shared_choices
 
@@ -14,6 +20,7 @@ __all__ = [
     "agree",
     "certificate_of",
     "complain",
+    "complaints_of",
     "kernels_in_use",
     "licence_of",
     "load_kernels",

@@ -10,7 +10,7 @@ import functools
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from shampoo.ops.trust import digest_of, is_whole, make_folder, objection, write
 
 VERSION = 1
 FOLDER = "certificates"
+SHAPES = "shapes"  # among the facts of a certificate that is of a model alone
 
 Facts = Mapping[str, str]
 
@@ -61,6 +62,15 @@ class Certificate:
         return Licence(
             {key: frozenset(each) for key, each in passed.items()}, refused, self._rows()
         )
+
+    def joined(self, other: "Certificate") -> "Certificate":
+        """With what another one of the same device says of the kernels that this one knows."""
+        more = {(each.op, each.kernel, each.dtype): each for each in other.reports}
+        reports = []
+        for report in self.reports:
+            found = more.get((report.op, report.kernel, report.dtype))
+            reports.append(report if found is None else report.joined(found))
+        return replace(self, reports=tuple(reports))
 
     def to_json(self) -> str:
         """What its file holds."""
@@ -177,6 +187,20 @@ def read(path: Path, facts: Facts) -> Certificate | None:
         return Certificate(content["facts"], reports, **found)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def of_models(facts: Facts) -> list[Certificate]:
+    """The certificates that there are of the shapes of models, of a device with these facts."""
+    found = []
+    for path in sorted(path_of(facts).parent.glob(f"{facts['device']}-*.json")):
+        try:
+            its = json.loads(path.read_text(encoding="utf-8"))["facts"]
+            is_ours = {**facts, SHAPES: its[SHAPES]} == its
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        read_again = read(path, its) if is_ours else None
+        found += [] if read_again is None else [read_again]
+    return found
 
 
 def write(path: Path, certificate: Certificate) -> None:

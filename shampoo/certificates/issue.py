@@ -5,12 +5,14 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from shampoo.certificates import certificate
+from shampoo.certificates.cases.shapes import Shape, lacking, shape_cases
 from shampoo.certificates.certificate import Certificate
 from shampoo.certificates.runner import (
     DoesNotLoadError,
@@ -24,7 +26,11 @@ from shampoo.ops import OPS, backends, jit
 from shampoo.ops.licence import REFERENCE, Licence
 from shampoo.ops.trust import locked, make_folder
 
-_given: dict[tuple[torch.device, bool, Path], Certificate] = {}  # to this process
+Shapes = tuple[Shape, ...]
+KINDS = ("cpp", "cuda", "triton")  # of kernels that a certificate licenses
+_Key = tuple[torch.device, bool, Path]
+
+_given: dict[tuple[_Key, Shapes], Certificate] = {}  # to this process
 _warned: set[str] = set()
 
 
@@ -61,12 +67,17 @@ def library_for(subjects: Sequence[Subject]) -> Path | None:
 
 
 def certificate_of(
-    device: torch.device, *, is_forced: bool = False, is_timed: bool | None = None
+    device: torch.device,
+    *,
+    shapes: Shapes = (),
+    is_forced: bool = False,
+    is_timed: bool | None = None,
 ) -> Certificate | None:
     """The certificate of a device, which is made if there is none.
 
     Args:
         device: an index is needed of a GPU.
+        shapes: of a plan, for the certificate of these alone, beside that which all have to have.
         is_forced: make it anew, whatever there is and ``SHAMPOO_TUNE`` says.
         is_timed: whether kernels are timed too; by default on a GPU only, since on a CPU those of
             the package win. A certificate without times is made anew where they are asked for.
@@ -76,7 +87,7 @@ def certificate_of(
         says.
     """
     try:
-        key, tune = (device, jit.needs_cuda(), jit.cache_dir()), mode()
+        key, tune = (_key(device), shapes), mode()
     except jit.BuildError as reason:
         _say(f"kernels are not checked, and none is used: {reason}")
         return None
@@ -87,18 +98,23 @@ def certificate_of(
     library = library_for(subjects)
     if library is None:
         subjects = [(op, kind) for op, kind in subjects if kind not in ("cpp", "cuda")]
+    if shapes:
+        subjects = _proven(device, subjects, shapes)
     if not subjects:
         return None
     is_timed = device.type != "cpu" if is_timed is None else is_timed
     is_forced = is_forced or (tune == "1" and found is None)
     facts = certificate.facts_of(device, library)
+    if shapes:
+        facts[certificate.SHAPES] = " ".join(shape.words for shape in shapes)
     path = certificate.path_of(facts)
     before = path.stat().st_mtime_ns if path.exists() else 0
     found = certificate.read(path, facts)
     if not is_forced and found is not None and (found.is_timed or not is_timed):
         return _given.setdefault(key, found)
     if tune == "0" and not is_forced:
-        _say(f"SHAMPOO_TUNE=0 forbids checking the kernels on {facts['name']}: none is used")
+        if not shapes:
+            _say(f"SHAMPOO_TUNE=0 forbids checking the kernels on {facts['name']}: none is used")
         return None
     with _lock(path):
         if path.exists() and path.stat().st_mtime_ns != before:
@@ -107,9 +123,10 @@ def certificate_of(
                 _given[key] = found
                 return found
         try:
-            found = _examined(device, subjects, library, is_timed, facts)
+            found = _examined(device, subjects, library, is_timed, facts, shapes)
         except (UnavailableError, DoesNotLoadError, jit.BuildError) as reason:
-            _say(f"kernels are not checked, and none is used: {reason}")
+            where = " for the sizes of this model" if shapes else ", and none is used"
+            _say(f"kernels are not checked{where}: {reason}")
             return None
         with contextlib.suppress(OSError):  # then the next process makes it again
             certificate.write(certificate.path_of(found.facts), found)
@@ -117,25 +134,36 @@ def certificate_of(
     return found
 
 
+def _proven(device: torch.device, subjects: Sequence[Subject], shapes: Shapes) -> list[Subject]:
+    """The kernels that have passed what all have to pass, of ops that are asked for shapes."""
+    base = certificate_of(device)
+    passed = {(each.op, each.kernel) for each in base.reports if each.passed} if base else set()
+    asked = shape_cases(shapes, device.type)
+    return [(op, kind) for op, kind in subjects if (op.name, kind) in passed and op.name in asked]
+
+
 def _examined(
     device: torch.device,
     subjects: Sequence[Subject],
     library: Path | None,
     is_timed: bool,
-    facts: certificate.Facts,
+    facts: dict[str, str],
+    shapes: Shapes,
 ) -> Certificate:
     """A new certificate. A library that is damaged is built again first."""
     began = time.time()
     seconds = 5 if device.type == "cpu" else 30
-    _say(f"checking kernels on {facts['name']}, once, about {seconds} s")
+    what = " for the sizes of this model" if shapes else ""
+    _say(f"checking kernels{what} on {facts['name']}, once, about {seconds} s")
     with shown_progress() as progress:
+        how: dict[str, Any] = {"is_timed": is_timed, "progress": progress, "shapes": shapes}
         try:
-            reports = examine(subjects, device, library, is_timed=is_timed, progress=progress)
+            reports = examine(subjects, device, library, **how)
         except DoesNotLoadError:
             assert library is not None
             jit.rebuild(library)
-            facts = certificate.facts_of(device, library)
-            reports = examine(subjects, device, library, is_timed=is_timed, progress=progress)
+            facts = {**facts, **certificate.facts_of(device, library)}
+            reports = examine(subjects, device, library, **how)
     took = time.time() - began
     return Certificate(facts, tuple(reports), is_timed, certificate.now(), took)
 
@@ -177,18 +205,42 @@ def shown_progress() -> Iterator[Progress]:
         yield show
 
 
-def licence_of(device: torch.device) -> Licence:
-    """What a device may run: nothing beside references where it has no certificate."""
+def licence_of(device: torch.device, shapes: Collection[Shape] = ()) -> Licence:
+    """What a device may run: nothing beside references where it has no certificate.
+
+    Args:
+        device: an index is needed of a GPU.
+        shapes: of a plan, on which kernels are checked too, if they were not. What is found holds
+            for this process, whichever plan asks.
+    """
     found = certificate_of(device)
     if found is None:
         return Licence()
+    if lacked := lacking(shapes, device.type):
+        certificate_of(device, shapes=lacked)
+    for (key, others), more in _given.items():
+        if others and key == _key(device):
+            found = found.joined(more)
     complain(found.licence, device)
     return found.licence
 
 
+def _key(device: torch.device) -> _Key:
+    return device, jit.needs_cuda(), jit.cache_dir()
+
+
+def complaints_of(device: torch.device) -> list[str]:
+    """Why kernels are not used on a device, one line each: everywhere, or in some model."""
+    every = licence_of(device).complaints(KINDS)
+    base = certificate_of(device)
+    for model in certificate.of_models(base.facts) if base is not None else ():
+        every += [f"{line} (in one model)" for line in model.licence.complaints(KINDS)]
+    return every
+
+
 def complain(licence: Licence, device: torch.device) -> None:
     """Names the kernels that were refused, in one warning a process."""
-    complaints = licence.complaints(["cpp", "cuda", "triton"])
+    complaints = licence.complaints(KINDS)
     text = (
         f"shampoo uses PyTorch's own kernels on {device} in place of {len(complaints)} that did not"
         f" pass their checks: {'; '.join(complaints)}. `python -m shampoo tune --force` checks them"

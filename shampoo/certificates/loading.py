@@ -1,10 +1,12 @@
 """What the optimizer calls: kernels are loaded if they have a licence."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Mapping
 
 import torch
+from torch._guards import active_fake_mode
 
 from shampoo import ops
+from shampoo.certificates.cases.shapes import Shape, lacking
 from shampoo.certificates.issue import licence_of
 from shampoo.ops import backends
 
@@ -14,14 +16,23 @@ def load_kernels(required: bool = False) -> None:
     ops.load_kernels(required, licence_of)
 
 
-def prepare(devices: Iterable[torch.device]) -> None:
-    """Lets GPUs run what they are licensed for, examining those that are met for the first time.
+def prepare(shapes: Mapping[torch.device, Collection[Shape]]) -> None:
+    """Lets devices run what they are licensed for, examining what is met for the first time.
+
+    A GPU that nobody has examined is; and kernels are asked for the shapes of a plan.
+
+    Args:
+        shapes: of the blocks of a plan, by the devices where they lie.
 
     Raises:
         shampoo.ops.jit.BuildError: if ``SHAMPOO_BACKEND`` insists on a kernel that was refused.
     """
-    if backends.chosen() == ops.REFERENCE:
+    backend = backends.chosen()
+    if backend == ops.REFERENCE:
         return
-    for device in devices:
-        if device.type == "cuda" and torch.cuda.is_available():  # and is not imagined by a tracer
-            ops.grant(device, licence_of(device))
+    for device, held in shapes.items():
+        if device.type == "cuda":
+            if torch.cuda.is_available():  # and is not imagined by a tracer
+                ops.grant(device, licence_of(device, held))
+        elif backend != "triton" and lacking(held, device.type) and active_fake_mode() is None:
+            ops.confine_cpu(licence_of(device, held))

@@ -1,7 +1,7 @@
 """What was found of one kernel in one dtype."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 WIN = 1.05  # a kernel must be so much faster than the reference: noise must not choose
@@ -70,6 +70,17 @@ class Report:
     def wins(self, timing: Timing) -> bool:
         """Whether the kernel is fast enough to be used at a size."""
         return timing.speed >= (NO_LOSS if self.kernel == "cpp" else WIN)
+
+    def joined(self, other: "Report") -> "Report":
+        """What is known of the kernel where it has been asked for more. First times stand."""
+        sizes = {timing.size for timing in self.timings}
+        new = [timing for timing in other.timings if timing.size not in sizes]
+        worse = self if self.failure or not other.failure else other
+        return replace(
+            worse,
+            cases=self.cases + other.cases,
+            timings=() if worse.failure else (*self.timings, *new),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """As a certificate holds it."""

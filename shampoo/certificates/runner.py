@@ -7,10 +7,11 @@ import torch
 
 from shampoo.certificates.cases import CASES
 from shampoo.certificates.cases.case import dtype_name
+from shampoo.certificates.cases.shapes import Shape, shape_cases, sizes_of
 from shampoo.certificates.checks import Finding, Trial
 from shampoo.certificates.report import Report, Timing
 from shampoo.certificates.timing import timed
-from shampoo.certificates.workloads import WORKLOADS, grid, in_dtype, size_of
+from shampoo.certificates.workloads import WORKLOADS, grid, in_dtype, shape_grid, size_of
 from shampoo.ops.apart import Apart, LostError, note
 from shampoo.ops.registry import Cpp, Cuda, Op, Run, Supports, has_kernel
 
@@ -36,6 +37,7 @@ def examine(
     *,
     is_timed: bool = True,
     progress: Progress = lambda done, total, text: None,
+    shapes: Sequence[Shape] = (),
 ) -> list[Report]:
     """Runs every case of some kernels, and times those that pass.
 
@@ -45,6 +47,8 @@ def examine(
         library: the compiled kernels; None if none of them is in it.
         is_timed: whether to time them too.
         progress: called before each kernel and each case.
+        shapes: of a plan: their cases alone are run, in the place of those that all have to pass,
+            and their sizes alone are timed.
 
     Raises:
         UnavailableError: if no process can be started there.
@@ -64,7 +68,7 @@ def examine(
                 progress(done, len(subjects), text)
 
             try:
-                arguments = op, kind, device, None if lost else library, is_timed
+                arguments = op, kind, device, None if lost else library, is_timed, tuple(shapes)
                 reports += process.ask(_examine_one, *arguments, timeout=PATIENCE, on_note=hear)
             except LostError as loss:
                 reports += _failed(op, kind, device, str(loss), at[0])
@@ -112,10 +116,17 @@ def _failed(op: Op, kind: str, device: torch.device, why: str, at: str) -> list[
 
 
 def _examine_one(
-    op: Op, kind: str, device: torch.device, library: Path | None, is_timed: bool
+    op: Op,
+    kind: str,
+    device: torch.device,
+    library: Path | None,
+    is_timed: bool,
+    shapes: Sequence[Shape],
 ) -> list[Report]:
     """All that is found of one kernel, in the process apart."""
     _load(library)
+    cases = shape_cases(shapes, device.type).get(op.name, ()) if shapes else CASES[op.name]
+    sizes = shape_grid(op, device, sizes_of(shapes)) if shapes else grid(op, device)
     try:
         if not _is_registered(op, kind):
             raise RuntimeError("it is not in the library")
@@ -124,14 +135,14 @@ def _examine_one(
         return _failed(op, kind, device, f"cannot be loaded: {error}", "")
     _, supports = kernels[""]
     found: dict[str, list[tuple[str, Finding]]] = {}
-    for case in CASES[op.name]:
+    for case in cases:
         note(case.name)
         trial = Trial(case, op, device, kind)
         if trial.accepts(supports):
             finding = trial.examine(lambda overload: kernels[overload][0])
             found.setdefault(dtype_name(case.dtype), []).append((case.name, finding))
     return [
-        _summary(op, kind, dtype, findings, device, kernels[""], is_timed)
+        _summary(op, kind, dtype, findings, device, kernels[""], sizes if is_timed else ())
         for dtype, findings in found.items()
     ]
 
@@ -152,16 +163,16 @@ def _summary(
     findings: list[tuple[str, Finding]],
     device: torch.device,
     kernel: tuple[Run, Supports | None],
-    is_timed: bool,
+    sizes: Sequence[tuple[int, int]],
 ) -> Report:
     failed = [each for each in findings if each[1].failure]
     worst, finding = failed[0] if failed else max(findings, key=lambda each: _excess(each[1]))
     numbers = finding.error, finding.limit, worst, finding.failure
     timings: list[Timing] = []
     # A CPU has one kernel for all dtypes of an op: one of them says whether it pays.
-    if not failed and is_timed and (dtype == "float32" or device.type != "cpu"):
+    if not failed and sizes and (dtype == "float32" or device.type != "cpu"):
         note(f"{op.name} {kind} {dtype}: timing")
-        timings = _timings(op, kernel, device, getattr(torch, dtype))
+        timings = _timings(op, kernel, device, getattr(torch, dtype), sizes)
     return Report(op.name, kind, dtype, len(findings), *numbers, tuple(timings))
 
 
@@ -171,11 +182,15 @@ def _excess(finding: Finding) -> float:
 
 
 def _timings(
-    op: Op, kernel: tuple[Run, Supports | None], device: torch.device, dtype: torch.dtype
+    op: Op,
+    kernel: tuple[Run, Supports | None],
+    device: torch.device,
+    dtype: torch.dtype,
+    sizes: Sequence[tuple[int, int]],
 ) -> list[Timing]:
     run, supports = kernel
     found = []
-    for size, batch in grid(op, device):
+    for size, batch in sizes:
         arguments = in_dtype(WORKLOADS[op.name](batch, size, device), dtype)
         if supports is not None and not supports(*arguments):
             continue

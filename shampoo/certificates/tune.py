@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from shampoo.certificates.certificate import Certificate
+from shampoo.certificates.certificate import Certificate, of_models
 from shampoo.certificates.issue import certificate_of
 from shampoo.certificates.report import Report
 
@@ -96,4 +96,6 @@ def in_words(device: torch.device) -> str:
         return "none"
     passed = sum(report.passed for report in found.reports)
     times = "" if found.is_timed else ", not timed"
-    return f"{found.made}, {passed} of {len(found.reports)} passed{times}"
+    models = len(of_models(found.facts))
+    more = f", sizes of models: {models}" if models else ""
+    return f"{found.made}, {passed} of {len(found.reports)} passed{times}{more}"

@@ -18,6 +18,7 @@ _STACKS = {
     "cpu": ((64, 8), (256, 2)),
     "cuda": ((64, 512), (128, 512), (256, 256), (512, 64), (1024, 16)),
 }
+_STACKED = 1 << 24  # elements of a stack of which there is no more to say
 _ELEMENTS = {
     "cpu": ((1 << 14, 8), (1 << 20, 8)),
     "cuda": ((1 << 16, 8), (1 << 20, 8), (1 << 24, 8)),
@@ -141,6 +142,18 @@ def grid(op: Op, device: torch.device) -> Sequence[tuple[int, int]]:
     """The ``(columns or elements, blocks)`` at which an op is timed on a device."""
     sizes = _ELEMENTS if op.is_elementwise else _STACKS
     return sizes["cuda" if device.type == "cuda" else "cpu"]
+
+
+def shape_grid(op: Op, device: torch.device, sizes: Sequence[int]) -> Sequence[tuple[int, int]]:
+    """The same for the sides of a plan's blocks, without those that stand in the grid.
+
+    Nothing for an op that works on elements, of which a plan has any number.
+    """
+    if op.is_elementwise:
+        return ()
+    there = {size for size, _ in grid(op, device)}
+    most = [(size, _STACKED // size**2) for size in sizes if size not in there]
+    return [(size, max(1, min(512, batch))) for size, batch in most]
 
 
 def size_of(op: Op, arguments: Sequence[Any]) -> int:

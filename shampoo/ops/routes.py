@@ -102,6 +102,18 @@ def grant(device: torch.device, licence: Licence) -> None:
         _route()
 
 
+def confine_cpu(licence: Licence) -> None:
+    """Lets the CPU run nothing but what it is licensed for, where more was loaded before.
+
+    Raises:
+        shampoo.ops.jit.BuildError: if ``SHAMPOO_BACKEND`` insists on a kernel that was refused.
+    """
+    backend, table, *_ = _state
+    if backend != "auto":
+        raise_complaints(licence, ["cpp"])
+    _set_aside_on_cpu(licence, backend, table)
+
+
 def raise_complaints(licence: Licence, kinds: Sequence[str]) -> None:
     """Raises with the words of a licence if it refuses kernels of these kinds."""
     if complaints := licence.complaints(kinds):

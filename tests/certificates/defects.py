@@ -89,6 +89,14 @@ def wrong_in_bfloat16(op, *arguments):
         out.mul_(1.0625)
 
 
+def wrong_when_large(op, *arguments):
+    """As where a buffer of a fixed length ends: no ragged size is so large."""
+    OPS[op].reference(*arguments)
+    out = output(op, arguments)
+    if out.shape[-1] > 280:
+        out.mul_(1.0625)
+
+
 def raises(op, *arguments):
     raise RuntimeError("no kernel image is available for execution on the device")
 
@@ -124,7 +132,15 @@ DEFECTS = {
     each.__name__: each
     for each in (
         *(last_tile, past_the_end, unwritten, asymmetric, batch_dependent, not_deterministic),
-        *(wrong_in_bfloat16, raises, segmentation_fault, illegal_instruction, hangs, slow),
+        *(
+            wrong_in_bfloat16,
+            wrong_when_large,
+            raises,
+            segmentation_fault,
+            illegal_instruction,
+            hangs,
+            slow,
+        ),
     )
 }
 

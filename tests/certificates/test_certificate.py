@@ -45,7 +45,8 @@ def machine(own_cache, tmp_path, monkeypatch):
     monkeypatch.setattr(trust.tempfile, "gettempdir", lambda: str(tmp_path))
     calls = []
 
-    def examine(subjects, device, library, *, is_timed, progress):
+    def examine(subjects, device, library, *, is_timed, progress, shapes):
+        assert not shapes
         calls.append((len(subjects), device, is_timed))
         return reports()
 

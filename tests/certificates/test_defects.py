@@ -35,6 +35,7 @@ LOUD = {
     "graft_moments_": "hangs",
     "update_blocks_": "slow",
 }
+LARGE = {"minimax_root_": "wrong_when_large"}
 SAID = {
     "last_tile": r"error .* exceeds",
     "past_the_end": "wrote beside out",
@@ -51,7 +52,7 @@ SAID = {
 
 
 def test_every_defect_is_here():
-    assert {*SILENT.values(), *LOUD.values()} == set(DEFECTS)
+    assert {*SILENT.values(), *LOUD.values(), *LARGE.values()} == set(DEFECTS)
 
 
 @pytest.mark.parametrize(("op", "defect"), SILENT.items())
@@ -84,21 +85,23 @@ def injected(monkeypatch):
     libraries.clear()
 
 
-def trained():
+def trained(width=70):
     """Weights after some steps with refreshes, of a small model with a weight in bfloat16."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(70, 33), nn.Tanh(), nn.Linear(33, 3))
+    model = nn.Sequential(nn.Linear(width, 33), nn.Tanh(), nn.Linear(33, 3))
     half = nn.Parameter(torch.randn(40, 30).to(torch.bfloat16))
-    optimizer = Shampoo([*model.parameters(), half], lr=0.01, precondition_frequency=2)
+    params = [*model.parameters(), half]
+    cut = {"max_preconditioner_dim": 512, "large_dim_method": "blocking"}
+    optimizer = Shampoo(params, lr=0.01, precondition_frequency=2, **cut)
     for _ in range(5):
         optimizer.zero_grad()
-        loss = model(torch.randn(16, 70)).square().mean() + half.float().square().mean()
+        loss = model(torch.randn(16, width)).square().mean() + half.float().square().mean()
         loss.backward()
         optimizer.step()
     return [weight.detach().clone() for weight in (*model.parameters(), half)]
 
 
-def with_references(names):
+def with_references(names, width=70):
     """The same training with the references of some ops, put there by hand."""
     aside = torch.library.Library("shampoo", "IMPL")
     for name in names:
@@ -106,7 +109,7 @@ def with_references(names):
             aside.impl(OPS[name].full_name(overload), OPS[name].reference, "CPU")
     os.environ["SHAMPOO_BACKEND"] = "reference"  # no more is loaded, or set aside
     try:
-        return trained()
+        return trained(width)
     finally:
         del os.environ["SHAMPOO_BACKEND"]
 
@@ -167,3 +170,18 @@ def test_loud_defects_are_verdicts_and_the_rest_goes_on(own_cache, injected, mon
     monkeypatch.delenv("SHAMPOO_BACKEND")
     with pytest.raises(jit.BuildError, match=r"precondition_ \(cpp, float64\): died by SIGILL"):
         certificates.load_kernels(required=True)
+
+
+def test_a_defect_at_a_size_of_the_model_is_found_before_its_first_step(own_cache, injected):
+    """What passed all that every machine is asked for, and is wrong where this model is."""
+    expected = with_references(LARGE, width=300)
+    injected(LARGE)
+    certificates.load_kernels()
+    assert ops.runs_kernel_on_cpu("minimax_root_")
+    with pytest.warns(RuntimeWarning, match=r"minimax_root_ \(cpp, float32\): error .* n=300"):
+        found = trained(width=300)
+    assert not ops.runs_kernel_on_cpu("minimax_root_")
+    assert ops.runs_kernel_on_cpu("precondition_")
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    certificates.load_kernels()
+    assert not ops.runs_kernel_on_cpu("minimax_root_"), "the next optimizer knows of it"

@@ -1,6 +1,7 @@
 """What every framework trains here, and what ends a job: a model, its data, a digest."""
 
 import contextlib
+import gc
 import logging
 import os
 import tempfile
@@ -116,6 +117,8 @@ def each(
         cases: by name.
     """
     found: dict[str, Any] = {}
+    gc.collect()
+    gc.freeze()  # the Trainer collects garbage in every run: what was imported is none
     for name, case in cases.items():
         own = Path(folder, name)
         own.mkdir(exist_ok=True)
@@ -125,4 +128,5 @@ def each(
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}"
         dist.barrier()
+    gc.unfreeze()
     return found

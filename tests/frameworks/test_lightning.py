@@ -1,6 +1,7 @@
 """Lightning's Trainer and Fabric: their own checkpoints, under DDP and ModelParallelStrategy."""
 
-from pathlib import Path
+import csv
+from types import SimpleNamespace
 
 import declared_ops  # noqa: F401
 import lightning
@@ -36,6 +37,7 @@ class Module(lightning.LightningModule):
 
     def configure_optimizers(self):
         optimizer = Shampoo(self.model.parameters(), **ARGUMENTS)
+        optimizer.record_metrics(every=2)
         scheduler = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, 3e-3, total_steps=40, cycle_momentum=False
         )
@@ -64,13 +66,20 @@ def fitted(folder, strategy, checkpoint=None):
     loader = DataLoader(data(48 * world), batch_size=8)
     trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
     assert trainer.global_step == 12
-    return weights(module.model)
+    return weights(module.model), trainer.optimizers[0].metrics()
 
 
 def trainer_run(rank, folder, strategy):
-    expected = fitted(folder, strategy)
-    found = fitted(folder, strategy, f"{folder}/epoch=0.ckpt")
+    expected, metrics = fitted(folder, strategy)
+    found, again = fitted(folder, strategy, f"{folder}/epoch=0.ckpt")
     assert all(map(torch.equal, found, expected))
+    assert metrics.keys() == again.keys()
+    with open(f"{folder}/lightning_logs/version_0/metrics.csv") as file:
+        last = list(csv.DictReader(file))[-1]
+    assert int(last["step"]) == 11
+    assert len(metrics) > 10
+    logged = {key: float(last[key]) for key in metrics}
+    assert logged == pytest.approx(metrics, rel=1e-6)  # which loggers take in float32
     return [value.sum().item() for value in expected]
 
 
@@ -123,6 +132,43 @@ def test_a_run_is_resumed_to_the_bit(ranks, tmp_path, run, world, strategies):
     for strategy in strategies:
         assert isinstance(first[strategy], list), first[strategy]
         assert all(other[strategy] == first[strategy] for other in others)
-        if run is trainer_run:
-            logged = Path(tmp_path, strategy, "lightning_logs", "version_0", "metrics.csv")
-            assert "shampoo/skipped_steps" in logged.read_text()
+
+
+class Optimizers:
+    """What a monitor sees of a trainer in the middle of a run, and of the module it logs to."""
+
+    def __init__(self, *optimizers, is_recorded_elsewhere=False):
+        self.optimizers, self.loggers = optimizers, [None]
+        self.global_step, self.log_every_n_steps = 4, 2
+        self.strategy = SimpleNamespace(
+            reduce_boolean_decision=lambda here, all: here or is_recorded_elsewhere
+        )
+        self.logged = {}
+
+    def log_dict(self, numbers):
+        self.logged |= numbers
+
+    def seen(self):
+        ShampooMonitor().on_train_batch_end(self, self, None, None, 3)
+        return self.logged
+
+
+def test_the_monitor_logs_what_is_recorded():
+    module = model()
+    first, second = (Shampoo(part.parameters(), lr=0.1) for part in (module.first, module.out))
+    second.record_metrics()
+    for param in module.parameters():
+        param.grad = torch.ones_like(param)
+    first.step()
+    second.step()
+    assert Optimizers(first).seen() == {"shampoo/skipped_steps": 0.0}
+    assert Optimizers(second).seen() == second.metrics()
+    others = [torch.optim.SGD(module.norm.parameters(), lr=0.1)]
+    behind = {f"{key}/1": value for key, value in second.metrics().items()}
+    seen = Optimizers(first, *others, second).seen()
+    assert seen == {"shampoo/skipped_steps/0": 0.0, **behind}
+    with pytest.raises(RuntimeError, match="record_metrics"):
+        Optimizers(first, is_recorded_elsewhere=True).seen()
+    between = Optimizers(second)
+    between.global_step = 5
+    assert between.seen() == {}

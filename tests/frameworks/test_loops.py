@@ -3,6 +3,7 @@
 import copy
 from pathlib import Path
 
+import ignite.distributed
 import ignite.engine
 import pytest
 import schedulefree
@@ -20,6 +21,7 @@ pytestmark = pytest.mark.frameworks
 def ignite_run(rank, folder, is_resumed):
     """On several ranks a handler gathers the state before Checkpoint writes it on the first."""
     world = torch.distributed.get_world_size()
+    ignite.distributed.sync()  # or a process that has had a job still believes in its group
     module = model()
     if world > 1:
         module = torch.nn.parallel.DistributedDataParallel(module)

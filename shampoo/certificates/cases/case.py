@@ -28,6 +28,8 @@ class Case:
         stacked: The arguments whose first dimension counts blocks; of tiles, see
             :func:`shampoo.certificates.cases.tiles.one_tile`.
         on_cpu: Whether kernels for the CPU take it.
+        roundings: How many roundings of the largest value a kernel may be off in any case: long
+            sums in another order are, where the reference happens to be near.
     """
 
     op: str
@@ -38,6 +40,7 @@ class Case:
     symmetric: tuple[str, ...] = ()
     stacked: tuple[str, ...] = ()
     on_cpu: bool = True
+    roundings: int = 1
 
     @property
     def name(self) -> str:

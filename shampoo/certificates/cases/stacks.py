@@ -1,7 +1,7 @@
 """Cases of the ops that work on stacks of blocks and factors."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,10 @@ from shampoo.roots.minimax_table import minimax_schedule
 
 FLAT = (torch.float32, torch.float64)
 HALF = (torch.bfloat16, torch.float16)
+FULL, DIAGONAL, NONE = "full", "diagonal", "none"  # how a mode of a block is kept
 _BLOCKS = 3
+_ROUNDINGS = 8  # sums of some 250 terms in another order, on a processor whose own is a lucky one
+_SMALL_ROOT = 128  # columns of what the fused chain takes
 
 # Shapes of a block: ragged sizes, of which one may be long, and every order.
 SHAPES = [(size,) for size in SIZES] + [(5, 7), (65, 130), (257, 33), (33, 5, 40), (2, 3, 4, 5)]
@@ -35,49 +38,26 @@ def spread(batch: int, n: int, decades: float = 6.0, dtype: torch.dtype = torch.
     return (A + A.mT).div(2).to(dtype)
 
 
-def _gram(shape: tuple[int, ...], flat: torch.dtype, data: torch.dtype, kind: str) -> list[Case]:
-    """One case a mode, and those with a diagonal factor."""
-    cases = []
-    for k, full in itertools.product(range(len(shape)), (True, False)):
-        if not full and (data != flat or kind != "contiguous"):
-            continue
-
-        def arguments(k: int = k, full: bool = full) -> Arguments:
-            return _gram_arguments([(shape, k, full)], flat, data, kind)
-
-        words = f"mode {k} of {[*shape]} {dtype_name(data)}" + (", diagonal" if not full else "")
-        cases.append(_gram_case(words, arguments, flat, data, kind))
-    return cases
-
-
-def _gram_case(
-    words: str, make: Callable[[], Arguments], flat: torch.dtype, data: torch.dtype, kind: str
-) -> Case:
-    return Case(
-        "gram_ema_",
-        flat,
-        words + (f", {kind}" if kind != "contiguous" else ""),
-        make,
-        symmetric=("factors",),
-        stacked=("factors", "grads"),
-        on_cpu=data == flat,
-    )
-
-
-def _gram_arguments(
-    stacks: Sequence[tuple[tuple[int, ...], int, bool]],
+def gram(
+    shape: tuple[int, ...],
+    k: int,
+    full: bool,
     flat: torch.dtype,
-    data: torch.dtype,
-    kind: str,
-) -> Arguments:
-    """Of every stack the shape of a block, the mode, and whether its factor is full."""
-    factors, grads = [], []
-    for shape, k, full in stacks:
-        grads.append(strided(torch.randn(_BLOCKS, *shape).to(data), kind))
-        factor = symmetric(_BLOCKS, shape[k], flat)
-        factors.append(factor if full else factor.diagonal(dim1=1, dim2=2).clone())
-    modes = [k for _, k, _ in stacks]
-    return {"factors": factors, "grads": grads, "modes": modes, "beta": 0.9, "weight": 0.2}
+    data: torch.dtype | None = None,
+    kind: str = "contiguous",
+    blocks: int = _BLOCKS,
+) -> Case:
+    """A factor of mode ``k``, or its diagonal, from gradients in ``data``, by default ``flat``."""
+    data = flat if data is None else data
+    words = f"mode {k} of {[*shape]} {dtype_name(data)}" + (", diagonal" if not full else "")
+    return _grams_of([(shape, k, full)], words, flat, data, kind, blocks)
+
+
+def _grams(shape: tuple[int, ...], flat: torch.dtype, data: torch.dtype, kind: str) -> list[Case]:
+    """One case a mode, and those with a diagonal factor."""
+    ways = (True, False) if data == flat and kind == "contiguous" else (True,)
+    both = itertools.product(range(len(shape)), ways)
+    return [gram(shape, k, full, flat, data, kind) for k, full in both]
 
 
 def _grams_together(flat: torch.dtype, data: torch.dtype, has_diagonals: bool) -> Case:
@@ -86,15 +66,54 @@ def _grams_together(flat: torch.dtype, data: torch.dtype, has_diagonals: bool) -
     if has_diagonals:
         stacks[1:1] = [(_TOGETHER[1], 0, False), (_TOGETHER[-2], 2, False)]
     words = f"{len(stacks)} stacks together {dtype_name(data)}"
-    words += ", two diagonal" if has_diagonals else ""
+    return _grams_of(stacks, words + (", two diagonal" if has_diagonals else ""), flat, data)
+
+
+def _grams_of(
+    stacks: Sequence[tuple[tuple[int, ...], int, bool]],
+    words: str,
+    flat: torch.dtype,
+    data: torch.dtype,
+    kind: str = "contiguous",
+    blocks: int = _BLOCKS,
+) -> Case:
+    """Of every stack the shape of a block, the mode, and whether its factor is full."""
 
     def arguments() -> Arguments:
-        return _gram_arguments(stacks, flat, data, "contiguous")
+        factors, grads = [], []
+        for shape, k, full in stacks:
+            grads.append(strided(torch.randn(blocks, *shape).to(data), kind))
+            factor = symmetric(blocks, shape[k], flat)
+            factors.append(factor if full else factor.diagonal(dim1=1, dim2=2).clone())
+        modes = [k for _, k, _ in stacks]
+        return {"factors": factors, "grads": grads, "modes": modes, "beta": 0.9, "weight": 0.2}
 
-    return _gram_case(words, arguments, flat, data, "contiguous")
+    return Case(
+        "gram_ema_",
+        flat,
+        words + (f", {kind}" if kind != "contiguous" else ""),
+        arguments,
+        symmetric=("factors",),
+        stacked=("factors", "grads"),
+        on_cpu=data == flat,
+        roundings=_ROUNDINGS,
+    )
 
 
-def _precondition(
+def precondition(
+    shape: tuple[int, ...],
+    kept: Sequence[str],
+    flat: torch.dtype,
+    data: torch.dtype | None = None,
+    kind: str = "contiguous",
+    blocks: int = _BLOCKS,
+) -> Case:
+    """The direction of blocks of whose modes a matrix is ``kept``, a diagonal, or nothing."""
+    data = flat if data is None else data
+    return _directions_of([(shape, kept)], f"{[*shape]}", flat, data, kind, blocks)
+
+
+def _directions_together(
     shapes: Sequence[tuple[int, ...]],
     flat: torch.dtype,
     data: torch.dtype,
@@ -102,29 +121,52 @@ def _precondition(
     diagonal: int | None = None,
 ) -> Case:
     """A stack for each shape of a block; ``diagonal``: which of all of their modes is one."""
+    kept = [DIAGONAL if k == diagonal else FULL for k in range(sum(map(len, shapes)))]
+    ends = list(itertools.accumulate(map(len, shapes)))
+    stacks = [
+        (shape, kept[end - len(shape) : end]) for shape, end in zip(shapes, ends, strict=True)
+    ]
+    return _directions_of(stacks, f"{len(shapes)} stacks together", flat, data, kind)
+
+
+def _directions_of(
+    stacks: Sequence[tuple[tuple[int, ...], Sequence[str]]],
+    words: str,
+    flat: torch.dtype,
+    data: torch.dtype,
+    kind: str = "contiguous",
+    blocks: int = _BLOCKS,
+) -> Case:
+    """Of every stack the shape of a block, and how its modes are kept."""
+    sides = [(n, how) for shape, kept in stacks for n, how in zip(shape, kept, strict=True)]
+
+    def root(n: int, how: str) -> Tensor | None:
+        if how == NONE:
+            return None
+        matrix = symmetric(blocks, n, flat)
+        return matrix if how == FULL else matrix.diagonal(dim1=1, dim2=2).clone()
 
     def arguments() -> Arguments:
-        grads = [strided(torch.randn(_BLOCKS, *shape).to(data), kind) for shape in shapes]
-        roots = [symmetric(_BLOCKS, n, flat) for shape in shapes for n in shape]
-        if diagonal is not None:
-            roots[diagonal] = roots[diagonal].diagonal(dim1=1, dim2=2).clone()
+        grads = [strided(torch.randn(blocks, *shape).to(data), kind) for shape, _ in stacks]
         return {
-            "outs": [torch.zeros(_BLOCKS, *shape, dtype=flat) for shape in shapes],
-            "norms": [torch.zeros(_BLOCKS, dtype=flat) for _ in shapes],
+            "outs": [torch.zeros(blocks, *shape, dtype=flat) for shape, _ in stacks],
+            "norms": [torch.zeros(blocks, dtype=flat) for _ in stacks],
             "grads": grads,
-            "roots": roots,
+            "roots": [root(n, how) for n, how in sides],
         }
 
-    words = f"{[*shapes[0]]}" if len(shapes) == 1 else f"{len(shapes)} stacks together"
     words += f" {dtype_name(data)}" + (f", {kind}" if kind != "contiguous" else "")
+    for how, said in ((DIAGONAL, "diagonal"), (NONE, "without a factor")):
+        words += "".join(f", mode {k} {said}" for k, (_, each) in enumerate(sides) if each == how)
     return Case(
         "precondition_",
         flat,
-        words + (f", mode {diagonal} diagonal" if diagonal is not None else ""),
+        words,
         arguments,
         overwritten=("outs", "norms"),
         stacked=("outs", "norms", "grads", "roots"),
         on_cpu=data == flat,
+        roundings=_ROUNDINGS,
     )
 
 
@@ -150,9 +192,11 @@ def root_arguments(A: Tensor, p: int, relative_eps: float) -> Arguments:
     }
 
 
-def _root(op: str, n: int, p: int, relative_eps: float, flat: torch.dtype) -> Case:
+def _root(
+    op: str, n: int, p: int, relative_eps: float, flat: torch.dtype, blocks: int = _BLOCKS
+) -> Case:
     def arguments() -> Arguments:
-        return root_arguments(spread(_BLOCKS, n, dtype=flat), p, relative_eps)
+        return root_arguments(spread(blocks, n, dtype=flat), p, relative_eps)
 
     return Case(
         op,
@@ -188,41 +232,53 @@ def _check(n: int, p: int) -> Case:
     )
 
 
+def root_cases(n: int, flat: torch.dtype, blocks: int) -> list[Case]:
+    """Roots of one size, by every op that takes it, and their check."""
+    every = [_root("minimax_root_", n, 4, 1e-6, flat, blocks)]
+    if flat == torch.float32:
+        every.append(_check(n, 4))
+        if n <= _SMALL_ROOT:
+            every.append(_root("minimax_small_root_", n, 4, 1e-6, flat, blocks))
+    return every
+
+
 def stack_cases() -> dict[str, list[Case]]:
     """Those of the ops that work on stacks."""
-    gram, precondition = [], []
+    grams, directions = [], []
     for flat, shape in itertools.product(FLAT, SHAPES):
-        gram += _gram(shape, flat, flat, "contiguous")
+        grams += _grams(shape, flat, flat, "contiguous")
         for diagonal in (None, 0) if len(shape) < 4 else (None, 0, 3):
-            precondition.append(_precondition([shape], flat, flat, diagonal=diagonal))
+            kept = [DIAGONAL if k == diagonal else FULL for k in range(len(shape))]
+            directions.append(precondition(shape, kept, flat))
     single = torch.float32
     for data, shape in itertools.product(HALF, [(63,), (65, 130), (257, 33), (33, 5, 40)]):
-        gram += _gram(shape, single, data, "contiguous")
-        precondition.append(_precondition([shape], single, data))
+        grams += _grams(shape, single, data, "contiguous")
+        directions.append(precondition(shape, [FULL] * len(shape), single, data))
+    several = [(64, 128), (3, 257), (128, 64)]
     for kind in ("transposed", "sliced"):
-        gram += _gram((65, 130), single, single, kind)
-        precondition.append(_precondition([(65, 130)], single, single, kind))
-        precondition.append(_precondition([(64, 128), (3, 257), (128, 64)], single, single, kind))
+        grams += _grams((65, 130), single, single, kind)
+        directions.append(precondition((65, 130), [FULL] * 2, single, single, kind))
+        directions.append(_directions_together(several, single, single, kind))
     for flat in FLAT:
-        gram += [_grams_together(flat, flat, has_diagonals) for has_diagonals in (False, True)]
-        precondition += [_precondition(_TOGETHER, flat, flat, diagonal=at) for at in (None, 2)]
+        grams += [_grams_together(flat, flat, has_diagonals) for has_diagonals in (False, True)]
+        directions += [_directions_together(_TOGETHER, flat, flat, diagonal=at) for at in (None, 2)]
     for data in HALF:
-        gram.append(_grams_together(single, data, has_diagonals=False))
-        precondition.append(_precondition(_TOGETHER, single, data))
+        grams.append(_grams_together(single, data, has_diagonals=False))
+        directions.append(_directions_together(_TOGETHER, single, data))
     sizes = sorted({*SIZES, 17, 128})
     schedules = [(4, 1e-6), (2, 1e-4), (6, 1e-6)]
     roots = [(n, *(4, 1e-6), flat) for flat, n in itertools.product(FLAT, sizes)] + [
         (65, *schedule, single) for schedule in schedules[1:]
     ]
     return {
-        "gram_ema_": gram,
-        "precondition_": precondition,
+        "gram_ema_": grams,
+        "precondition_": directions,
         "eigh_": [_eigh(n, flat) for flat, n in itertools.product(FLAT, (1, 3, 63, 127))],
         "minimax_root_": [_root("minimax_root_", *each) for each in roots],
         "minimax_small_root_": [
             _root("minimax_small_root_", *each)
             for each in roots
-            if each[0] <= 128 and each[3] == single
+            if each[0] <= _SMALL_ROOT and each[3] == single
         ],
         "check_roots_": [_check(n, p) for n in (3, 65, 257) for p in (4, 2)],
     }
