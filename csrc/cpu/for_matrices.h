@@ -74,7 +74,7 @@ struct Place {
 
 // Calls `work(place, following, scratch, for_panels)` for every matrix of many stacks. Threads take
 // matrices of all of them together, one after another, dear ones first, so that small stacks keep no
-// thread waiting. `following` points to what the thread will take next, or is null.
+// thread waiting. `following` points to what the thread is likely to take next, or is null.
 template <class Flat, class Work>
 void for_stacks(const std::vector<Job>& jobs, const Work& work) {
   const int64_t threads = at::get_num_threads();
@@ -104,13 +104,13 @@ void for_stacks(const std::vector<Job>& jobs, const Work& work) {
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     const Scratch<Flat> scratch(most);
     for (int64_t thread = begin; thread < end; ++thread)
-      for (size_t at = next++; at < matrices.size();) {
-        const size_t then = next++;
+      for (size_t at = next++; at < matrices.size(); at = next++) {
+        // A look, no claim: a matrix that was claimed would wait here while other threads are idle.
+        const size_t then = next.load(std::memory_order_relaxed);
         work(matrices[at], then < matrices.size() ? &matrices[then] : nullptr, scratch.data(),
              [](int64_t panels, const auto& visit) {
                for (int64_t panel = 0; panel < panels; ++panel) visit(panel);
              });
-        at = then;
       }
   });
 }

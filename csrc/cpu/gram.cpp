@@ -27,7 +27,7 @@ Flat* matrix_of(const Gram<Flat>& stack, int64_t b) {
 }
 
 template <class Flat, class ForPanels>
-void gram_ema_of(const Gram<Flat>& stack, int64_t b, const Ahead& ahead, Flat* packed, Flat beta,
+void gram_ema_of(const Gram<Flat>& stack, int64_t b, const Prefetch& following, Flat* packed, Flat beta,
                  Flat weight, const ForPanels& for_panels) {
   const Unfolding shape{stack.before, stack.size, stack.after};
   const auto layout = Layout<Flat>::rows(stack.size);
@@ -45,7 +45,7 @@ void gram_ema_of(const Gram<Flat>& stack, int64_t b, const Ahead& ahead, Flat* p
       // A panel has as many tiles as its ordinal says; long sums ask in their first piece alone.
       const int64_t before = panel * (panel + 1) / 2, all = panels * (panels + 1) / 2;
       upper_tiles(matrix, layout, panel, operands, average, start + depth == shape.depth(),
-                  start == 0 ? ahead.part(before, before + panel + 1, all) : Ahead());
+                  start == 0 ? following.part(before, before + panel + 1, all) : Prefetch());
     });
   }
 }
@@ -98,13 +98,13 @@ void gram_ema(const std::vector<Gram<Flat>>& stacks, Flat beta, Flat weight) {
   }
   for_stacks<Flat>(jobs, [&](const Place& place, const Place* following, Flat* packed,
                              const auto& for_panels) {
-    Ahead ahead;
+    Prefetch prefetch;
     if (following != nullptr) {
       const Gram<Flat>& stack = full[following->stack];
-      ahead.add(block_of(stack, following->matrix), stack.before * stack.size * stack.after)
+      prefetch.add(block_of(stack, following->matrix), stack.before * stack.size * stack.after)
           .add(matrix_of(stack, following->matrix), stack.size * stack.size);
     }
-    gram_ema_of(full[place.stack], place.matrix, ahead, packed, beta, weight, for_panels);
+    gram_ema_of(full[place.stack], place.matrix, prefetch, packed, beta, weight, for_panels);
   });
 }
 

@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cpu/ahead.h"
+#include "cpu/prefetch.h"
 #include "cpu/simd.h"
 #include "cpu/transpose.h"
 
@@ -66,9 +66,9 @@ using Sums = Flat[kHeight<Flat>][kWidth<Flat>];
 
 // sums[r][c] = sum over the depth of rows[r] * columns[c], both read from packed panels, added to what
 // is there if `adds`; zero before the vector `first`. Long sums are added up in pieces of kDepth.
-template <int first, bool adds, class Flat, class Ahead>
-void multiply(Sums<Flat>& sums, const Flat* rows, const Flat* columns, int64_t depth, Ahead ahead) {
-  constexpr int64_t pause = Ahead::kIsNothing ? kDepth<Flat> : kAskEvery;
+template <int first, bool adds, class Flat, class Asked>
+void multiply(Sums<Flat>& sums, const Flat* rows, const Flat* columns, int64_t depth, Asked asked) {
+  constexpr int64_t pause = Asked::kIsNothing ? kDepth<Flat> : kAskEvery;
   constexpr int64_t width = kWidth<Flat>, height = kHeight<Flat>, lanes = kLanesOf<Flat>;
   for (int64_t start = 0; start < depth; start += kDepth<Flat>) {
     Vector<Flat> total[height][kVectors];
@@ -76,7 +76,7 @@ void multiply(Sums<Flat>& sums, const Flat* rows, const Flat* columns, int64_t d
       for (auto& vector : row) vector = fill(Flat(0));
     const int64_t end = std::min(depth, start + kDepth<Flat>);
     for (int64_t k = start; k < end;) {
-      ahead.next(kAsked);
+      asked.next(kAsked);
       for (const int64_t stop = std::min(end, k + pause); k < stop; ++k) {
         Vector<Flat> column[kVectors];
         for (int v = first; v < kVectors; ++v) column[v] = load(columns + v * lanes);

@@ -41,24 +41,24 @@ struct Polynomial {
   Flat diagonal = 0;
 };
 
-template <int first, class Flat, class Ahead>
+template <int first, class Flat, class Asked>
 void multiply(Sums<Flat>& sums, const Operands<Flat>& operands, int64_t row, int64_t panel,
-              const Ahead& ahead) {
+              const Asked& asked) {
   const int64_t rows = row / kWidth<Flat> * operands.panel + row % kWidth<Flat>;
   const int64_t columns = panel * operands.panel;
   multiply<first, false>(sums, operands.left + rows, operands.right + columns, operands.depth,
-                         ahead);
+                         asked);
   if (operands.both_orders)
     multiply<first, true>(sums, operands.right + rows, operands.left + columns, operands.depth,
-                          Nothing());
+                          NoPrefetch());
 }
 
 // Tiles of one panel of columns from the first row down to the diagonal, written to `out` and, where
 // `mirror` says so, mirrored. What is not mirrored is undefined below the diagonal.
-template <class Flat, class Ahead = Nothing>
+template <class Flat, class Asked = NoPrefetch>
 void upper_tiles(Flat* out, const Layout<Flat>& layout, int64_t panel,
                  const Operands<Flat>& operands, const Polynomial<Flat>& polynomial, bool mirror,
-                 const Ahead& ahead = {}) {
+                 const Asked& asked = {}) {
   constexpr int64_t width = kWidth<Flat>, height = kHeight<Flat>, lanes = kLanesOf<Flat>;
   const int64_t column = panel * width, columns = std::min(width, layout.size - column);
   const bool is_whole = columns == width || layout.is_padded();
@@ -68,7 +68,7 @@ void upper_tiles(Flat* out, const Layout<Flat>& layout, int64_t panel,
   alignas(64) Flat edge[width] = {};  // a row, where the last columns are not there
   for (int64_t row = 0; row < column + columns; row += height) {
     alignas(64) Sums<Flat> sums;
-    const auto now = ahead.part(row / height, row / height + 1, tiles);
+    const auto now = asked.part(row / height, row / height + 1, tiles);
     if (row < column + lanes)
       multiply<0>(sums, operands, row, panel, now);
     else  // what is left of the diagonal is mirrored

@@ -8,7 +8,7 @@
 
 namespace shampoo::cpu {
 
-#if defined(__AVX2__)
+#if defined(__AVX2__) && defined(__FMA__)  // as simd.h has it
 
 // The side of the squares that `transpose_square` moves; 1 where there is none.
 template <class Flat>

@@ -322,7 +322,11 @@ def precondition_(
             d_k] symmetric, [B, d_k] for a diagonal mode, or None for one that stays as it is.
 
     """
-    begin = 0
+    modes, begin = sum(grad.dim() - 1 for grad in grads), 0
+    if len(roots) != modes:
+        raise ValueError(
+            f"Invalid roots: {len(roots)}. Must be {modes}, one for each mode of grads."
+        )
     for out, norm, grad in zip(outs, norms, grads, strict=True):
         end = begin + grad.dim() - 1
         _apply_roots(out, grad, roots[begin:end])

@@ -7,7 +7,7 @@ tile pair is computed once, so it moves half of the bytes of the factor; where d
 are few blocks, too few tiles are left to fill a GPU and cuBLAS is as fast.
 
 Stacks whose kernels are compiled alike go together: those of one size of tiles and one order of
-memory. What is compiled for a stack follows its own sizes, never what goes with it.
+memory. The arithmetic of a stack follows its own sizes, never what goes with it.
 
 Gradients in half precision are multiplied as they are. Those in float32 take three TF32 products
 (``tf32x3``): it drops the product of the two remainders, 2^-24 of the whole, while ``bf16x3``

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,8 +28,16 @@ _LEAST_ROWS = 16  # fewer would make kernels of their own
 
 Key = tuple[tuple[Row, ...], torch.device]
 
-_tables: OrderedDict[Key, Tensor] = OrderedDict()
-_of_graphs: dict[Key, Tensor] = {}  # which read them as long as they are replayed
+
+class _Known(NamedTuple):
+    """A table; on a GPU with the stream on which it was copied, and the event after that."""
+
+    table: Tensor
+    copied: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
+
+
+_tables: OrderedDict[Key, _Known] = OrderedDict()
+_of_graphs: dict[Key, Tensor] = {}  # which read them as long as they are replayed: for good
 
 
 def table_of(rows: Sequence[Row], device: torch.device) -> Tensor:
@@ -39,29 +48,50 @@ def table_of(rows: Sequence[Row], device: torch.device) -> Tensor:
         device: where the stacks are.
     """
     key = (tuple(rows), device)
-    is_captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     known = _tables.get(key)
     if known is not None:
         _tables.move_to_end(key)
-        if is_captured:
-            _of_graphs[key] = known
-        return known
+        if _is_captured(device):  # after steps on its stream, which have waited
+            _of_graphs[key] = known.table
+        elif known.copied is not None:
+            _follow(known.table, *known.copied, torch.cuda.current_stream(device))
+        return known.table
     length = max(_LEAST_ROWS, triton.next_power_of_2(len(rows)))
     padded = [*rows, *[(_END, *[0] * (len(rows[0]) - 1))] * (length - len(rows))]
-    if is_captured:
+    if _is_captured(device):
         return _captured(padded, device)
     table = torch.tensor(padded, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
-    _tables[key] = table
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device)
+        _tables[key] = _Known(table, (stream, stream.record_event()))
+    else:
+        _tables[key] = _Known(table)
     if len(_tables) > _MOST:
         _tables.popitem(last=False)
     return table
 
 
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _follow(
+    table: Tensor,
+    copied_on: torch.cuda.Stream,
+    copied: torch.cuda.Event,
+    stream: torch.cuda.Stream,
+) -> None:
+    """Lets another stream read a table once it is there, and its memory wait for that."""
+    if stream != copied_on:
+        stream.wait_event(copied)
+        table.record_stream(stream)
+
+
 def _captured(rows: Sequence[Row], device: torch.device) -> Tensor:
     """A table that a graph makes anew in every replay, from the arguments of its launches.
 
-    A copy would read memory of the host, which is gone by then. float64 holds every number here but
-    the end, for which any larger one does.
+    A copy would read memory of the host, which is gone by then. Numbers go through float64, which
+    holds the end, a power of two, and every distance up to 2^53.
     """
     numbers = [float(number) for row in rows for number in row]
     zero = torch.zeros((), dtype=torch.float64, device=device)

@@ -8,7 +8,9 @@ no checksums either: what a run resumes from is a folder of checkpoints.
 
 import json
 import os
+import re
 import secrets
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from shampoo.inputs import check_list, check_object, parse_json
 from shampoo.optimizer import Shampoo
 
 _GROUPS = "param_groups"
+_OF_A_GROUP = re.compile(rf"{_GROUPS}\.\d+")
 _LACKING = "This needs safetensors: pip install 'shampoo[safetensors]'."
 
 
@@ -94,7 +97,7 @@ def import_safetensors(
                 state.setdefault(owner, {})[entry] = file.get_tensor(name)
     except (SafetensorError, ValueError) as error:
         raise DamagedCheckpointError(
-            f"{path} is not the state of an optimizer: {error} Must be written by"
+            f"{path} is not the state of an optimizer: {str(error).rstrip('.')}. Must be written by"
             " shampoo.checkpoint.export_safetensors."
         ) from error
     numbers = _match(groups, optimizer.param_groups)
@@ -120,13 +123,13 @@ def _write(path: Path, saved: Mapping[str, Any]) -> None:
                     raise ValueError(f"Invalid {key}={shown(value)} of {name}. Must be a tensor.")
                 tensors[f"{name}/{key}"] = value.detach().cpu().contiguous()
         plain = {**group, "params": names[index]}
-        for key in [key for key, value in group.items() if isinstance(value, Tensor)]:
-            tensors[f"{_GROUPS}.{index}/{key}"] = plain.pop(key).detach().cpu().contiguous()
+        for key, value in group.items():
+            if isinstance(value, Tensor):
+                tensors[f"{_GROUPS}.{index}/{key}"] = plain.pop(key).detach().cpu().contiguous()
+            else:
+                _check_json(key, value)
         groups.append(plain)
-    try:
-        metadata = {"format": "pt", _GROUPS: json.dumps(groups, allow_nan=False)}
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"Invalid value in a parameter group: {error}. Must be JSON.") from error
+    metadata = {"format": "pt", _GROUPS: json.dumps(groups)}
     partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     try:
         save_file(tensors, partial, metadata)
@@ -145,10 +148,26 @@ def _names(groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         start = sum(map(len, names))
         numbers = [str(start + index) for index in range(len(group["params"]))]
         names.append(list(group.get("param_names") or numbers))
-    every = [name for each in names for name in each]
-    if twice := {name for name in every if every.count(name) > 1}:
-        raise ValueError(f"Invalid names={shown(sorted(twice))}. Must be of one parameter each.")
+    counts = Counter(name for each in names for name in each)
+    if twice := sorted(name for name, count in counts.items() if count > 1):
+        raise ValueError(f"Invalid names={shown(twice)}. Must be of one parameter each.")
+    if taken := [name for name in counts if _OF_A_GROUP.fullmatch(name)]:
+        raise ValueError(f"Invalid names={shown(taken)}. Must not be those of groups in the file.")
     return names
+
+
+def _check_json(key: str, value: Any) -> None:
+    """Refuses what would not come back as it was; tuples do where the optimizer has them."""
+    plain = list(value) if isinstance(value, tuple) else value
+    try:
+        comes_back = json.loads(json.dumps(plain, allow_nan=False)) == plain
+    except (TypeError, ValueError):
+        comes_back = False
+    if not comes_back:
+        raise ValueError(
+            f"Invalid {key}={shown(value)} of a parameter group. Must be what JSON can hold: finite"
+            " numbers, strings, lists, dictionaries with strings as keys."
+        )
 
 
 def _checked(group: Any) -> dict[str, Any]:

@@ -127,9 +127,21 @@ class Op:
         return tuple(self.arguments.index(name) for name in names)
 
     def stacks_of(self, arguments: Sequence[Any]) -> list[list[Any]]:
-        """A call on lists of stacks as calls on one stack each, in the same order."""
+        """A call on lists of stacks as calls on one stack each, in the same order.
+
+        Raises:
+            ValueError: if a list is longer or shorter than there are stacks, or their modes.
+        """
         lists, modes = self.places_of(self.by_stack), self.places_of(self.by_mode)
         grads = arguments[self.arguments.index("grads")]
+        counts = dict.fromkeys(lists, (len(grads), "stack"))
+        counts |= dict.fromkeys(modes, (sum(grad.dim() - 1 for grad in grads), "mode of a stack"))
+        for place, (count, each) in counts.items():
+            if len(arguments[place]) != count:
+                raise ValueError(
+                    f"Invalid {self.arguments[place]}: {len(arguments[place])} entries. Must be"
+                    f" {count}, one for each {each}."
+                )
         calls, begin = [], 0
         for index, grad in enumerate(grads):
             call, end = list(arguments), begin + grad.dim() - 1

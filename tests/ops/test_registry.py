@@ -108,3 +108,20 @@ def test_one_tensor_among_the_numbers_makes_all_of_them_tensors():
         numbers = [*args, *kwargs.values()]
         assert [float(number) for number in numbers] == [0.9, 0.1]
         assert all(number.dtype == torch.float64 and number.dim() == 0 for number in numbers)
+
+
+def test_stacks_that_are_not_told_apart_are_refused():
+    grads = [torch.ones(2, 3, 4), torch.ones(1, 5)]
+    outs, norms = [torch.empty_like(grad) for grad in grads], [torch.empty(2), torch.empty(1)]
+    roots = [torch.ones(2, 3), torch.ones(2, 4), torch.ones(1, 5)]
+    op = ops.OPS["precondition_"]
+    assert [call[3] for call in op.stacks_of([outs, norms, grads, roots])] == [roots[:2], roots[2:]]
+    for wrong in (roots[:2], [*roots, None]):
+        with pytest.raises(ValueError, match=f"Invalid roots: {len(wrong)}.*. Must be 3"):
+            op.stacks_of([outs, norms, grads, wrong])
+        with pytest.raises(ValueError, match=f"Invalid roots: {len(wrong)}.*. Must be 3"):
+            op.reference(outs, norms, grads, wrong)
+    with pytest.raises(
+        ValueError, match=r"Invalid norms: 1 entries\. Must be 2, one for each stack"
+    ):
+        op.stacks_of([outs, norms[:1], grads, roots])

@@ -44,6 +44,36 @@ def test_a_graph_makes_its_table_from_numbers_of_the_host():
     assert made[2, 0] > 2**31
 
 
+def test_a_graph_reads_a_table_that_is_there_and_keeps_it(monkeypatch):
+    monkeypatch.setattr(stack_table, "_of_graphs", {})
+    monkeypatch.setattr(stack_table, "_MOST", 1)
+    known = table_of([(0, 1)], CPU)
+    monkeypatch.setattr(stack_table, "_is_captured", lambda device: True)
+    assert table_of([(0, 1)], CPU) is known
+    assert table_of([(0, 2)], CPU)[0].tolist() == [0, 2], "made in the graph, and not kept"
+    monkeypatch.setattr(stack_table, "_is_captured", lambda device: False)
+    table_of([(0, 3)], CPU)
+    assert list(stack_table._tables) == [(((0, 3),), CPU)]
+    [kept] = stack_table._of_graphs.values()
+    assert kept is known, "a replay reads it, though it is found no more"
+
+
+def test_another_stream_waits_until_a_table_is_there():
+    class Stream:
+        def wait_event(self, event):
+            seen.append(event)
+
+    class Table:
+        def record_stream(self, stream):
+            seen.append(stream)
+
+    seen, own, other = [], Stream(), Stream()
+    stack_table._follow(Table(), own, "copied", own)
+    assert seen == []
+    stack_table._follow(Table(), own, "copied", other)
+    assert seen == ["copied", other]
+
+
 def test_distances_and_alignment():
     memory = torch.empty(100, dtype=torch.bfloat16)
     assert distance(memory[40:], memory[8:]) == 32

@@ -8,28 +8,27 @@
 
 namespace shampoo::cpu {
 
-// Nothing to ask for.
-struct Nothing {
+struct NoPrefetch {
   static constexpr bool kIsNothing = true;
-  Nothing part(int64_t, int64_t, int64_t) const { return {}; }
+  NoPrefetch part(int64_t, int64_t, int64_t) const { return {}; }
   void next(int64_t) {}
 };
 
-class Ahead {
+class Prefetch {
  public:
   static constexpr bool kIsNothing = false;
 
   // Adds [data, data + numel), or nothing if it is too long: it would push out what is in use.
   template <class Flat>
-  Ahead& add(const Flat* data, int64_t numel) {
+  Prefetch& add(const Flat* data, int64_t numel) {
     const int64_t bytes = numel * static_cast<int64_t>(sizeof(Flat));
     if (bytes <= kBytes) runs_[count_++] = {reinterpret_cast<const char*>(data), bytes / kLine};
     return *this;
   }
 
   // The parts [begin, end) of `parts` equal ones.
-  Ahead part(int64_t begin, int64_t end, int64_t parts) const {
-    Ahead some = *this;
+  Prefetch part(int64_t begin, int64_t end, int64_t parts) const {
+    Prefetch some = *this;
     for (int run = 0; run < count_; ++run) {
       const int64_t first = runs_[run].lines * begin / parts, last = runs_[run].lines * end / parts;
       some.runs_[run] = {runs_[run].at + first * kLine, last - first};
@@ -41,9 +40,10 @@ class Ahead {
   void next(int64_t lines) {
     for (int run = 0; run < count_; ++run) {
       auto& [at, left] = runs_[run];
-      for (int64_t line = 0; line < std::min(lines, left); ++line) prefetch(at + line * kLine);
-      at += lines * kLine;
-      left -= lines;
+      const int64_t now = std::min(lines, left);
+      for (int64_t line = 0; line < now; ++line) prefetch(at + line * kLine);
+      at += now * kLine;
+      left -= now;
     }
   }
 
@@ -61,7 +61,7 @@ class Ahead {
 #endif
   }
 
-  std::array<Run, 2> runs_;
+  std::array<Run, 2> runs_{};
   int count_ = 0;
 };
 
