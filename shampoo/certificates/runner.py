@@ -1,5 +1,6 @@
 """Checks and times kernels in a process that can be lost; a crash is the verdict on its kernel."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -55,7 +56,9 @@ def examine(
         DoesNotLoadError: if the library is no library.
     """
     reports: list[Report] = []
-    with Apart() as process:
+    # Threads that wait by spinning take minutes where others want the processor, as ranks do.
+    waiting = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+    with Apart(waiting) as process:
         lost = _begin(process, device, library)
         for done, (op, kind) in enumerate(subjects):
             if lost and kind != "triton":

@@ -19,7 +19,7 @@ from patience import PATIENCE
 import shampoo
 from shampoo import certificates, ops
 from shampoo.__main__ import report
-from shampoo.certificates import certificate, issue, tune
+from shampoo.certificates import certificate, issue, runner, tune
 from shampoo.certificates.certificate import Certificate
 from shampoo.certificates.report import Report, Timing
 from shampoo.certificates.runner import DoesNotLoadError, UnavailableError
@@ -257,6 +257,20 @@ def test_a_device_that_cannot_be_had_has_no_certificate(machine, monkeypatch, ca
     said = capsys.readouterr().err
     assert "kernels are not checked, and none is used: no second process can use cuda:0" in said
     assert not the_path().exists()
+
+
+@pytest.mark.parametrize("asked", ["", "ACTIVE"])
+def test_threads_wait_without_spinning_unless_somebody_wants_it(monkeypatch, asked):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_WAIT_POLICY", asked)
+
+    def apart(environment):
+        raise LookupError(environment["OMP_WAIT_POLICY"])
+
+    monkeypatch.setattr(runner, "Apart", apart)
+    with pytest.raises(LookupError, match=asked or "PASSIVE"):
+        runner.examine([], CPU)
 
 
 def test_a_library_that_is_none_is_built_again(machine, monkeypatch):
