@@ -18,6 +18,7 @@ for each block that the table describes.
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ def gather_blocks_(
 
     """
     alpha = _read(alpha)
-    is_nothing = torch.as_tensor(alpha == 0.0)  # once for all tiles: on a device, a launch
+    is_nothing: Any = alpha == 0.0  # a tensor where alpha is one
     for rows, first, count, size in _runs(tiles):
         for source, offset, dims, start, grid, extent in rows:
             blocks = _blocks_of(sources[source].reshape(dims), start, grid, extent)
@@ -88,14 +89,14 @@ def gather_blocks_(
                 region.copy_(blocks)
             elif isinstance(alpha, Tensor):
                 region.add_(torch.where(is_nothing, 0.0, blocks.to(out.dtype) * alpha))
-            elif alpha != 0.0:
+            elif not is_nothing:
                 region.add_(blocks.to(out.dtype), alpha=alpha)
         if accumulate:
             continue
         run = out[first : first + count * size]  # a tile at a time would be a launch for each
         if isinstance(alpha, Tensor):
             run.mul_(alpha).masked_fill_(is_nothing, 0.0)
-        elif alpha == 0.0:
+        elif is_nothing:
             run.zero_()
         elif alpha != 1.0:
             run.mul_(alpha)
