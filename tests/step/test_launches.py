@@ -1,15 +1,20 @@
 """What an ordinary step launches on a GPU, whatever the number of tensors."""
 
+import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from host_build import HostOps
 from launches import Launches, parameter
 
-from benchmarks.shapes import MODELS
-from shampoo import Shampoo
+# After the installed package, which the checkout must not shadow.
+sys.path.append(str(Path(__file__).parents[2]))
+
+from benchmarks.shapes import MODELS  # noqa: E402
+from shampoo import Shampoo  # noqa: E402
 
 pytest.importorskip("triton", reason="triton is not installed: its launches are not counted")
 
