@@ -13,8 +13,8 @@ from launches import Launches, parameter
 # After the installed package, which the checkout must not shadow.
 sys.path.append(str(Path(__file__).parents[2]))
 
-from benchmarks.shapes import MODELS  # noqa: E402
-from shampoo import Shampoo  # noqa: E402
+from benchmarks.shapes import MODELS
+from shampoo import Shampoo
 
 pytest.importorskip("triton", reason="triton is not installed: its launches are not counted")
 
