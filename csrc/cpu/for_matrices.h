@@ -105,8 +105,9 @@ void for_stacks(const std::vector<Job>& jobs, const Work& work) {
     const Scratch<Flat> scratch(most);
     for (int64_t thread = begin; thread < end; ++thread)
       for (size_t at = next++; at < matrices.size(); at = next++) {
-        // A look, no claim: a matrix that was claimed would wait here while other threads are idle.
-        const size_t then = next.load(std::memory_order_relaxed);
+        // Matrices of one stack take equally long, so that threads take turns. No claim: one that
+        // was claimed would wait here while other threads are idle.
+        const size_t then = at + threads;
         work(matrices[at], then < matrices.size() ? &matrices[then] : nullptr, scratch.data(),
              [](int64_t panels, const auto& visit) {
                for (int64_t panel = 0; panel < panels; ++panel) visit(panel);
