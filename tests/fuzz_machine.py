@@ -160,6 +160,10 @@ class Machine:
         for world in self.worlds:
             world.optimizer.zero_grad()
             world.optimizer.step()  # now all of them have planned
+        if len({frozenset(world.state()) for world in self.worlds}) > 1:
+            # A frozen parameter whose entry was cleared has one of zeros again where it was planned
+            # while it was trainable, and none in a copy. Zeros train alike, but have a geometry.
+            return
         old = [[group[name] for group in world.optimizer.param_groups] for world in self.worlds]
         self.write(name, value)
         befores = [Snapshot(world) for world in self.worlds]
