@@ -72,46 +72,44 @@ struct Place {
   int64_t matrix;
 };
 
-// Calls `work(place, following, scratch, for_panels)` for every matrix of many stacks. Threads take
-// matrices of all of them together, one after another, dear ones first, so that small stacks keep no
-// thread waiting. `following` points to what the thread is likely to take next, or is null.
+// Calls `work(place, scratch, for_panels)` for every matrix of many stacks. Threads share all of them,
+// dear ones first, so that small stacks keep no thread waiting. A thread takes the matrices of one ordinal
+// in all stacks one after another: those of one block are made of one gradient, which it then has at hand.
 template <class Flat, class Work>
 void for_stacks(const std::vector<Job>& jobs, const Work& work) {
   const int64_t threads = at::get_num_threads();
-  std::vector<size_t> together;
+  int64_t scratch_numel = 0;
+  std::vector<Place> places;
   for (size_t s = 0; s < jobs.size(); ++s) {
+    const Job& job = jobs[s];
     const bool is_alone = jobs.size() == 1 || threads == 1;
-    if (is_alone || (jobs[s].count < threads && jobs[s].cost >= kSharedCost))
-      for_matrices<Flat>(jobs[s].count, jobs[s].scratch,
-                         [&](int64_t b, Flat* scratch, const auto& for_panels) {
-                           const Place place{s, b}, following{s, b + 1};
-                           work(place, b + 1 < jobs[s].count ? &following : nullptr, scratch,
-                                for_panels);
-                         });
-    else
-      together.push_back(s);
+    if (is_alone || (job.count < threads && job.cost >= kSharedCost)) {
+      for_matrices<Flat>(job.count, job.scratch, [&](int64_t b, Flat* scratch, const auto& for_panels) {
+        work(Place{s, b}, scratch, for_panels);
+      });
+      continue;
+    }
+    scratch_numel = std::max(scratch_numel, job.scratch);
+    for (int64_t b = 0; b < job.count; ++b) places.push_back({s, b});
   }
-  if (together.empty()) return;
-  std::stable_sort(together.begin(), together.end(),
-                   [&](size_t a, size_t b) { return jobs[a].cost > jobs[b].cost; });
-  std::vector<Place> matrices;
-  int64_t most = 0;
-  for (const size_t s : together) {
-    most = std::max(most, jobs[s].scratch);
-    for (int64_t b = 0; b < jobs[s].count; ++b) matrices.push_back({s, b});
-  }
-  std::atomic<size_t> next{0};
+  if (places.empty()) return;
+  std::stable_sort(places.begin(), places.end(), [&](const Place& a, const Place& b) {
+    const int64_t of_a = jobs[a.stack].cost, of_b = jobs[b.stack].cost;
+    return of_a != of_b ? of_a > of_b : a.matrix < b.matrix;
+  });
+  std::vector<std::vector<Place>> queues(threads);
+  for (const Place& place : places) queues[place.matrix % threads].push_back(place);
+  std::vector<std::atomic<size_t>> taken(threads);
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    const Scratch<Flat> scratch(most);
+    const Scratch<Flat> scratch(scratch_numel);
     for (int64_t thread = begin; thread < end; ++thread)
-      for (size_t at = next++; at < matrices.size(); at = next++) {
-        // Matrices of one stack take equally long, so that threads take turns. No claim: one that
-        // was claimed would wait here while other threads are idle.
-        const size_t then = at + threads;
-        work(matrices[at], then < matrices.size() ? &matrices[then] : nullptr, scratch.data(),
-             [](int64_t panels, const auto& visit) {
-               for (int64_t panel = 0; panel < panels; ++panel) visit(panel);
-             });
+      for (int64_t ahead = 0; ahead < threads; ++ahead) {  // who is done helps the others
+        const int64_t owner = (thread + ahead) % threads;
+        const std::vector<Place>& queue = queues[owner];
+        for (size_t at = taken[owner]++; at < queue.size(); at = taken[owner]++)
+          work(queue[at], scratch.data(), [](int64_t panels, const auto& visit) {
+            for (int64_t panel = 0; panel < panels; ++panel) visit(panel);
+          });
       }
   });
 }

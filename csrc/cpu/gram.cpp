@@ -27,8 +27,8 @@ Flat* matrix_of(const Gram<Flat>& stack, int64_t b) {
 }
 
 template <class Flat, class ForPanels>
-void gram_ema_of(const Gram<Flat>& stack, int64_t b, const Prefetch& following, Flat* packed, Flat beta,
-                 Flat weight, const ForPanels& for_panels) {
+void gram_ema_of(const Gram<Flat>& stack, int64_t b, Flat* packed, Flat beta, Flat weight,
+                 const ForPanels& for_panels) {
   const Unfolding shape{stack.before, stack.size, stack.after};
   const auto layout = Layout<Flat>::rows(stack.size);
   const int64_t panels = layout.count(), stride = kDepth<Flat> * kWidth<Flat>;
@@ -42,10 +42,7 @@ void gram_ema_of(const Gram<Flat>& stack, int64_t b, const Prefetch& following, 
     const Operands<Flat> operands{packed, packed, stride, depth};
     const Polynomial<Flat> average{weight, matrix, start == 0 ? beta : Flat(1)};
     for_panels(panels, [&](int64_t panel) {
-      // A panel has as many tiles as its ordinal says; long sums ask in their first piece alone.
-      const int64_t before = panel * (panel + 1) / 2, all = panels * (panels + 1) / 2;
-      upper_tiles(matrix, layout, panel, operands, average, start + depth == shape.depth(),
-                  start == 0 ? following.part(before, before + panel + 1, all) : Prefetch());
+      upper_tiles(matrix, layout, panel, operands, average, start + depth == shape.depth());
     });
   }
 }
@@ -96,15 +93,8 @@ void gram_ema(const std::vector<Gram<Flat>>& stacks, Flat beta, Flat weight) {
     jobs.push_back({stack.count, panels * kDepth<Flat> * kWidth<Flat>, products});
     full.push_back(stack);
   }
-  for_stacks<Flat>(jobs, [&](const Place& place, const Place* following, Flat* packed,
-                             const auto& for_panels) {
-    Prefetch prefetch;
-    if (following != nullptr) {
-      const Gram<Flat>& stack = full[following->stack];
-      prefetch.add(block_of(stack, following->matrix), stack.before * stack.size * stack.after)
-          .add(matrix_of(stack, following->matrix), stack.size * stack.size);
-    }
-    gram_ema_of(full[place.stack], place.matrix, prefetch, packed, beta, weight, for_panels);
+  for_stacks<Flat>(jobs, [&](const Place& place, Flat* packed, const auto& for_panels) {
+    gram_ema_of(full[place.stack], place.matrix, packed, beta, weight, for_panels);
   });
 }
 

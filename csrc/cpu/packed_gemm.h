@@ -66,7 +66,7 @@ void multiply_columns(Flat* out, const Flat* left, const Unfolding& shape, const
         const int64_t at = row - first * width;
         alignas(64) Sums<Flat> sums;
         multiply<0, false>(sums, packed.data() + at / width * panel_numel + at % width,
-                           right + column / width * panel_numel, depth, NoPrefetch());
+                           right + column / width * panel_numel, depth);
         store(out + row * columns + column, columns, sums, std::min(height, end - row),
               std::min(width, columns - column));
       }

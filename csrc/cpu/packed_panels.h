@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cpu/prefetch.h"
 #include "cpu/simd.h"
 #include "cpu/transpose.h"
 
@@ -18,8 +17,6 @@ namespace shampoo::cpu {
 template <class Flat>
 constexpr int64_t kDepth = 1024 / sizeof(Flat);
 constexpr int kVectors = 2;
-// Lines that are asked for ahead of a product, and after how many of its depths the next ones.
-constexpr int64_t kAsked = 4, kAskEvery = 16;
 
 template <class Flat>
 constexpr int64_t kWidth = kVectors * kLanesOf<Flat>;
@@ -66,26 +63,20 @@ using Sums = Flat[kHeight<Flat>][kWidth<Flat>];
 
 // sums[r][c] = sum over the depth of rows[r] * columns[c], both read from packed panels, added to what
 // is there if `adds`; zero before the vector `first`. Long sums are added up in pieces of kDepth.
-template <int first, bool adds, class Flat, class Asked>
-void multiply(Sums<Flat>& sums, const Flat* rows, const Flat* columns, int64_t depth, Asked asked) {
-  constexpr int64_t pause = Asked::kIsNothing ? kDepth<Flat> : kAskEvery;
+template <int first, bool adds, class Flat>
+void multiply(Sums<Flat>& sums, const Flat* rows, const Flat* columns, int64_t depth) {
   constexpr int64_t width = kWidth<Flat>, height = kHeight<Flat>, lanes = kLanesOf<Flat>;
   for (int64_t start = 0; start < depth; start += kDepth<Flat>) {
     Vector<Flat> total[height][kVectors];
     for (auto& row : total)
       for (auto& vector : row) vector = fill(Flat(0));
     const int64_t end = std::min(depth, start + kDepth<Flat>);
-    for (int64_t k = start; k < end;) {
-      asked.next(kAsked);
-      for (const int64_t stop = std::min(end, k + pause); k < stop; ++k) {
-        Vector<Flat> column[kVectors];
-        for (int v = first; v < kVectors; ++v) column[v] = load(columns + v * lanes);
-        for (int64_t r = 0; r < height; ++r) {
-          const auto row = fill(rows[r]);
-          for (int v = first; v < kVectors; ++v) total[r][v] = fused(row, column[v], total[r][v]);
-        }
-        rows += width;
-        columns += width;
+    for (int64_t k = start; k < end; ++k, rows += width, columns += width) {
+      Vector<Flat> column[kVectors];
+      for (int v = first; v < kVectors; ++v) column[v] = load(columns + v * lanes);
+      for (int64_t r = 0; r < height; ++r) {
+        const auto row = fill(rows[r]);
+        for (int v = first; v < kVectors; ++v) total[r][v] = fused(row, column[v], total[r][v]);
       }
     }
     for (int64_t r = 0; r < height; ++r)

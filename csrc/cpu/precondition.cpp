@@ -81,8 +81,7 @@ void precondition(const std::vector<Preconditioned<Flat>>& stacks) {
                     products * numel});
     sizes.emplace_back(numel, packed_root);
   }
-  for_stacks<Flat>(jobs, [&](const Place& place, const Place*, Flat* scratch,
-                             const auto& for_panels) {
+  for_stacks<Flat>(jobs, [&](const Place& place, Flat* scratch, const auto& for_panels) {
     const auto& [numel, packed_root] = sizes[place.stack];
     precondition_of(stacks[place.stack], place.matrix, numel, scratch, scratch + packed_root,
                     for_panels);

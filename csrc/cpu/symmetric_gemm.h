@@ -41,38 +41,32 @@ struct Polynomial {
   Flat diagonal = 0;
 };
 
-template <int first, class Flat, class Asked>
-void multiply(Sums<Flat>& sums, const Operands<Flat>& operands, int64_t row, int64_t panel,
-              const Asked& asked) {
+template <int first, class Flat>
+void multiply(Sums<Flat>& sums, const Operands<Flat>& operands, int64_t row, int64_t panel) {
   const int64_t rows = row / kWidth<Flat> * operands.panel + row % kWidth<Flat>;
   const int64_t columns = panel * operands.panel;
-  multiply<first, false>(sums, operands.left + rows, operands.right + columns, operands.depth,
-                         asked);
+  multiply<first, false>(sums, operands.left + rows, operands.right + columns, operands.depth);
   if (operands.both_orders)
-    multiply<first, true>(sums, operands.right + rows, operands.left + columns, operands.depth,
-                          NoPrefetch());
+    multiply<first, true>(sums, operands.right + rows, operands.left + columns, operands.depth);
 }
 
 // Tiles of one panel of columns from the first row down to the diagonal, written to `out` and, where
 // `mirror` says so, mirrored. What is not mirrored is undefined below the diagonal.
-template <class Flat, class Asked = NoPrefetch>
+template <class Flat>
 void upper_tiles(Flat* out, const Layout<Flat>& layout, int64_t panel,
-                 const Operands<Flat>& operands, const Polynomial<Flat>& polynomial, bool mirror,
-                 const Asked& asked = {}) {
+                 const Operands<Flat>& operands, const Polynomial<Flat>& polynomial, bool mirror) {
   constexpr int64_t width = kWidth<Flat>, height = kHeight<Flat>, lanes = kLanesOf<Flat>;
   const int64_t column = panel * width, columns = std::min(width, layout.size - column);
   const bool is_whole = columns == width || layout.is_padded();
   const auto alpha = fill(polynomial.alpha), beta = fill(polynomial.beta);
   const auto zero = fill(Flat(0));
-  const int64_t tiles = (column + columns + height - 1) / height;
   alignas(64) Flat edge[width] = {};  // a row, where the last columns are not there
   for (int64_t row = 0; row < column + columns; row += height) {
     alignas(64) Sums<Flat> sums;
-    const auto now = asked.part(row / height, row / height + 1, tiles);
     if (row < column + lanes)
-      multiply<0>(sums, operands, row, panel, now);
+      multiply<0>(sums, operands, row, panel);
     else  // what is left of the diagonal is mirrored
-      multiply<1>(sums, operands, row, panel, now);
+      multiply<1>(sums, operands, row, panel);
     const int64_t rows = std::min(height, layout.size - row), here = layout.at(row, column);
     for (int64_t r = 0; r < rows; ++r) {
       Flat* to = is_whole ? out + here + r * layout.row : edge;
