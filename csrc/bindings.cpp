@@ -333,12 +333,8 @@ void minimax_root_(const at::Tensor& root, const at::Tensor& ridge, const at::Te
               "ridge is ", ridge.scalar_type(), " of shape ", ridge.sizes(),
               ". Must be contiguous float64 of shape [", factor.size(0), "].");
   TORCH_CHECK(p >= 1, "Invalid p=", p, ". Must be >= 1.");
-  TORCH_CHECK(!schedule.empty() && schedule.size() % 3 == 0, "schedule has ", schedule.size(),
-              " coefficients. Must have three for each step, and a step.");
+  const auto steps = minimax_steps(schedule, 1000);
   if (factor.numel() == 0) return;
-  std::vector<cpu::MinimaxStep> steps;
-  for (size_t i = 0; i < schedule.size(); i += 3)
-    steps.push_back({schedule[i], schedule[i + 1], schedule[i + 2]});
   const at::Tensor packed = factor.contiguous();
   with_flat(factor, [&](auto flat) {
     using Flat = decltype(flat);

@@ -178,16 +178,17 @@ void minimax_small_root_(const at::Tensor& root, const at::Tensor& ridge, const 
   check("factor", factor, at::kFloat);
   constexpr int kMaxPower = std::numeric_limits<int>::max();
   TORCH_CHECK(2 <= p && p <= kMaxPower, "Invalid p=", p, ". Must be >= 2 and <= ", kMaxPower, ".");
-  constexpr int64_t kMaxSteps = cuda::MinimaxSchedule::kMaxSteps;
-  const int64_t steps = static_cast<int64_t>(coefficients.size()) / 3;
-  TORCH_CHECK(coefficients.size() % 3 == 0 && 0 < steps && steps <= kMaxSteps,
-              "schedule has ", coefficients.size(), " elements. Must be 3 a step, 1 to ",
-              kMaxSteps, " steps.");
+  const auto steps = minimax_steps(coefficients, cuda::MinimaxSchedule::kMaxSteps);
   // As many steps in half precision as cost no accuracy.
-  const int64_t residual = std::min<int64_t>(p >= 4 ? 2 : 1, steps - 1);
-  cuda::MinimaxSchedule schedule{static_cast<int32_t>(steps), static_cast<int32_t>(residual), {}};
-  for (int64_t i = 0; i < 3 * steps; ++i)
-    schedule.coefficients[i / 3][i % 3] = static_cast<float>(coefficients[i]);
+  const auto count = static_cast<int32_t>(steps.size());
+  const bool ends_near = steps.back().c2 == 0;
+  const int32_t residual = std::min<int32_t>(p >= 4 && ends_near ? 2 : 1, count - 1);
+  cuda::MinimaxSchedule schedule{count, residual, {}};
+  for (size_t k = 0; k < steps.size(); ++k) {
+    const auto& [c0, c1, c2, b, d] = steps[k];
+    schedule.step[k] = {static_cast<float>(c0), static_cast<float>(c1), static_cast<float>(c2),
+                        static_cast<float>(b), static_cast<float>(d)};
+  }
   if (factor.numel() == 0) return;
   const OnDeviceOf current(factor);
   cuda::minimax_small_root(pointer<float>(root), pointer<double>(ridge),

@@ -18,6 +18,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from shampoo.kernels.triton.minimax_program import residual_steps
 from shampoo.ops import jit
 from shampoo.roots.minimax_table import minimax_schedule
 
@@ -182,7 +183,7 @@ class HostOps:
         memory = torch.full((A.numel() + guard,), torch.nan)
         ridge = torch.full((batch,), torch.nan, dtype=torch.float64)
         if residual is None:
-            residual = 2 if p >= 4 else 1
+            residual = residual_steps(p, minimax_schedule(p, relative_eps))
         schedule = minimax_schedule(p, relative_eps)
         residual = min(residual, len(schedule) - 1)
         assert A.is_contiguous()

@@ -91,7 +91,7 @@ def good_arguments() -> SimpleNamespace:
         "p": 4,
         "eps": 0.0,
         "relative_eps": 1e-2,
-        "schedule": [2.1, -3.8, 2.7, 1.25, -0.25, 0.0],
+        "schedule": [2.1, -3.8, 2.7, 0.0, 0.0, 1.25, -0.25, 0.0, 0.0, 0.0],
     }
     check = {
         "ok": torch.empty(2, dtype=torch.bool),

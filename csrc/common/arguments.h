@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/minimax.h"
 #include "common/numbers.h"
 #include "common/tiles.h"
 
@@ -241,6 +242,20 @@ inline void check_update(const std::optional<at::Tensor>& momentum, const at::Te
   if (!momentum) return;
   check_same("momentum", *momentum, "direction", direction);
   check_length("momentum", *momentum, "direction", direction.numel());
+}
+
+// The steps of a schedule, at most so many.
+inline std::vector<MinimaxStep<double>> minimax_steps(at::ArrayRef<double> schedule, size_t most) {
+  constexpr size_t kNumbers = 5;
+  TORCH_CHECK(!schedule.empty() && schedule.size() % kNumbers == 0 &&
+                  schedule.size() <= kNumbers * most,
+              "schedule has ", schedule.size(), " coefficients. Must have five for each step, and 1 to ",
+              most, " steps.");
+  std::vector<MinimaxStep<double>> steps;
+  for (size_t i = 0; i < schedule.size(); i += kNumbers)
+    steps.push_back(
+        {schedule[i], schedule[i + 1], schedule[i + 2], schedule[i + 3], schedule[i + 4]});
+  return steps;
 }
 
 }  // namespace shampoo

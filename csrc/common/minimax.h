@@ -5,16 +5,17 @@
 
 namespace shampoo {
 
-// One step: T = c0 I + c1 M + c2 S + c4 S^2 with S = (M - shift I)^2. One of degree 2 has neither c4 nor
-// a shift. Of coefficients alone, so that an array of them is a list of numbers.
+// One step: T = c0 I + c1 M + c2 Q^2 with Q = M^2 + b M + d I, or Q = M where b = d = 0.
 template <class Real>
 struct MinimaxStep {
-  Real c0, c1, c2, c4, shift;
+  Real c0, c1, c2, b, d;
+
+  SHAMPOO_HOST_DEVICE bool is_quartic() const { return b != 0 || d != 0; }
 
   // T of an eigenvalue. On [0, 1] it is largest at 0.
   SHAMPOO_HOST_DEVICE Real at(Real m) const {
-    const Real square = (m - shift) * (m - shift);
-    return c0 + c1 * m + (c2 + c4 * square) * square;
+    const Real q = is_quartic() ? m * m + b * m + d : m;
+    return c0 + c1 * m + c2 * q * q;
   }
 };
 

@@ -15,7 +15,8 @@
 namespace shampoo::cpu {
 namespace {
 
-// Of one matrix. M, X, T, the two operands of a power, and what is being written.
+// Of one matrix. M, X, T, the two operands of a power, or what T is a polynomial of, and what is being
+// written.
 constexpr int64_t kBuffers = 6;
 // The operands and the result of the first update.
 constexpr int64_t kWideBuffers = 3;
@@ -42,7 +43,7 @@ class Iteration {
   }
 
   void operator()(Flat* root, double& ridge, const Flat* factor, int64_t p, double eps,
-                  double relative_eps, const std::vector<MinimaxStep>& steps) {
+                  double relative_eps, const std::vector<MinimaxStep<double>>& steps) {
     const double scale = power_of_two(absmax(factor, 1, layout_.size * layout_.size));
     Flat* S = take();  // neither its square nor the norm of that can overflow
     load_divided(S, factor, static_cast<Flat>(scale));
@@ -54,10 +55,7 @@ class Iteration {
     const double bound = norm + rho;  // >= lambda_max, so the spectrum of M lies in [low, 1]
     const double low = rho / bound;
 
-    // Step 0, written in S and S^2:  M = S / bound + low I
-    const auto [c0, c1, c2] = steps[0];
-    combine(X, c2 / (bound * bound), S, (c1 + 2 * c2 * low) / bound,
-            c0 + c1 * low + c2 * low * low);
+    X = first_polynomial(X, S, steps[0], bound, low);
     Flat* M = steps.size() > 1 ? first_update(X, p, S, bound, low) : S;
     for (size_t k = 1; k < steps.size(); ++k) {
       Flat* T = polynomial(M, steps[k]);
@@ -99,13 +97,38 @@ class Iteration {
     return product(left, right, true, {Flat(0.5)});
   }
 
-  Flat* polynomial(const Flat* M, const MinimaxStep& step) {
+  // T of step 0, from S^2, which is given up, and S:  M = S / bound + low I
+  Flat* first_polynomial(Flat* X, const Flat* S, const MinimaxStep<double>& step, double bound,
+                         double low) {
+    const auto& [c0, c1, c2, b, d] = step;
+    const double square = bound * bound;
+    if (!step.is_quartic()) {
+      combine(X, c2 / square, S, (c1 + 2 * c2 * low) / bound, c0 + c1 * low + c2 * low * low);
+      return X;
+    }
+    combine(X, 1 / square, S, (b + 2 * low) / bound, d + b * low + low * low);
+    Flat* T = product(X, X, false,
+                      {static_cast<Flat>(c2), S, static_cast<Flat>(c1 / bound),
+                       static_cast<Flat>(c0 + c1 * low)});
+    give(X);
+    return T;
+  }
+
+  // T of a later step: a new buffer.
+  Flat* polynomial(Flat* M, const MinimaxStep<double>& step) {
     const Flat c0 = static_cast<Flat>(step.c0), c1 = static_cast<Flat>(step.c1),
                c2 = static_cast<Flat>(step.c2);
-    if (c2 != 0) return product(M, M, false, {c2, M, c1, c0});
-    Flat* T = take();
-    std::fill_n(T, layout_.numel(), Flat(0));
-    combine(T, 0.0, M, step.c1, step.c0);
+    if (c2 == 0) {
+      Flat* T = take();
+      std::fill_n(T, layout_.numel(), Flat(0));
+      combine(T, 0.0, M, step.c1, step.c0);
+      return T;
+    }
+    Flat* Q = M;
+    if (step.is_quartic())
+      Q = product(M, M, false, {Flat(1), M, static_cast<Flat>(step.b), static_cast<Flat>(step.d)});
+    Flat* T = product(Q, Q, false, {c2, M, c1, c0});
+    if (Q != M) give(Q);
     return T;
   }
 
@@ -218,7 +241,7 @@ class Iteration {
 template <class Flat>
 void minimax_root(Flat* root, double* ridge, const Flat* factor, int64_t count, int64_t size,
                   int64_t p, double eps, double relative_eps,
-                  const std::vector<MinimaxStep>& steps) {
+                  const std::vector<MinimaxStep<double>>& steps) {
   for_matrices<std::byte>(
       count, scratch_bytes<Flat>(size),
       [&](int64_t b, std::byte* scratch, const auto& for_panels) {
@@ -229,8 +252,8 @@ void minimax_root(Flat* root, double* ridge, const Flat* factor, int64_t count, 
 }
 
 template void minimax_root(float*, double*, const float*, int64_t, int64_t, int64_t, double, double,
-                           const std::vector<MinimaxStep>&);
+                           const std::vector<MinimaxStep<double>>&);
 template void minimax_root(double*, double*, const double*, int64_t, int64_t, int64_t, double,
-                           double, const std::vector<MinimaxStep>&);
+                           double, const std::vector<MinimaxStep<double>>&);
 
 }  // namespace shampoo::cpu

@@ -4,18 +4,15 @@
 #include <cstdint>
 #include <vector>
 
-namespace shampoo::cpu {
+#include "common/minimax.h"
 
-// One step: T = c0 I + c1 M + c2 M^2.
-struct MinimaxStep {
-  double c0, c1, c2;
-};
+namespace shampoo::cpu {
 
 // root[b] <- (factor[b] + ridge[b] I)^(-1/p), ridge[b] <- max(eps, relative_eps |factor[b]|_S4)
 // root, factor: [count, size, size], ridge: [count]
 template <class Flat>
 void minimax_root(Flat* root, double* ridge, const Flat* factor, int64_t count, int64_t size,
                   int64_t p, double eps, double relative_eps,
-                  const std::vector<MinimaxStep>& steps);
+                  const std::vector<MinimaxStep<double>>& steps);
 
 }  // namespace shampoo::cpu

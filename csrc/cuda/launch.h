@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/graft_scale.h"
+#include "common/minimax.h"
 #include "common/moments.h"
 #include "common/numbers.h"
 #include "common/tiles.h"
@@ -18,12 +19,11 @@ namespace shampoo::cuda {
 
 using Stream = CUstream_st*;
 
-// The polynomials of kernels/reference/minimax.py, T = c0 I + c1 M + c2 M^2.
 struct MinimaxSchedule {
   static constexpr int kMaxSteps = 16;
   int32_t steps;
   int32_t residual;  // of the last of them, fewer than all: in terms of I - M, single products
-  float coefficients[kMaxSteps][3];
+  MinimaxStep<float> step[kMaxSteps];
 };
 
 constexpr int64_t kMaxRootSize = 128;

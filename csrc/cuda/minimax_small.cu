@@ -1,7 +1,7 @@
 // Replaces the chain of batched products of kernels/reference/minimax.py for small matrices: one block keeps
 // one matrix in shared memory and registers for the whole iteration.
 //
-// T = c0 I + c1 M + c2 M^2;  X <- X T;  M <- T^p M. M and T lie in shared memory as planes of halves
+// T = c0 I + c1 M + c2 Q^2, Q = M or M^2 + b M + d I;  X <- X T;  M <- T^p M. M and T, or Q, lie in shared memory as planes of halves
 // (split_fp16.h); X stays in registers, 16 rows a warp, where the accumulators of one product are the
 // operand of the next. All products but X T and the first update of M compute one of (i, j) and
 // (j, i) and mirror it. It loses to one product a launch as soon as n exceeds what a block can hold.
@@ -153,18 +153,61 @@ struct Iteration {
     }
   }
 
+  // T <- a M^2 + b M + d I, which is at most `bound`.
+  template <int kProducts>
+  __device__ __forceinline__ void quadratic(float a, float b, float d, float bound) {
+    const float scale = split_scale(bound);
+    Own own = {};
+    if (a != 0.0f) multiply<kSize, kProducts>(own, M, M);
+    for_own_entries<kSize>(own, [&](int i, int j, float sum) {
+      const float square = sum / (kUnit * kUnit), m = M.scaled(i, j) / kUnit;
+      T.store(i, j, scale * ((i == j ? d : 0.0f) + b * m + a * square));
+    });
+    __syncthreads();
+  }
+
+  // T <- a Q^2 + b Q + e M + d I, with Q in the place of T, at most `from`, and T at most `bound`.
+  template <int kProducts>
+  __device__ __forceinline__ void quartic(float a, float b, float e, float d, float from, float bound) {
+    const float q_scale = split_scale(from), scale = split_scale(bound);
+    Own own;
+    multiply<kSize, kProducts>(own, T, T);
+    __syncthreads();
+    for_own_entries<kSize>(own, [&](int i, int j, float sum) {
+      const float square = sum / (q_scale * q_scale), q = T.scaled(i, j) / q_scale;
+      const float m = M.scaled(i, j) / kUnit;
+      T.store(i, j, scale * ((i == j ? d : 0.0f) + e * m + b * q + a * square));
+    });
+    __syncthreads();
+  }
+
+  // The largest of a quadratic m^2 + b m + d on [0, 1], which has its bend inside.
+  static __device__ __forceinline__ float largest(float b, float d) {
+    return fmaxf(fmaxf(fabsf(d), fabsf(1.0f + b + d)), fabsf(d - 0.25f * b * b));
+  }
+
+  // T of one step
+  __device__ __forceinline__ void polynomial(const MinimaxStep<float>& step, float bound) {
+    if (!step.is_quartic()) return quadratic<3>(step.c2, step.c1, step.c0, bound);
+    const float most = largest(step.b, step.d);
+    quadratic<3>(1.0f, step.b, step.d, most);
+    quartic<3>(step.c2, 0.0f, step.c1, step.c0, most, bound);
+  }
+
+  // D = T - t I of one step by R = I - M: with q I the Q of I, Q = q I + V, V = R^2 - (2 + b) R
+  __device__ __forceinline__ void polynomial_of_residual(const MinimaxStep<float>& step, float bound) {
+    if (!step.is_quartic()) return quadratic<1>(step.c2, -(step.c1 + 2.0f * step.c2), 0.0f, bound);
+    const float q = 1.0f + step.b + step.d, slope = -(2.0f + step.b), most = largest(slope, 0.0f);
+    quadratic<1>(1.0f, slope, 0.0f, most);
+    quartic<1>(step.c2, 2.0f * step.c2 * q, -step.c1, 0.0f, most, bound);
+  }
+
   // X <- X T, and unless it is the last step M <- T^p M. In step 0 X and T are given.
-  __device__ __forceinline__ void growth_step(int k, const float (&c)[3], bool last, Power power) {
-    float bound = c[0];
+  __device__ __forceinline__ void growth_step(int k, const MinimaxStep<float>& step, bool last,
+                                              Power power) {
+    float bound = step.at(0.0f);
     if (k > 0) {
-      const float t_scale = split_scale(bound);
-      Own own = {};
-      if (c[2] != 0.0f) multiply<kSize, 3>(own, M, M);
-      for_own_entries<kSize>(own, [&](int i, int j, float sum) {
-        const float square = sum / (kUnit * kUnit), m = M.scaled(i, j) / kUnit;
-        T.store(i, j, t_scale * ((i == j ? c[0] : 0.0f) + c[1] * m + c[2] * square));
-      });
-      __syncthreads();
+      polynomial(step, bound);
       move_root<3>(0.0f, bound);
     }
     if (last) return;
@@ -185,19 +228,15 @@ struct Iteration {
   }
 
   // The same in terms of R = I - M and D = T - t I, small at the end: single products suffice.
-  __device__ __forceinline__ void residual_step(const float (&c)[3], bool last, Power power) {
-    const float t = c[0] + c[1] + c[2], d_scale = split_scale(c[0]);
-    Own own = {};
-    if (c[2] != 0.0f) multiply<kSize, 1>(own, M, M);
-    for_own_entries<kSize>(own, [&](int i, int j, float sum) {
-      const float square = sum / (kUnit * kUnit), r = M.scaled(i, j) / kUnit;
-      T.store(i, j, d_scale * (c[2] * square - (c[1] + 2.0f * c[2]) * r));
-    });
-    __syncthreads();
-    move_root<1>(t, c[0]);
+  __device__ __forceinline__ void residual_step(const MinimaxStep<float>& step, bool last,
+                                                Power power) {
+    const float t = step.at(1.0f), top = step.at(0.0f), d_scale = split_scale(top);
+    polynomial_of_residual(step, top);
+    move_root<1>(t, top);
     if (last) return;
+    Own own;
     // F = D / t, and (I + F)^2 - I = 2 F + F F
-    float bound = fmaxf(1.0f, c[0] / t), scale = d_scale * t, t_power = t;
+    float bound = fmaxf(1.0f, top / t), scale = d_scale * t, t_power = t;
 #pragma unroll 1
     for (int s = 0; s < power.squarings; ++s) {
       const float to = split_scale(3.0f * bound * bound);
@@ -259,16 +298,22 @@ struct Iteration {
     const auto inverse = static_cast<float>(1.0 / bound), low = static_cast<float>(rho / bound);
 
     // Step 0, written in S and S^2:  M = S / bound + low I
-    const float(&c)[3] = schedule.coefficients[0];
-    const float t_scale = split_scale(c[0]);
+    const MinimaxStep<float>& first = schedule.step[0];
+    const bool is_quartic = first.is_quartic();  // then T is its Q at first
+    const float most = largest(first.b, first.d);
+    const float c0 = is_quartic ? first.d : first.c0;
+    const float c1 = is_quartic ? first.b : first.c1, c2 = is_quartic ? 1.0f : first.c2;
+    x_bound = first.at(0.0f);
+    const float start_scale = split_scale(is_quartic ? most : x_bound), t_scale = split_scale(x_bound);
     for_own_entries<kSize>(own, [&](int i, int j, float sum) {
       const float s = inverse * scaled_entry(i, j), square = sum / (s_scale * s_scale);
       const float m = s + (i == j ? low : 0.0f);
       const float m2 = inverse * inverse * square + 2.0f * low * s + (i == j ? low * low : 0.0f);
-      T.store(i, j, t_scale * ((i == j ? c[0] : 0.0f) + c[1] * m + c[2] * m2));
+      T.store(i, j, start_scale * ((i == j ? c0 : 0.0f) + c1 * m + c2 * m2));
       M.store(i, j, kUnit * m);
     });
     __syncthreads();
+    if (is_quartic) quartic<3>(first.c2, 0.0f, first.c1, first.c0, most, x_bound);
 #pragma unroll
     for (int d = 0; d < kStrips; ++d)
 #pragma unroll
@@ -276,13 +321,12 @@ struct Iteration {
         X[d][e / 4][e % 4] = T.scaled(kTile * strip() + row_of(e % 4),
                                       kTile * d + e / 4 * 8 + column_of(e % 4)) /
                              t_scale;
-    x_bound = c[0];
-    growth_step(0, c, schedule.steps == 1, power);
+    growth_step(0, first, schedule.steps == 1, power);
 
     const int first_residual = schedule.steps - schedule.residual;
 #pragma unroll 1
     for (int k = 1; k < first_residual; ++k)
-      growth_step(k, schedule.coefficients[k], k == schedule.steps - 1, power);
+      growth_step(k, schedule.step[k], k == schedule.steps - 1, power);
     if (first_residual < schedule.steps) {
       for_own_entries<kSize>(own, [&](int i, int j, float) {
         M.store(i, j, (i == j ? kUnit : 0.0f) - M.scaled(i, j));
@@ -291,7 +335,7 @@ struct Iteration {
     }
 #pragma unroll 1
     for (int k = first_residual; k < schedule.steps; ++k)
-      residual_step(schedule.coefficients[k], k == schedule.steps - 1, power);
+      residual_step(schedule.step[k], k == schedule.steps - 1, power);
 
     float* rows = M.as_floats();
 #pragma unroll

@@ -1,8 +1,9 @@
 """Inverse p-th roots by a coupled iteration of fixed length: matrix products and nothing else.
 
-T = c0 I + c1 M + c2 M^2;  X <- X T;  M <- T^p M, from X = I and M = (A + ridge I) / bound. The
-coefficients are cushioned minimax polynomials (shampoo/coefficients.json), so the length is known
-before the first product: no convergence test, and nothing to read back from the device. All
+T = c0 I + c1 M + c2 Q^2, Q = M or M^2 + b M + d I;  X <- X T;  M <- T^p M, from X = I and
+M = (A + ridge I) / bound. The coefficients are cushioned minimax polynomials
+(shampoo/roots/coefficients.json), so the length is known before the first product: no convergence
+test, and nothing to read back from the device. All
 matrices are polynomials of one, so every product is symmetric and half of it is enough; but
 rounding makes operands commute only nearly, and in step 0, which decides the accuracy of the root,
 that error must not be mirrored: there products are averaged over both orders of their operands,
@@ -12,13 +13,41 @@ and the first update of M is taken in float64.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from shampoo.kernels.reference.norms import absmax, frobenius, power_of_two
 
-Schedule = tuple[tuple[float, float, float], ...]
+
+class Step(NamedTuple):
+    """``T = c0 I + c1 M + c2 Q^2`` with ``Q = M^2 + b M + d I``, or ``Q = M`` where b = d = 0.
+
+    The first has degree 4 and takes two products, the second has degree 2 and takes one, or degree 1
+    and none.
+    """
+
+    c0: float
+    c1: float
+    c2: float
+    b: float
+    d: float
+
+    @property
+    def degree(self) -> int:
+        """Of T as a polynomial of M."""
+        if self.b or self.d:
+            return 4
+        return 2 if self.c2 else 1
+
+    def at(self, m: float) -> float:
+        """T of an eigenvalue. On [0, 1] it is largest at 0."""
+        q = m * m + self.b * m + self.d if self.degree == 4 else m
+        return self.c0 + self.c1 * m + self.c2 * q * q
+
+
+Schedule = tuple[Step, ...]
 
 
 def minimax_root_(
@@ -39,10 +68,10 @@ def minimax_root_(
         p: The root, an integer.
         eps: Absolute ridge.
         relative_eps: Relative ridge; the schedule must reach down to it.
-        schedule: c0, c1, c2 of every step, one after another.
+        schedule: c0, c1, c2, b, d of every step, one after another.
 
     """
-    steps = triples(schedule)
+    steps = steps_of(schedule)
     pool = _Pool(factor)
     scale = power_of_two(absmax(factor))  # neither A^2 nor its norm can overflow
     S = torch.div(factor, _column(scale, factor), out=pool.take())
@@ -54,17 +83,20 @@ def minimax_root_(
     low = rho / bound
 
     # Step 0, written in S and S^2:  M = S / bound + low I
-    c0, c1, c2 = steps[0]
-    X.mul_(_column(c2 / bound**2, X)).addcmul_(S, _column((c1 + 2 * c2 * low) / bound, S))
-    _add_identity_(X, c0 + c1 * low + c2 * low**2)
+    c0, c1, c2, b, d = steps[0]
+    if steps[0].degree < 4:
+        X.mul_(_column(c2 / bound**2, X)).addcmul_(S, _column((c1 + 2 * c2 * low) / bound, S))
+        _add_identity_(X, c0 + c1 * low + c2 * low**2)
+    else:
+        X.mul_(_column(bound**-2, X)).addcmul_(S, _column((b + 2 * low) / bound, S))
+        _add_identity_(X, d + b * low + low**2)
+        T = torch.mul(S, _column(c1 / bound, S), out=pool.take())
+        X = pool.give(X, T.baddbmm_(X, X, alpha=c2))
+        _add_identity_(X, c0 + c1 * low)
     M = _first_update(X, p, S, bound, low, pool)
 
-    for k, (c0, c1, c2) in enumerate(steps[1:], 1):
-        if c2 != 0.0:
-            T = torch.baddbmm(M, M, M, beta=c1, alpha=c2, out=pool.take())
-        else:
-            T = torch.mul(M, c1, out=pool.take())
-        _add_identity_(T, c0)
+    for k, step in enumerate(steps[1:], 1):
+        T = _polynomial(M, step, pool)
         X = pool.give(X, pool.product(X, T))
         if k + 1 < len(steps):
             P = _power(T, p, pool)
@@ -95,15 +127,15 @@ def minimax_small_root_(
         p: The root, an integer, at least 2.
         eps: Absolute ridge.
         relative_eps: Relative ridge; the schedule must reach down to it.
-        schedule: c0, c1, c2 of every step, one after another; at most 16 steps.
+        schedule: c0, c1, c2, b, d of every step, one after another; at most 16 steps.
 
     """
     minimax_root_(root, ridge, factor, p, eps, relative_eps, schedule)
 
 
-def triples(schedule: Sequence[float]) -> Schedule:
+def steps_of(schedule: Sequence[float]) -> Schedule:
     """The steps of a schedule that came as one list, as an op must take it."""
-    return tuple(zip(schedule[::3], schedule[1::3], schedule[2::3], strict=True))
+    return tuple(Step(*row) for row in zip(*(schedule[k::5] for k in range(5)), strict=True))
 
 
 class _Pool:
@@ -128,6 +160,23 @@ class _Pool:
         """(left right + right left) / 2."""
         out = self.product(left, right)
         return out.baddbmm_(right, left, beta=0.5, alpha=0.5)
+
+
+def _polynomial(M: Tensor, step: Step, pool: _Pool) -> Tensor:
+    """T of one step, in a new buffer."""
+    c0, c1, c2, b, d = step
+    Q = M
+    if step.degree == 4:
+        Q = torch.baddbmm(M, M, M, beta=b, out=pool.take())
+        _add_identity_(Q, d)
+    if c2 != 0.0:
+        T = torch.baddbmm(M, Q, Q, beta=c1, alpha=c2, out=pool.take())
+    else:
+        T = torch.mul(M, c1, out=pool.take())
+    if Q is not M:
+        pool.give(Q)
+    _add_identity_(T, c0)
+    return T
 
 
 def _power(T: Tensor, p: int, pool: _Pool, is_first: bool = False) -> Tensor:

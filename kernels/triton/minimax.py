@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shampoo.kernels.reference.minimax import triples
+from shampoo.kernels.reference.minimax import steps_of
 from shampoo.kernels.triton.minimax_program import ROOT as FINAL
 from shampoo.kernels.triton.minimax_program import (
     SQUARED,
@@ -76,7 +76,7 @@ def minimax_root_(
         p: The root, an integer.
         eps: Absolute ridge.
         relative_eps: Relative ridge; the schedule must reach down to it.
-        schedule: c0, c1, c2 of every step, one after another.
+        schedule: c0, c1, c2, b, d of every step, one after another.
         sizes: [B] int32: the real size of each matrix of a class of sizes. What is beyond is not
             read, and not written to the root. All n by default.
         config: The tiles; by the table of :func:`launch_config` by default.
@@ -84,7 +84,7 @@ def minimax_root_(
     batch, n, _ = factor.shape
     device = factor.device
     config = launch_config(n, device) if config is None else config
-    program = minimax_program(p, triples(schedule), relative_eps)
+    program = minimax_program(p, steps_of(schedule), relative_eps)
     constants, table = _tables(program, eps, relative_eps, device)
     mixed = sizes
     if sizes is None:
@@ -101,13 +101,14 @@ def minimax_root_(
         for _ in range(max(3, program.buffers))
     ]
     first, first_scale = program.matrix
-    grown, root_scale = program.root
-    S = next(buffers[k] for k in range(3) if k not in (first, grown))
+    started, start_scale = program.start
+    S = next(buffers[k] for k in range(3) if k not in (first, started))
 
     absmax_(absmax, factor, mixed)
     normalize_(S, factor, absmax, sizes, scale)
     symmetric_gemm_(
         square,
+        S,
         S,
         S,
         table[0],
@@ -119,19 +120,20 @@ def minimax_root_(
         promote=64,
         add_left=False,
         add_right=False,
+        add_addend=False,
         config=config,
     )
     measure_(norms, ridge, squares, absmax, constants, p)
     start_(
         buffers[first],
-        buffers[grown],
+        buffers[started],
         S,
         square,
         norms,
         constants,
         scale=scale,
         first_scale=first_scale,
-        root_scale=root_scale,
+        start_scale=start_scale,
     )
     for k, step in enumerate(program.products, 1):
         final = step.out == FINAL
@@ -139,6 +141,7 @@ def minimax_root_(
             root if final else buffers[step.out],
             buffers[step.left],
             buffers[step.right],
+            buffers[step.addend],
             table[k],
             sizes,
             norms,
@@ -148,6 +151,7 @@ def minimax_root_(
             promote=step.promote,
             add_left=step.coefficients[1] != 0.0,
             add_right=step.coefficients[2] != 0.0,
+            add_addend=step.coefficients[4] != 0.0,
             config=config,
         )
 
@@ -159,6 +163,6 @@ def _tables(
     """Constants of step 0, and the coefficients of S^2 and of every product, on the device."""
     constants = torch.tensor([eps, relative_eps, *program.first], dtype=torch.float64)
     scale = split_scale(SQUARED)
-    rows = [(1.0 / scale**2, 0.0, 0.0, 0.0), *(step.coefficients for step in program.products)]
+    rows = [(1.0 / scale**2, 0.0, 0.0, 0.0, 0.0), *(step.coefficients for step in program.products)]
     table = torch.tensor(rows, dtype=torch.float32)
     return constants.to(device), table.to(device)

@@ -5,9 +5,10 @@ Nothing here runs on a device. What p, the schedule and the ridge determine is w
 order of the products, which buffers they use, their coefficients and the scales of their operands.
 A launcher then only walks the list, so a refresh never waits for the host.
 
-Every product has the form ``out = a L R + b L + c R + d I``. In growth steps T = c0 I + c1 M + c2
-M^2, X <- X T, M <- T^p M with three fp16 products each; in the last steps, where M is close to I,
-R = I - M and D = T - t I are iterated instead, and single fp16 products lose nothing.
+Every product has the form ``out = a L R + b L + c R + d I + e E``. In growth steps T = c0 I + c1 M
++ c2 Q^2 with Q = M or M^2 + b M + d I, X <- X T, M <- T^p M with three fp16 products each; in the
+last steps, where M is close to I, R = I - M and D = T - t I are iterated instead, and single fp16
+products lose nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import functools
 import math
 from dataclasses import dataclass
 
-from shampoo.kernels.reference.minimax import Schedule
+from shampoo.kernels.reference.minimax import Schedule, Step
 
 ROOT = -1  # the output of the last product
 _TOP = 12  # scaled operands stay below 2^12: 16 times what fits fp16, for what rounding adds
@@ -26,12 +27,13 @@ SQUARED = 2.0  # bound of the entries of the matrix divided by the power of two 
 
 @dataclass(frozen=True)
 class Product:
-    """``out = a left right + b left + c right + d I`` of stored (scaled and split) matrices."""
+    """``out = a left right + b left + c right + d I + e addend`` of stored (scaled, split) matrices."""
 
     left: int
     right: int
+    addend: int
     out: int
-    coefficients: tuple[float, float, float, float]
+    coefficients: tuple[float, float, float, float, float]
     products: int  # 3: split precision; 1: leading bits only; 0: no product, a = 0
     doubled: bool  # left right + right left instead, for half the coefficient
     promote: int  # k after which the partial sum of split products is added to the rounded total
@@ -42,9 +44,9 @@ class MinimaxProgram:
     """All products of one refresh, and what the first elementwise pass has to write."""
 
     p: int
-    first: tuple[float, float, float]  # step 0: X = T = c0 I + c1 M + c2 M^2
+    first: tuple[float, float, float]  # of I, M and M^2 in what step 0 begins with
     matrix: tuple[int, float]  # buffer and scale of M = (S + rho I) / c
-    root: tuple[int, float]  # the same of X after step 0
+    start: tuple[int, float]  # the same of that: of X = T if the step has degree 2, else of Q
     buffers: int
     products: tuple[Product, ...]
 
@@ -64,9 +66,18 @@ def split_scale(bound: float) -> float:
     return 2.0 ** (_TOP - math.ceil(math.log2(bound)))
 
 
-def residual_steps(p: int) -> int:
-    """Last steps that may use single products at the standard level of accuracy."""
-    return 2 if p >= 4 else 1 if p >= 2 else 0
+def residual_steps(p: int, schedule: Schedule) -> int:
+    """Last steps that may use single products at the standard level of accuracy.
+
+    Where the last one has degree 1, the spectrum is near 1 in the one before, too.
+    """
+    last = schedule[-1]
+    return 0 if p < 2 else 2 if p >= 4 and last.degree == 1 else 1
+
+
+def _largest(b: float, d: float) -> float:
+    """Of a quadratic ``m^2 + b m + d`` on [0, 1], which has its bend inside."""
+    return max(abs(d), abs(1.0 + b + d), abs(d - b * b / 4.0))
 
 
 @functools.lru_cache(maxsize=256)
@@ -75,7 +86,7 @@ def minimax_program(p: int, schedule: Schedule, relative_eps: float) -> MinimaxP
 
     Args:
         p: The root, an integer >= 1.
-        schedule: (c0, c1, c2) of every step.
+        schedule: its steps.
         relative_eps: A lower bound of ridge / ||A||_S4, which bounds X; 0 if there is none.
     """
     return _Builder(p, schedule, relative_eps).build()
@@ -93,38 +104,58 @@ class _Builder:
 
     def build(self) -> MinimaxProgram:
         count = len(self.schedule)
-        growth = max(1, count - residual_steps(self.p))
+        growth = max(1, count - residual_steps(self.p, self.schedule))
         M = _Value(self._take(), 1.0)
-        X = _Value(self._take(), self.schedule[0][0])
-        start = M, X
-        for step, (c0, c1, c2) in enumerate(self.schedule):
-            self.step = step
+        matrix = M.buffer, M.scale
+        first, start = self._begin()
+        X = self._first_root(M, start)
+        for k, step in enumerate(self.schedule):
+            self.step = k
             last = self.step == count - 1
             turns = self.step == growth - 1  # from here on M holds I - M
             if self.step < growth:
-                M, X = self._grow(M, X, c0, c1, c2, last, turns)
+                M, X = self._grow(M, X, step, last, turns)
             else:
-                M, X = self._contract(M, X, c0, c1, c2, last)
+                M, X = self._contract(M, X, step, last)
         if count == 1:
             self._multiply(X, X, ROOT, 1.0, b=1.0, products=0)
-        first, second = ((value.buffer, value.scale) for value in start)
-        products = tuple(self.products)
-        return MinimaxProgram(self.p, self.schedule[0], first, second, self.buffers, products)
+        return MinimaxProgram(
+            self.p, first, matrix, (start.buffer, start.scale), self.buffers, tuple(self.products)
+        )
+
+    def _begin(self) -> tuple[tuple[float, float, float], _Value]:
+        """What the first elementwise pass makes of I, M and M^2 beside M."""
+        c0, c1, c2, b, d = step = self.schedule[0]
+        if step.degree < 4:
+            return (c0, c1, c2), _Value(self._take(), c0)
+        return (d, b, 1.0), _Value(self._take(), _largest(b, d))
+
+    def _first_root(self, M: _Value, start: _Value) -> _Value:
+        """X = T of step 0."""
+        step = self.schedule[0]
+        if step.degree < 4:
+            return start
+        X = self._multiply(
+            start, start, None, step.at(0.0), a=step.c2, d=step.c0, e=step.c1, addend=M
+        )
+        self._give(start)
+        return X
 
     def _grow(
-        self, M: _Value, X: _Value, c0: float, c1: float, c2: float, last: bool, turns: bool
+        self, M: _Value, X: _Value, step: Step, last: bool, turns: bool
     ) -> tuple[_Value, _Value]:
-        bound = min(X.bound * c0, self.limit)
+        top = step.at(0.0)
+        bound = min(X.bound * top, self.limit)
         if self.step == 0:
             T = X  # X = I so far
-        elif last and c2 == 0.0:  # X T = c0 X + c1 X M needs no T
-            return M, self._replace(X, M, bound, a=c1, b=c0, last=True)
+        elif last and step.degree == 1:  # X T = c0 X + c1 X M needs no T
+            return M, self._replace(X, M, bound, a=step.c1, b=step.c0, last=True)
         else:
-            T = self._multiply(M, M, None, c0, a=c2, b=c1, d=c0, products=3 if c2 else 0)
+            T = self._polynomial(M, step, top)
             X = self._replace(X, T, bound, last=last)
         if last:
             return M, X
-        P = self._power(T, c0)
+        P = self._power(T, top)
         sign = -1.0 if turns else 1.0
         update = self._multiply(
             P, M, None, 1.0, a=sign, d=1.0 if turns else 0.0, doubled=self.step == 0
@@ -136,28 +167,48 @@ class _Builder:
         self._give(M)
         return update, X
 
-    def _contract(
-        self, R: _Value, X: _Value, c0: float, c1: float, c2: float, last: bool
-    ) -> tuple[_Value, _Value]:
-        t, bound = c0 + c1 + c2, min(X.bound * c0, self.limit)
-        slope = -(c1 + 2.0 * c2)
-        if last and c2 == 0.0:  # X T = t X - c1 X R
-            return R, self._replace(X, R, bound, a=slope, b=t, products=1, last=True)
-        D = self._multiply(R, R, None, c0 + t, a=c2, b=slope, products=1 if c2 else 0)
+    def _polynomial(self, M: _Value, step: Step, top: float) -> _Value:
+        """T of a step, at most ``top``."""
+        c0, c1, c2, b, d = step
+        if step.degree < 4:
+            return self._multiply(M, M, None, top, a=c2, b=c1, d=c0, products=3 if c2 else 0)
+        Q = self._multiply(M, M, None, _largest(b, d), b=b, d=d)
+        T = self._multiply(Q, Q, None, top, a=c2, d=c0, e=c1, addend=M)
+        self._give(Q)
+        return T
+
+    def _polynomial_of_residual(self, R: _Value, step: Step, bound: float) -> _Value:
+        """D = T - t I by R = I - M: with q I the Q of I, Q = q I + V, V = R^2 - (2 + b) R."""
+        _, c1, c2, b, d = step
+        if step.degree < 4:
+            slope = -(c1 + 2.0 * c2)
+            return self._multiply(R, R, None, bound, a=c2, b=slope, products=1 if c2 else 0)
+        q, slope = 1.0 + b + d, -(2.0 + b)
+        V = self._multiply(R, R, None, _largest(slope, 0.0), b=slope, products=1)
+        D = self._multiply(V, V, None, bound, a=c2, b=2.0 * c2 * q, e=-c1, addend=R, products=1)
+        self._give(V)
+        return D
+
+    def _contract(self, R: _Value, X: _Value, step: Step, last: bool) -> tuple[_Value, _Value]:
+        top, t = step.at(0.0), step.at(1.0)
+        bound = min(X.bound * top, self.limit)
+        if last and step.degree == 1:  # X T = t X - c1 X R
+            return R, self._replace(X, R, bound, a=-step.c1, b=t, products=1, last=True)
+        D = self._polynomial_of_residual(R, step, top + t)
         X = self._replace(X, D, bound, a=1.0, b=t, products=1, last=last)
         if last:
             return R, X
         # (I + D/t)^p - I, then I - M' = (1 - t^p) I - t^p (Q - R - Q R)
         F = _Value(D.buffer, D.bound)
-        Q = self._power_less_identity(F, t, c0 / t)
+        Q = self._power_less_identity(F, t, top / t)
         tp = t**self.p
         update = self._multiply(Q, R, None, 1.0, a=tp, b=-tp, c=tp, d=1.0 - tp, products=1)
         for value in (Q, R):
             self._give(value)
         return update, X
 
-    def _power(self, T: _Value, c0: float) -> _Value:
-        """T^p by binary powering. T stays."""
+    def _power(self, T: _Value, top: float) -> _Value:
+        """T^p by binary powering, T at most ``top``. T stays."""
         out: _Value | None = None
         square, degree, done, rest = T, 1, 0, self.p
         while True:
@@ -166,7 +217,7 @@ class _Builder:
                 if out is None:
                     out = square
                 else:
-                    product = self._multiply(out, square, None, c0**done, doubled=self.step == 0)
+                    product = self._multiply(out, square, None, top**done, doubled=self.step == 0)
                     self._give_unless(out, T, square)
                     out = product
             rest >>= 1
@@ -175,7 +226,7 @@ class _Builder:
                 self._give_unless(square, T, out)
                 return out
             degree *= 2
-            product = self._multiply(square, square, None, c0**degree)
+            product = self._multiply(square, square, None, top**degree)
             self._give_unless(square, T, out)
             square = product
 
@@ -246,9 +297,12 @@ class _Builder:
         b: float = 0.0,
         c: float = 0.0,
         d: float = 0.0,
+        e: float = 0.0,
+        addend: _Value | None = None,
         products: int = 3,
         doubled: bool = False,
     ) -> _Value:
+        addend = left if addend is None else addend
         value = _Value(self._take() if out is None else out, bound)
         scale = 1.0 if out == ROOT else value.scale
         a = 0.0 if products == 0 else a * (0.5 if doubled else 1.0)
@@ -257,12 +311,20 @@ class _Builder:
             b * scale / left.scale,
             c * scale / right.scale,
             d * scale,
+            e * scale / addend.scale,
         )
         # Early products must not lose what the smallest eigenvalues still need; see roots.md 5.2.
         promote = 64 if self.step < 2 else 256
         self.products.append(
             Product(
-                left.buffer, right.buffer, value.buffer, coefficients, products, doubled, promote
+                left.buffer,
+                right.buffer,
+                addend.buffer,
+                value.buffer,
+                coefficients,
+                products,
+                doubled,
+                promote,
             )
         )
         return value

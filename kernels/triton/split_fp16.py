@@ -182,7 +182,7 @@ def measure_(
 @triton.jit
 def start_kernel(
     first_split,
-    root_split,
+    start_split,
     split,
     square,
     norms,
@@ -190,10 +190,10 @@ def start_kernel(
     size,
     inverse_scale,
     first_scale,
-    root_scale,
+    start_scale,
     BLOCK: tl.constexpr,
 ):
-    """``M = S / c + r I`` and ``X = c0 I + c1 M + c2 M^2``, both scaled and split."""
+    """``M = S / c + r I`` and ``Y = c0 I + c1 M + c2 M^2``, both scaled and split."""
     matrix = tl.program_id(0)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     rest = size * size
@@ -212,15 +212,15 @@ def start_kernel(
     M = S * inverse.to(tl.float32) + tl.where(diagonal, low.to(tl.float32), 0.0)
     linear = ((c1 + 2.0 * c2 * low) * inverse).to(tl.float32)
     constant = (c0 + c1 * low + c2 * low * low).to(tl.float32)
-    X = S * linear + S2 * (c2 * inverse * inverse).to(tl.float32)
-    X += tl.where(diagonal, constant, 0.0)
+    Y = S * linear + S2 * (c2 * inverse * inverse).to(tl.float32)
+    Y += tl.where(diagonal, constant, 0.0)
     store_split(first_split + 2 * base, at, rest, M * first_scale, inside)
-    store_split(root_split + 2 * base, at, rest, X * root_scale, inside)
+    store_split(start_split + 2 * base, at, rest, Y * start_scale, inside)
 
 
 def start_(
     first: Tensor,
-    root: Tensor,
+    start: Tensor,
     split: Tensor,
     square: Tensor,
     norms: Tensor,
@@ -228,25 +228,25 @@ def start_(
     *,
     scale: float,
     first_scale: float,
-    root_scale: float,
+    start_scale: float,
 ) -> None:
-    """Step 0, elementwise: ``M = S / c + (rho / c) I`` and ``X = c0 I + c1 M + c2 M^2``.
+    """Step 0, elementwise: ``M = S / c + (rho / c) I`` and ``Y = c0 I + c1 M + c2 M^2``.
 
     Args:
         first: [B, 2, N, N] float16, written: M times ``first_scale``.
-        root: The same: X times ``root_scale``.
+        start: The same: Y times ``start_scale``.
         split: The same, read: S times ``scale``.
         square: [B, N, N] float32: S^2.
         norms: [B, 4] float64 from :func:`measure_`.
         constants: float64: eps, relative_eps, c0, c1, c2.
         scale: A power of two, as are the other two.
         first_scale: Of M.
-        root_scale: Of X.
+        start_scale: Of Y.
     """
     batch, _, size, _ = split.shape
     start_kernel[(batch, triton.cdiv(size * size, _ELEMENTS))](
         first,
-        root,
+        start,
         split,
         square,
         norms,
@@ -254,7 +254,7 @@ def start_(
         size,
         1.0 / scale,
         first_scale,
-        root_scale,
+        start_scale,
         BLOCK=_ELEMENTS,
         num_warps=8,
     )

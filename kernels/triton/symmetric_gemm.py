@@ -122,7 +122,8 @@ def symmetric_gemm_kernel(
     out,  # [B, 2, N, N] fp16 (SPLIT), or [B, n, n] float32 (ROOT), or [B, N, N] float32 (SQUARE)
     left,  # [B, 2, N, N]
     right,  # [B, 2, N, N]
-    coefficients,  # [4] float32
+    addend,  # [B, 2, N, N]
+    coefficients,  # [5] float32
     sizes,  # [B] int32: real sizes
     norms,  # ROOT: [B, 4] float64, read; SQUARE: [B, tiles] float64, written; else unused
     size,  # N
@@ -134,11 +135,12 @@ def symmetric_gemm_kernel(
     PROMOTE: tl.constexpr,
     ADD_LEFT: tl.constexpr,
     ADD_RIGHT: tl.constexpr,
+    ADD_ADDEND: tl.constexpr,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One upper tile and its mirror image of ``a left right + b left + c right + d I``."""
+    """One upper tile and its mirror image of ``a left right + b left + c right + d I + e addend``."""
     matrix = tl.program_id(0) // count
     tile = tl.program_id(0) % count
     row_tile, col_tile = triangle(tile)
@@ -164,6 +166,9 @@ def symmetric_gemm_kernel(
         value += tl.load(coefficients + 1) * _load_split(left, rows, cols, size)
     if ADD_RIGHT:
         value += tl.load(coefficients + 2) * _load_split(right, rows, cols, size)
+    if ADD_ADDEND:
+        addend += matrix.to(tl.int64) * 2 * size * size
+        value += tl.load(coefficients + 4) * _load_split(addend, rows, cols, size)
     diagonal = rows[:, None] == cols[None, :]
     value += tl.where(diagonal, tl.load(coefficients + 3), 0.0)
     if row_tile == col_tile:
@@ -199,6 +204,7 @@ def symmetric_gemm_(
     out: Tensor,
     left: Tensor,
     right: Tensor,
+    addend: Tensor,
     coefficients: Tensor,
     sizes: Tensor,
     norms: Tensor,
@@ -209,9 +215,10 @@ def symmetric_gemm_(
     promote: int,
     add_left: bool,
     add_right: bool,
+    add_addend: bool,
     config: LaunchConfig,
 ) -> None:
-    """``out = a left right + b left + c right + d I`` for every matrix, bitwise symmetric.
+    """``out = a left right + b left + c right + d I + e addend``, bitwise symmetric matrices.
 
     Args:
         out: By ``kind``: fp16 [B, 2, N, N] (``SPLIT``); float32 [B, n, n] with unit column
@@ -219,7 +226,8 @@ def symmetric_gemm_(
             norm of every tile left in ``norms`` (``SQUARE``). Must not overlap an operand.
         left: [B, 2, N, N] float16, symmetric; N a multiple of the block.
         right: The same; the exact matrices must commute.
-        coefficients: [4] float32 on the device: (a, b, c, d) for stored values.
+        addend: The same.
+        coefficients: [5] float32 on the device: (a, b, c, d, e) for stored values.
         sizes: [B] int32: matrices end here, what is beyond counts as zero and is not written.
         norms: [B, 4] float64 (``ROOT``) or [B, tiles] float64 (``SQUARE``).
         kind: What ``out`` is.
@@ -228,6 +236,7 @@ def symmetric_gemm_(
         promote: k after which three products start a fresh accumulator; ``config`` may say fewer.
         add_left: Whether b is not zero.
         add_right: Whether c is not zero.
+        add_addend: Whether e is not zero.
         config: The tiles.
     """
     batch, _, size, _ = left.shape
@@ -236,6 +245,7 @@ def symmetric_gemm_(
         out,
         left,
         right,
+        addend,
         coefficients,
         sizes,
         norms,
@@ -248,6 +258,7 @@ def symmetric_gemm_(
         PROMOTE=min(promote, config.promote),
         ADD_LEFT=add_left,
         ADD_RIGHT=add_right,
+        ADD_ADDEND=add_addend,
         KIND=kind,
         BLOCK=config.block,
         BLOCK_K=config.block_k,

@@ -6,7 +6,7 @@ import functools
 import json
 from importlib import resources
 
-from shampoo.kernels.reference.minimax import Schedule
+from shampoo.kernels.reference.minimax import Schedule, Step
 
 
 @functools.cache
@@ -16,7 +16,7 @@ def _table() -> dict[int, list[tuple[float, Schedule]]]:
     return {
         int(p): sorted(
             (
-                (float(eps), tuple((*step,) for step in row["coefficients"]))
+                (float(eps), tuple(Step(*step) for step in row["coefficients"]))
                 for eps, row in rows.items()
             ),
             reverse=True,

@@ -22,12 +22,12 @@ Value* at(uintptr_t address) {
 
 void minimax_small_root_(uintptr_t root, uintptr_t ridge, uintptr_t factor, int64_t n,
                          int64_t batch, int p, double eps, double relative_eps,
-                         const std::vector<std::tuple<float, float, float>>& coefficients,
+                         const std::vector<std::tuple<float, float, float, float, float>>& steps,
                          int residual) {
-  MinimaxSchedule schedule{static_cast<int32_t>(coefficients.size()), residual, {}};
-  for (size_t k = 0; k < coefficients.size(); ++k) {
-    float(&c)[3] = schedule.coefficients[k];
-    std::tie(c[0], c[1], c[2]) = coefficients[k];
+  MinimaxSchedule schedule{static_cast<int32_t>(steps.size()), residual, {}};
+  for (size_t k = 0; k < steps.size(); ++k) {
+    auto& [c0, c1, c2, b, d] = schedule.step[k];
+    std::tie(c0, c1, c2, b, d) = steps[k];
   }
   minimax_small_root(at<float>(root), at<double>(ridge), at<const float>(factor), n, batch, p, eps,
                      relative_eps, schedule, nullptr);

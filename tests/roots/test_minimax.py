@@ -13,7 +13,7 @@ from shampoo import ops
 from shampoo.kernels.reference import minimax
 from shampoo.roots.minimax_table import minimax_schedule
 
-NEWTON = [1.25, -0.25, 0.0]  # a step of degree one, for p = 4
+NEWTON = [1.25, -0.25, 0.0, 0.0, 0.0]  # a step of degree one, for p = 4
 SIZES = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 65, 257]
 
 
@@ -148,7 +148,7 @@ WRONG = [
     ("ridge", torch.ones(2), r"ridge is Float of shape \[2\]. Must be contiguous float64"),
     ("ridge", torch.ones(3).double(), r"ridge is Double of shape \[3\].*of shape \[2\]"),
     ("p", 0, r"Invalid p=0. Must be >= 1"),
-    ("schedule", [], r"schedule has 0 coefficients. Must have three for each step"),
+    ("schedule", [], r"schedule has 0 coefficients. Must have five for each step, and 1 to"),
     ("schedule", [1.0] * 4, r"schedule has 4 coefficients"),
 ]
 

@@ -54,7 +54,7 @@ def test_float32_takes_the_fast_path(order, exponent, monkeypatch):
 def test_it_has_a_schedule_and_the_fused_kernels_take_it():
     assert 2 in tabulated_powers()
     root = torch.empty(1, 64, 64)
-    schedule = [1.0] * 21
+    schedule = [1.0] * 35
     assert supports.minimax_small_root(root, torch.empty(1), root, 2, 0.0, 0.0, schedule)
     assert not supports.minimax_small_root(root, torch.empty(1), root, 1, 0.0, 0.0, schedule)
 

@@ -48,12 +48,15 @@ def merged(parts):
     return (parts[:, 0].double() + parts[:, 1].double()) / SCALE
 
 
-def multiply(left, right, sizes, coefficients, kind=SPLIT, norms=None, out=None, **options):
+def multiply(
+    left, right, sizes, coefficients, kind=SPLIT, norms=None, out=None, addend=None, **options
+):
     """The kernel on stored values, with coefficients for real ones."""
-    a, b, c, d = coefficients
+    a, b, c, d, *rest = coefficients
+    e = rest[0] if rest else 0.0
     a = 0.0 if options.get("products") == 0 else a
     scale = SCALE if kind == SPLIT else 1.0
-    stored = torch.tensor([a / SCALE**2, b / SCALE, c / SCALE, d]) * scale
+    stored = torch.tensor([a / SCALE**2, b / SCALE, c / SCALE, d, e / SCALE]) * scale
     out = torch.empty_like(left) if out is None else out
     norms = torch.empty(len(sizes), 4, dtype=torch.float64) if norms is None else norms
     options = {"products": 3, "doubled": False, "promote": 64, "config": CONFIG} | options
@@ -61,12 +64,14 @@ def multiply(left, right, sizes, coefficients, kind=SPLIT, norms=None, out=None,
         out,
         left,
         right,
+        left if addend is None else addend,
         stored,
         torch.tensor(sizes, dtype=torch.int32),
         norms,
         kind=kind,
         add_left=b != 0,
         add_right=c != 0,
+        add_addend=e != 0,
         **options,
     )
     return out
@@ -95,6 +100,8 @@ FORMS = {
     "residual": ((1.0, 1.1, 0.0, 0.0), {"products": 1}),
     "power": ((1.0, 2.0, 0.0, 0.0), {"products": 1}),
     "update": ((0.9, -0.9, 0.9, 0.1), {"products": 1}),
+    "fourth power": ((65.7, 0.0, 0.0, 0.9, -0.8), {"promote": 256}),
+    "residual of it": ((65.7, -3.1, 0.0, 0.0, 0.8), {"products": 1}),
     "copy": ((0.0, 1.5, -0.25, 0.5), {"products": 0}),
 }
 
@@ -102,17 +109,18 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_at_ragged_sizes(form):
     coefficients, options = FORMS[form]
-    a, b, c, d = coefficients
+    a, b, c, d, *rest = coefficients
+    e = rest[0] if rest else 0.0
     if options.get("doubled"):
         a *= 2
-    left, right = (split(stack) for stack in commuting(SIZES))
-    out = merged(multiply(left[0], right[0], SIZES, coefficients, **options))
-    for n, got, L, R in zip(SIZES, out, left[1], right[1], strict=True):
+    left, right, addend = (split(stack) for stack in commuting(SIZES, 3))
+    out = multiply(left[0], right[0], SIZES, coefficients, addend=addend[0], **options)
+    for n, got, L, R, E in zip(SIZES, merged(out), left[1], right[1], addend[1], strict=True):
         beyond = padded(n, CONFIG.block)
         assert got[:beyond, beyond:].isnan().all()  # no work on padding
         assert got[beyond:].isnan().all()
-        got, L, R = got[:n, :n], L[:n, :n], R[:n, :n]
-        truth = a * L @ R + b * L + c * R + d * torch.eye(n, dtype=torch.float64)
+        got, L, R, E = (each[:n, :n] for each in (got, L, R, E))
+        truth = a * L @ R + b * L + c * R + d * torch.eye(n, dtype=torch.float64) + e * E
         assert torch.equal(got, got.mT)
         lost = {3: LOST, 1: 2**-10, 0: 2**-21}[options.get("products", 3)]
         # An entry of a symmetric product is off by the rounding of its rows; the mirrored half
@@ -282,7 +290,7 @@ def test_norms_and_the_first_step():
         constants,
         scale=SCALE,
         first_scale=2 * SCALE,
-        root_scale=SCALE / 2,
+        start_scale=SCALE / 2,
     )
     eye = torch.eye(96, dtype=torch.float64)
     M = S / (b + rho)[:, None, None] + (rho / (b + rho))[:, None, None] * eye
