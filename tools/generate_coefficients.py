@@ -6,8 +6,8 @@
 Every iterate is a polynomial of one symmetric matrix, so everything here is scalar: an eigenvalue m
 of M goes to T(m)^p m and must end at 1; the eigenvalue x of X must end at m0^(-1/p).
 
-Any polynomial of degree 4 has this form, and so takes two products. Q = (M - s I)^2 + h I, and with s
-inside of the interval all terms are small: in powers of M, terms of 120 would leave a sum of 1.
+Any polynomial of degree 4 has this form, and so takes two products. Q = (M - s I)^2 + h I, and
+with s inside of the interval all terms are small: in powers of M, terms of 120 leave a sum of 1.
 
 One step on [l, 1] minimises E = max |1 - m^(1/p) T(m)| over the coefficients. The functions
 m^(1/p), m^(1/p+1), ..., are a Chebyshev system, so the optimum equioscillates in degree + 2
@@ -22,10 +22,10 @@ that carry the gradient. The cushion avoids it: optimise on [max(l, l_tau), 1], 
 on the true interval reaches the tolerance, that is the last step (centred on 1, not rescaled).
 
 Rounding decides which steps have degree 4, measured on factors of a training run. For p = 2 and 3
-these are the first: they bring the small eigenvalues out of the noise of later steps. From p = 4 on,
-where a step of degree 2 does so already, they are the last. For p = 1, whose X spans all that float32
-has, there are none. Of the schedules with the fewest products the one with the last step of the
-lowest degree is taken: kernels in half precision take what is near 1 in single products.
+these are the first: they bring the small eigenvalues out of the noise of later steps. From p = 4
+on, where a step of degree 2 does so already, they are the last. For p = 1, whose X spans all that
+float32 has, there are none. Of the schedules with the fewest products the one with the last step of
+the lowest degree is taken: kernels in half precision take what is near 1 in single products.
 
     python tools/generate_coefficients.py --out FILE      write the table (a few seconds)
     python tools/generate_coefficients.py --check FILE    regenerate, compare within 1e-6, and
@@ -127,11 +127,11 @@ def power_gemms(p: int) -> int:
 
 
 def coefficients(a: list[Any]) -> list[float]:
-    """``c0, c1, c2, b, d`` of a polynomial that is given by its powers of M; b = d = 0 up to degree 2."""
+    """``c0, c1, c2, b, d`` of a polynomial given by its powers of M; b = d = 0 up to degree 2."""
     if len(a) < 5:
         return [float(x) for x in a] + [0.0] * (5 - len(a))
     s = -a[3] / (4 * a[4])
-    # By powers of M - s I, of which the third is gone; then the second is, by completing the square.
+    # By powers of M - s I, of which the third is gone; completing the square, the second goes too.
     e = [sum(a[k] * mp.binomial(k, j) * s ** (k - j) for k in range(j, 5)) for j in range(5)]
     h = e[2] / (2 * e[4])
     c0, c1, c2 = e[0] - e[1] * s - e[4] * h**2, e[1], e[4]

@@ -1,10 +1,11 @@
 // Replaces the chain of batched products of kernels/reference/minimax.py for small matrices: one block keeps
 // one matrix in shared memory and registers for the whole iteration.
 //
-// T = c0 I + c1 M + c2 Q^2, Q = M or M^2 + b M + d I;  X <- X T;  M <- T^p M. M and T, or Q, lie in shared memory as planes of halves
-// (split_fp16.h); X stays in registers, 16 rows a warp, where the accumulators of one product are the
-// operand of the next. All products but X T and the first update of M compute one of (i, j) and
-// (j, i) and mirror it. It loses to one product a launch as soon as n exceeds what a block can hold.
+// T = c0 I + c1 M + c2 Q^2, Q = M or M^2 + b M + d I;  X <- X T;  M <- T^p M. M and T, or Q, lie in
+// shared memory as planes of halves (split_fp16.h); X stays in registers, 16 rows a warp, where the
+// accumulators of one product are the operand of the next. All products but X T and the first update of
+// M compute one of (i, j) and (j, i) and mirror it. It loses to one product a launch as soon as n
+// exceeds what a block can hold.
 #include <cmath>
 
 #include "cuda/launch.h"
@@ -182,14 +183,14 @@ struct Iteration {
   }
 
   // The largest of a quadratic m^2 + b m + d on [0, 1], which has its bend inside.
-  static __device__ __forceinline__ float largest(float b, float d) {
+  static __device__ __forceinline__ float most_of(float b, float d) {
     return fmaxf(fmaxf(fabsf(d), fabsf(1.0f + b + d)), fabsf(d - 0.25f * b * b));
   }
 
   // T of one step
   __device__ __forceinline__ void polynomial(const MinimaxStep<float>& step, float bound) {
     if (!step.is_quartic()) return quadratic<3>(step.c2, step.c1, step.c0, bound);
-    const float most = largest(step.b, step.d);
+    const float most = most_of(step.b, step.d);
     quadratic<3>(1.0f, step.b, step.d, most);
     quartic<3>(step.c2, 0.0f, step.c1, step.c0, most, bound);
   }
@@ -197,7 +198,7 @@ struct Iteration {
   // D = T - t I of one step by R = I - M: with q I the Q of I, Q = q I + V, V = R^2 - (2 + b) R
   __device__ __forceinline__ void polynomial_of_residual(const MinimaxStep<float>& step, float bound) {
     if (!step.is_quartic()) return quadratic<1>(step.c2, -(step.c1 + 2.0f * step.c2), 0.0f, bound);
-    const float q = 1.0f + step.b + step.d, slope = -(2.0f + step.b), most = largest(slope, 0.0f);
+    const float q = 1.0f + step.b + step.d, slope = -(2.0f + step.b), most = most_of(slope, 0.0f);
     quadratic<1>(1.0f, slope, 0.0f, most);
     quartic<1>(step.c2, 2.0f * step.c2 * q, -step.c1, 0.0f, most, bound);
   }
@@ -300,7 +301,7 @@ struct Iteration {
     // Step 0, written in S and S^2:  M = S / bound + low I
     const MinimaxStep<float>& first = schedule.step[0];
     const bool is_quartic = first.is_quartic();  // then T is its Q at first
-    const float most = largest(first.b, first.d);
+    const float most = most_of(first.b, first.d);
     const float c0 = is_quartic ? first.d : first.c0;
     const float c1 = is_quartic ? first.b : first.c1, c2 = is_quartic ? 1.0f : first.c2;
     x_bound = first.at(0.0f);

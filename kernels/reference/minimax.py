@@ -24,8 +24,8 @@ from shampoo.kernels.reference.norms import absmax, frobenius, power_of_two
 class Step(NamedTuple):
     """``T = c0 I + c1 M + c2 Q^2`` with ``Q = M^2 + b M + d I``, or ``Q = M`` where b = d = 0.
 
-    The first has degree 4 and takes two products, the second has degree 2 and takes one, or degree 1
-    and none.
+    The first has degree 4 and takes two products; the second has degree 2 and takes one, or 1 and
+    none.
     """
 
     c0: float

@@ -27,7 +27,7 @@ SQUARED = 2.0  # bound of the entries of the matrix divided by the power of two 
 
 @dataclass(frozen=True)
 class Product:
-    """``out = a left right + b left + c right + d I + e addend`` of stored (scaled, split) matrices."""
+    """``out = a left right + b left + c right + d I + e addend``, all stored: scaled and split."""
 
     left: int
     right: int

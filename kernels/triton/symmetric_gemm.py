@@ -140,7 +140,7 @@ def symmetric_gemm_kernel(
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One upper tile and its mirror image of ``a left right + b left + c right + d I + e addend``."""
+    """One upper tile of ``a left right + b left + c right + d I + e addend``, and its mirror."""
     matrix = tl.program_id(0) // count
     tile = tl.program_id(0) % count
     row_tile, col_tile = triangle(tile)

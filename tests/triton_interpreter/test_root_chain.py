@@ -88,7 +88,7 @@ def test_zero_rank_one_and_zero_rows():
     holes[3], holes[:, 3] = 0, 0
     A = torch.stack([torch.zeros(65, 65), column @ column.mT, holes])
     root, ridge = solve(A, 4, 1e-4, eps=1e-8, config=CONFIG)
-    assert error(root[0], 1e2 * torch.eye(65).double()) <= 1e-3
+    assert error(root[0], 1e2 * torch.eye(65).double()) <= 1e2 * 5e-4  # the tolerance of a schedule
     for matrix, X, used in zip(A[1:], root[1:], ridge[1:], strict=True):
         assert Exact(matrix).error(X, 4, used.item()) <= 4 * 2e-3
 
