@@ -54,6 +54,5 @@ def inverse_root(
     root = torch.empty_like(A, memory_format=torch.contiguous_format)
     ridge = torch.empty(len(A), dtype=torch.float64, device=A.device)
     for rows in chunks(A):
-        reads = A.device.type == "cpu"
-        solve_(root[rows], ridge[rows], A[rows], p, eps, relative_eps, method, reads)
+        solve_(root[rows], ridge[rows], A[rows], p, eps, relative_eps, method)
     return root
