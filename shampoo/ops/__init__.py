@@ -12,10 +12,17 @@ from shampoo.kernels.reference.ops import Number
 from shampoo.ops import supports
 from shampoo.ops.licence import REFERENCE
 from shampoo.ops.registry import OPS, Cpp, Cuda, Op, Triton, declare, has_kernel
-from shampoo.ops.routes import confine_cpu, grant, kernels, load_kernels, runs_kernel_on_cpu
+from shampoo.ops.routes import (
+    are_loaded,
+    confine_cpu,
+    grant,
+    kernels,
+    load_kernels,
+    runs_kernel_on_cpu,
+)
 
 __all__ = ["OPS", "REFERENCE", "Number", "grant", "has_kernel", "kernels", "load_kernels"]
-__all__ += ["confine_cpu", "runs_kernel_on_cpu"]
+__all__ += ["are_loaded", "confine_cpu", "runs_kernel_on_cpu"]
 __all__ += ["gather_blocks_", "graft_moments_", "graft_scale_", "magnitudes_"]
 __all__ += ["update_blocks_"]
 __all__ += ["gram_ema_", "precondition_"]
