@@ -24,6 +24,7 @@ def inverse_root(
     relative_eps: float = 1e-6,
     method: str = "auto",
 ) -> Tensor:
+    """:func:`shampoo.roots.inverse_root`, whose words these are replaced by."""
     check_stack(A)
     is_real = not torch.compiler.is_compiling() and active_fake_mode() is None
     if is_real and A.device.type in ("cpu", "cuda"):
