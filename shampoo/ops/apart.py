@@ -17,8 +17,8 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
-# Isolated, with the path of the parent: what is imported here is what is imported there. While it is
-# imported nothing becomes garbage, for which Python would look a hundred times.
+# Isolated, with the path of the parent: what is imported here is what is imported there. Meanwhile
+# nothing becomes garbage, for which Python would look a hundred times.
 _START = (
     "import gc; gc.disable(); import sys; sys.path[:] = {path!r}; from shampoo.ops import apart;"
     " gc.freeze(); gc.enable(); apart._serve({end})"
