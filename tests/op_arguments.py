@@ -100,6 +100,23 @@ def good_arguments() -> SimpleNamespace:
         "ridge": ridge,
         "p": 4.0,
     }
+    diagonal = {
+        "root": torch.randn(2, 4, 4),
+        "ridge": ridge.clone(),
+        "factor": factor,
+        "p": 4.0,
+        "eps": 0.0,
+        "relative_eps": 1e-2,
+    }
+    keep = {
+        "root": torch.zeros(2, 4, 4),
+        "outcome": torch.empty(2, dtype=torch.uint8),
+        "failures": torch.zeros(2, dtype=torch.int32),
+        "ready": torch.empty(2, dtype=torch.bool),
+        "candidate": factor.clone(),
+        "ok": torch.tensor([True, False]),
+        "accepted": torch.tensor(True),
+    }
     magnitudes = {
         "out": torch.empty(2, dtype=torch.float64),
         "tensors": [torch.randn(4, 3), torch.randn(5)],
@@ -115,5 +132,7 @@ def good_arguments() -> SimpleNamespace:
         magnitudes_=magnitudes,
         minimax_root_=root,
         minimax_small_root_=root,
+        diagonal_root_=diagonal,
         check_roots_=check,
+        keep_roots_=keep,
     )

@@ -4,10 +4,11 @@ import functools
 import importlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from shampoo.errors import warn_outside
 from shampoo.ops import backends, jit
@@ -21,6 +22,7 @@ Choices = Mapping[str, Sequence[tuple[float, str]]]
 """By dtype: sizes that ascend up to infinity, and the kernel that runs up to each of them."""
 
 CPU = torch.device("cpu")
+_MOST_LAYOUTS = 64  # of stacks for which it is known what runs them
 
 _routes: dict[str, Run] = {}  # what runs on CUDA devices, where not the reference
 _licences: dict[torch.device, Licence] = {}  # of the CUDA devices that were asked about
@@ -86,6 +88,11 @@ def _load_licensed(licence: Licence | None, insists: bool, required: bool) -> st
 
 
 _state: list[Any] = []  # of the last choice: backend, table, kinds, and whether licences count
+
+
+def are_loaded() -> bool:
+    """Whether :func:`load_kernels` has chosen kernels in this process, be they references."""
+    return bool(_state)
 
 
 def grant(device: torch.device, licence: Licence) -> None:
@@ -290,18 +297,47 @@ def _switch_by_stack(
     kernels: Mapping[str, tuple[Run, Supports | None]],
     choose: Callable[[Sequence[Any]], str],
 ) -> Run:
-    """One call of each kernel that is chosen for some of the stacks, and dtype of blocks."""
+    """One call of each kernel that is chosen for some of the stacks, and dtype of blocks.
+
+    What is chosen is kept for stacks of the same layouts: a step has the same ones every time.
+    """
     at = op.arguments.index("grads")
+    known: dict[Hashable, list[tuple[Run, list[int]]]] = {}
+
+    def grouped(calls: Sequence[Sequence[Any]]) -> list[tuple[Run, list[int]]]:
+        groups: dict[tuple[Run, torch.dtype], list[int]] = {}
+        for place, call in enumerate(calls):
+            key = _chosen(op, kernels, choose, call), call[at][0].dtype
+            groups.setdefault(key, []).append(place)
+        return [(kernel, places) for (kernel, _), places in groups.items()]
 
     def run(*arguments: Any) -> None:
-        groups: dict[tuple[Run, torch.dtype], list[list[Any]]] = {}
-        for call in op.stacks_of(arguments):
-            key = _chosen(op, kernels, choose, call), call[at][0].dtype
-            groups.setdefault(key, []).append(call)
-        for (kernel, _), calls in groups.items():
-            kernel(*op.joined(calls))
+        layouts = tuple(map(_layout_of, arguments))
+        groups = known.get(layouts)
+        calls = None
+        if groups is None:
+            calls = op.stacks_of(arguments)
+            if len(known) >= _MOST_LAYOUTS:
+                known.clear()
+            known[layouts] = groups = grouped(calls)
+        if len(groups) == 1:
+            groups[0][0](*arguments)
+            return
+        calls = calls or op.stacks_of(arguments)
+        for kernel, places in groups:
+            kernel(*op.joined([calls[place] for place in places]))
 
     return run
+
+
+def _layout_of(argument: Any) -> Hashable:
+    """All that kernels are chosen by: of tensors not their values, of floats nothing."""
+    if isinstance(argument, Tensor):
+        return argument.shape, argument.stride(), argument.dtype, argument.device
+    if isinstance(argument, Sequence):
+        return tuple(map(_layout_of, argument))
+    other: Hashable = float if isinstance(argument, float) else argument
+    return other
 
 
 def _chosen(

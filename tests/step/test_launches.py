@@ -19,19 +19,22 @@ from shampoo import Shampoo
 pytest.importorskip("triton", reason="triton is not installed: its launches are not counted")
 
 ORDINARY = 13  # not a refresh, and all blocks have roots by then
+REFRESH = 30  # and what the refresh before it has sent says that all roots passed
 
 
 def ordinary_step(model: str, backend: str) -> Launches:
     return step_of(MODELS[model]().shapes, backend)
 
 
-def step_of(shapes: Sequence[tuple[int, ...]], backend: str = "auto") -> Launches:
+def step_of(
+    shapes: Sequence[tuple[int, ...]], backend: str = "auto", last: int = ORDINARY
+) -> Launches:
     with Launches(backend) as launches, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         params = [parameter(shape) for shape in shapes]
         opt = Shampoo(params)
-        for step in range(1, ORDINARY + 1):
-            launches.is_counting = step >= ORDINARY - 1  # the one before makes tables that stay
+        for step in range(1, last + 1):
+            launches.is_counting = step >= last - 1  # the one before makes tables that stay
             launches.counts.clear()
             opt.step()
     return launches
@@ -60,6 +63,20 @@ def test_launches_do_not_grow_with_the_number_of_tensors():
     shapes = [(64, 32), (48, 48), (256, 64), (64,)]
     few, many = (step_of(shapes * times).total() for times in (1, 24))
     assert 0 < few == many
+
+
+# Of a refresh of one stack of factors, beyond an ordinary step: 25 products and 6 launches beside
+# them, 2 for what is diagonal, 6 of the root check, a bias correction, what is kept, 4 of the watch
+# over ridges. By torch alone the products are those of float32, and all else is as much again.
+OF_A_REFRESH = {"triton": 45, "reference": 207}
+
+
+@pytest.mark.parametrize("backend", OF_A_REFRESH)
+def test_a_refresh_of_a_stack_is_few_launches(backend):
+    ordinary, refresh = (step_of([(300, 300)] * 3, backend, last) for last in (ORDINARY, REFRESH))
+    more = refresh.counts - ordinary.counts
+    assert any(line.startswith("roots/") for _, line in more), "no refresh was counted"
+    assert 0 < refresh.total() - ordinary.total() <= OF_A_REFRESH[backend], more
 
 
 def test_what_only_counts_counts_what_runs():

@@ -9,6 +9,7 @@ from op_arguments import good_arguments
 
 from shampoo.kernels.reference import ops as reference
 from shampoo.ops import OPS, backends
+from shampoo.ops import routes as of_routes
 from shampoo.ops.routes import routes_of
 
 NOTHING: backends.Table = {"cpu": {}, "cuda": {}}
@@ -105,3 +106,24 @@ def test_what_the_kernel_does_not_take_is_left_to_the_reference():
         reference.gram_ema_([expected], [blocks], [0], *values)
         routes["gram_ema_.Tensor"]([factor], [blocks], [0], *values)
         assert torch.equal(factor, expected)
+
+
+def test_what_is_chosen_is_kept_for_the_same_layouts_alone(monkeypatch):
+    """After a call that the kernel takes: each differs in one thing that it does not take."""
+    monkeypatch.setattr(of_routes, "_MOST_LAYOUTS", 3)  # and the oldest are forgotten
+    run = routes_of(OPS["gram_ema_"], "triton", NOTHING, {"triton"})["gram_ema_.Tensor"]
+    below = torch.full((20, 20), torch.nan).tril(-1)  # which only the kernel leaves out
+
+    def is_taken(factor, grads, given):
+        run([factor], [grads], [0], *given)
+        return bool(factor.isfinite().all())
+
+    for _ in range(2):
+        taken = symmetric(2, 20) + below, torch.randn(2, 20, 7), numbers(0.9, 0.1)
+        assert is_taken(*taken)
+        double = (symmetric(2, 20) + below).double(), torch.randn(2, 20, 7).double()
+        assert not is_taken(*double, numbers(0.9, 0.1))
+        single = numbers(0.9, 0.1, dtype=torch.float32)
+        assert not is_taken(symmetric(2, 20) + below, torch.randn(2, 20, 7), single)
+        with pytest.raises(ValueError, match=r"Invalid modes: 2 entries\. Must be 1"):
+            run([taken[0]], [taken[1]], [0, 0], *numbers(0.9, 0.1))

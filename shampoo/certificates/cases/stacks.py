@@ -31,6 +31,17 @@ def symmetric(batch: int, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return (product + product.mT).div(2)
 
 
+def _mirrored(batch: int, n: int, dtype: torch.dtype) -> Tensor:
+    """[batch, n, n]: random, bitwise symmetric, and nothing more, which takes no product."""
+    square = torch.randn(batch, n, n, dtype=dtype)
+    return (square + square.mT).div(2)
+
+
+def _variances(batch: int, n: int, dtype: torch.dtype) -> Tensor:
+    """[batch, n]: what may stand on a diagonal, random, not negative."""
+    return torch.rand(batch, n, dtype=dtype).mul(2)
+
+
 def spread(batch: int, n: int, decades: float = 6.0, dtype: torch.dtype = torch.float32) -> Tensor:
     """[batch, n, n]: bitwise symmetric, with log-spaced eigenvalues and random eigenvectors."""
     Q = torch.linalg.qr(torch.randn(batch, n, n, dtype=torch.float64)).Q
@@ -83,8 +94,8 @@ def _grams_of(
         factors, grads = [], []
         for shape, k, full in stacks:
             grads.append(strided(torch.randn(blocks, *shape).to(data), kind))
-            factor = symmetric(blocks, shape[k], flat)
-            factors.append(factor if full else factor.diagonal(dim1=1, dim2=2).clone())
+            made = _mirrored if full else _variances
+            factors.append(made(blocks, shape[k], flat))
         modes = [k for _, k, _ in stacks]
         return {"factors": factors, "grads": grads, "modes": modes, "beta": 0.9, "weight": 0.2}
 
@@ -141,10 +152,8 @@ def _directions_of(
     sides = [(n, how) for shape, kept in stacks for n, how in zip(shape, kept, strict=True)]
 
     def root(n: int, how: str) -> Tensor | None:
-        if how == NONE:
-            return None
-        matrix = symmetric(blocks, n, flat)
-        return matrix if how == FULL else matrix.diagonal(dim1=1, dim2=2).clone()
+        made = {FULL: symmetric, DIAGONAL: _variances}
+        return made[how](blocks, n, flat) if how in made else None
 
     def arguments() -> Arguments:
         grads = [strided(torch.randn(blocks, *shape).to(data), kind) for shape, _ in stacks]
@@ -221,6 +230,62 @@ def spoiled_roots(n: int, p: int) -> Arguments:
     return {"ok": torch.zeros(6, dtype=torch.bool), **rest, "p": float(p)}
 
 
+def _diagonals(n: int, p: float, relative_eps: float, flat: torch.dtype) -> Case:
+    """Among roots that stay: of diagonal matrices, and of those not finite on it or beside it."""
+
+    def arguments() -> Arguments:
+        factor = (torch.rand(8, n, dtype=flat) + 0.5).diag_embed()
+        factor[1, 0, 0] = 0.0 if relative_eps == 0 else -0.25  # below what any ridge is
+        factor[2] = 0.0
+        factor[3] *= 1e-30
+        if n > 1:
+            factor[4] = symmetric(1, n, flat)[0]
+            factor[5, n - 1, 0] = factor[5, 0, n - 1] = torch.finfo(flat).tiny / 4
+            factor[6, n // 2, n - 1] = torch.inf
+        factor[7, n - 1, n - 1] = torch.nan
+        ridge = torch.rand(8, dtype=torch.float64)
+        given = {"root": symmetric(8, n, flat), "ridge": ridge, "factor": factor}
+        return {**given, "p": p, "eps": 1e-3 * relative_eps, "relative_eps": relative_eps}
+
+    return Case(
+        "diagonal_root_",
+        flat,
+        f"n={n}, p={p:g}, relative_eps={relative_eps:g}",
+        arguments,
+        symmetric=("root",) if n > 1 else (),
+        stacked=("root", "ridge", "factor"),
+    )
+
+
+def _keep(n: int, accepted: bool | None, flat: torch.dtype) -> Case:
+    """Candidates of which some passed, over roots of which some are not there yet."""
+
+    def arguments() -> Arguments:
+        root, candidate = symmetric(6, n, flat), symmetric(6, n, flat)
+        root[::3] = 0.0
+        candidate[1:3] = torch.nan
+        candidate[5] = 0.0
+        return {
+            "root": root,
+            "outcome": torch.zeros(6, dtype=torch.uint8),
+            "failures": torch.arange(6, dtype=torch.int32),
+            "ready": torch.zeros(6, dtype=torch.bool),
+            "candidate": candidate,
+            "ok": torch.tensor([True, False, False, False, True, True]),
+            "accepted": None if accepted is None else torch.tensor(accepted),
+        }
+
+    return Case(
+        "keep_roots_",
+        flat,
+        f"n={n}" + (f", accepted={accepted}" if accepted is not None else ""),
+        arguments,
+        overwritten=("outcome", "ready"),
+        symmetric=("root",),
+        stacked=("root", "outcome", "failures", "ready", "candidate", "ok"),
+    )
+
+
 def _check(n: int, p: int) -> Case:
     return Case(
         "check_roots_",
@@ -236,10 +301,10 @@ def root_cases(n: int, flat: torch.dtype, blocks: int) -> list[Case]:
     """Roots of one size, by every op that takes it, and their check."""
     every = [_root("minimax_root_", n, 4, 1e-6, flat, blocks)]
     if flat == torch.float32:
-        every.append(_check(n, 4))
+        every += [_diagonals(n, 4.0, 1e-6, flat), _check(n, 4)]
         if n <= _SMALL_ROOT:
             every.append(_root("minimax_small_root_", n, 4, 1e-6, flat, blocks))
-    return every
+    return [*every, _keep(n, True, flat)]
 
 
 def stack_cases() -> dict[str, list[Case]]:
@@ -279,6 +344,15 @@ def stack_cases() -> dict[str, list[Case]]:
             _root("minimax_small_root_", *each)
             for each in roots
             if each[0] <= _SMALL_ROOT and each[3] == single
+        ],
+        "diagonal_root_": [
+            _diagonals(n, *how, single)
+            for n in sizes
+            for how in ((4.0, 1e-6), (2.5, 1e-2), (1.0, 0.0))
+        ],
+        "keep_roots_": [
+            _keep(n, accepted, flat)
+            for n, accepted, flat in itertools.product(sizes, (None, True, False), FLAT)
         ],
         "check_roots_": [_check(n, p) for n in (3, 65, 257) for p in (4, 2)],
     }
