@@ -99,7 +99,12 @@ def good_arguments() -> SimpleNamespace:
         "factor": factor,
         "ridge": ridge,
         "p": 4.0,
+        "sizes": None,
     }
+    of_class = dict(list(root.items())[:3])
+    of_class |= {"sizes": torch.tensor([4, 2], dtype=torch.int32), **root}
+    of_class["root"], of_class["factor"] = torch.zeros(2, 4, 4), factor.clone()
+    of_class["factor"][1, 2:] = 0
     magnitudes = {
         "out": torch.empty(2, dtype=torch.float64),
         "tensors": [torch.randn(4, 3), torch.randn(5)],
@@ -115,5 +120,6 @@ def good_arguments() -> SimpleNamespace:
         magnitudes_=magnitudes,
         minimax_root_=root,
         minimax_small_root_=root,
+        minimax_class_root_=of_class,
         check_roots_=check,
     )

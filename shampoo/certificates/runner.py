@@ -10,6 +10,7 @@ from shampoo.certificates.cases import CASES
 from shampoo.certificates.cases.case import dtype_name
 from shampoo.certificates.cases.shapes import Shape, shape_cases, sizes_of
 from shampoo.certificates.checks import Finding, Trial
+from shampoo.certificates.class_timing import CLASS_ROOT, class_calls, rivals
 from shampoo.certificates.report import Report, Timing
 from shampoo.certificates.timing import timed
 from shampoo.certificates.workloads import WORKLOADS, grid, in_dtype, shape_grid, size_of
@@ -197,10 +198,12 @@ def _timings(
         arguments = in_dtype(WORKLOADS[op.name](batch, size, device), dtype)
         if supports is not None and not supports(*arguments):
             continue
-        calls = {
+        calls: dict[str, Callable[[], None]] = {
             "kernel": lambda arguments=arguments: run(*arguments),
             "reference": lambda arguments=arguments: op.reference(*arguments),
         }
+        if op.name == CLASS_ROOT:
+            calls = class_calls(run, arguments, rivals())
         times = timed(calls, device, _MEASURE.get(device.type, 0.05), 5)
         medians = {name: each.p50 for name, each in times.items()}
         found.append(Timing(size_of(op, arguments), **medians))

@@ -6,20 +6,28 @@ everywhere, and :func:`load_kernels` registers faster kernels over it for one de
 add one, write its reference in ``kernels/reference/`` and its record here; then its kernels.
 """
 
-from shampoo.kernels.reference import minimax, root_check
+from shampoo.kernels.reference import minimax, minimax_class, root_check
 from shampoo.kernels.reference import ops as reference
 from shampoo.kernels.reference.ops import Number
 from shampoo.ops import supports
 from shampoo.ops.licence import REFERENCE
 from shampoo.ops.registry import OPS, Cpp, Cuda, Op, Triton, declare, has_kernel
-from shampoo.ops.routes import confine_cpu, grant, kernels, load_kernels, runs_kernel_on_cpu
+from shampoo.ops.routes import (
+    confine_cpu,
+    grant,
+    kernel_at,
+    kernels,
+    load_kernels,
+    runs_kernel_on_cpu,
+)
 
 __all__ = ["OPS", "REFERENCE", "Number", "grant", "has_kernel", "kernels", "load_kernels"]
-__all__ += ["confine_cpu", "runs_kernel_on_cpu"]
+__all__ += ["confine_cpu", "kernel_at", "runs_kernel_on_cpu"]
 __all__ += ["gather_blocks_", "graft_moments_", "graft_scale_", "magnitudes_"]
 __all__ += ["update_blocks_"]
 __all__ += ["gram_ema_", "precondition_"]
-__all__ += ["check_roots_", "eigh_", "minimax_root_", "minimax_small_root_"]
+__all__ += ["check_roots_", "eigh_"]
+__all__ += ["minimax_class_root_", "minimax_root_", "minimax_small_root_"]
 
 gather_blocks_ = declare(
     Op(
@@ -117,9 +125,19 @@ minimax_small_root_ = declare(
         kernels=(Cuda(supports.minimax_small_root),),
     )
 )
+minimax_class_root_ = declare(
+    Op(
+        "minimax_class_root_(Tensor(a!) root, Tensor(b!) ridge, Tensor factor, Tensor sizes, int p,"
+        " float eps, float relative_eps, float[] schedule) -> ()",
+        minimax_class.minimax_class_root_,
+        subject=("root",),
+        kernels=(Triton("minimax_class"),),
+    )
+)
 check_roots_ = declare(
     Op(
-        "check_roots_(Tensor(a!) ok, Tensor root, Tensor factor, Tensor ridge, float p) -> ()",
+        "check_roots_(Tensor(a!) ok, Tensor root, Tensor factor, Tensor ridge, float p,"
+        " Tensor? sizes=None) -> ()",
         root_check.check_roots_,
         subject=("root",),
         kernels=(Triton("root_check"),),

@@ -11,6 +11,7 @@ in one that is not, nothing changes.
 from __future__ import annotations
 
 import logging
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +32,16 @@ _RIDGE_GROWTH = 10.0
 Where = slice | Tensor  # rows of a stack; a tensor, [R] int64, is on the host
 
 
+class Flags(Protocol):
+    """What remembers outcomes between refreshes, of the rows of a stack or of several."""
+
+    def send(self, where: Where, outcome: Tensor) -> None:
+        """Sends the outcomes of some rows, [R] uint8, to the host."""
+
+    def receive(self, where: Where) -> Tensor:
+        """The rung on which each of some rows must be retried, [R] on the host."""
+
+
 class PendingFlags:
     """Outcomes of one stack's refreshes on their way to the host. Not part of any checkpoint.
 
@@ -40,20 +51,24 @@ class PendingFlags:
 
     def __init__(self, count: int) -> None:
         self._rung = torch.zeros(count, dtype=torch.int64, device="cpu")
-        self._sent: list[tuple[Where, Letter]] = []
+        self._sent: list[tuple[Where, Letter, slice]] = []
 
     def send(self, where: Where, outcome: Tensor) -> None:
         """Sends the outcomes of some rows, [R] uint8, to the host."""
-        self._sent.append((where, Letter(outcome)))
+        self.expect(where, Letter(outcome), slice(None))
+
+    def expect(self, where: Where, letter: Letter, part: slice) -> None:
+        """Says that a part of a letter holds the outcomes of some rows."""
+        self._sent.append((where, letter, part))
 
     def receive(self, where: Where) -> Tensor:
         """The rung on which each of some rows must be retried, [R] on the host."""
-        waiting: list[tuple[Where, Letter]] = []
-        for rows, letter in self._sent:
+        waiting: list[tuple[Where, Letter, slice]] = []
+        for rows, letter, part in self._sent:
             if not letter.has_arrived():
-                waiting.append((rows, letter))
+                waiting.append((rows, letter, part))
                 continue
-            outcome = letter.read()
+            outcome = letter.read()[part]
             _warn(int((outcome == _FAILED).sum()), len(outcome))
             rung = self._rung[rows]
             climbed = (rung + (outcome == _FAILED).long()).clamp(min=1, max=_EIGH)
@@ -84,9 +99,10 @@ def refresh_roots_(
     relative_eps: float,
     method: str,
     accepted: Tensor | None = None,
-    pending: PendingFlags | None = None,
+    pending: Flags | None = None,
     where: Where = slice(None),
     found: Tensor | None = None,
+    sizes: Tensor | None = None,
 ) -> None:
     """``root = (factor / correction + ridge I)^(-1/p)``, where that gives a root fit for use.
 
@@ -108,6 +124,8 @@ def refresh_roots_(
         where: Which rows of that stack these are.
         found: [3, K] float64, in and out: what is found of every root that is kept
             (:mod:`shampoo.roots.findings`); None where nobody asks.
+        sizes: [K] int32: the side of each matrix of a size class, beyond which factors are zero and
+            roots mean nothing (:mod:`shampoo.roots.size_classes`). All n by default.
     """
     if factor.numel() == 0:
         return
@@ -117,7 +135,9 @@ def refresh_roots_(
     for rows in chunks(factor):
         how = p, _of(correction, rows), eps, relative_eps, method
         seen = None if found is None else found[:, rows]
-        ok = _attempt(root[rows], factor[rows], *how, reads=reads, accepted=accepted, found=seen)
+        only = None if sizes is None else sizes[rows]
+        kept = {"accepted": accepted, "found": seen, "sizes": only}
+        ok = _attempt(root[rows], factor[rows], *how, reads=reads, **kept)
         verdict = torch.where(ok, _PASSED, _FAILED)
         if accepted is not None:
             verdict = torch.where(accepted, verdict, _LEFT)
@@ -133,7 +153,8 @@ def refresh_roots_(
             ridges = eps * growth, relative_eps * growth
             how = p, _of(correction, part), *ridges, solver
             seen = None if found is None else found[:, part]
-            ok = _attempt(candidate, factor[part], *how, reads=reads, found=seen)
+            only = None if sizes is None else sizes[part]
+            ok = _attempt(candidate, factor[part], *how, reads=reads, found=seen, sizes=only)
             ok &= outcome[part] == _FAILED
             root[part] = torch.where(ok[:, None, None], candidate, root[part])
             outcome[part] = torch.where(ok, _REPAIRED, outcome[part])
@@ -176,20 +197,22 @@ def _attempt(
     reads: bool,
     accepted: Tensor | None = None,
     found: Tensor | None = None,
+    sizes: Tensor | None = None,
 ) -> Tensor:
     """Solves a chunk; which roots pass the probe, [B] bool. They are written, if ``accepted``."""
     if isinstance(correction, Tensor):
         factor = factor / correction.to(factor.dtype).view(-1, 1, 1)
     elif correction != 1.0:
         factor = factor / correction
-    candidate = torch.empty_like(root)
+    # Of a size class, nobody writes what is beyond the sizes.
+    candidate = torch.empty_like(root) if sizes is None else torch.zeros_like(root)
     ridge = torch.empty(len(factor), dtype=torch.float64, device=factor.device)
-    solve_(candidate, ridge, factor, p, eps, relative_eps, method, reads)
+    solve_(candidate, ridge, factor, p, eps, relative_eps, method, reads, sizes)
     with full_precision(factor.device):
         if found is None:
-            ok = passes_root_check(candidate, factor, ridge, p)
+            ok = passes_root_check(candidate, factor, ridge, p, sizes)
         else:
-            ok, seen = passes_with_findings(candidate, factor, ridge, p)
+            ok, seen = passes_with_findings(candidate, factor, ridge, p, sizes)
     kept = ok if accepted is None else ok & accepted
     if found is not None:
         found.copy_(torch.where(kept, seen, found))

@@ -29,10 +29,12 @@ def solve_(
     relative_eps: float,
     method: str,
     reads: bool,
+    sizes: Tensor | None = None,
 ) -> None:
     """Writes the roots of one chunk, [B, n, n], and the ridges they were taken with, [B].
 
-    ``reads`` says whether the host may look at values, which on a GPU means to wait for it.
+    ``reads`` says whether the host may look at values, which on a GPU means to wait for it. With
+    ``sizes``, [B] int32, the matrices are those of a size class: zero beyond their sizes.
     """
     if factor.numel() == 0:
         return
@@ -40,7 +42,11 @@ def solve_(
     with full_precision(factor.device):
         if method == "minimax":
             schedule = [c for step in minimax_schedule(int(p), relative_eps) for c in step]
-            ops.minimax_root_(root, ridge, factor, int(p), eps, relative_eps, schedule)
+            how = int(p), eps, relative_eps, schedule
+            if sizes is None:
+                ops.minimax_root_(root, ridge, factor, *how)
+            else:
+                ops.minimax_class_root_(root, ridge, factor, sizes, *how)
         elif method == "coupled_newton":
             newton_root_(root, ridge, factor, int(p), eps, relative_eps)
         else:
