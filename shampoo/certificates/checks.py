@@ -207,8 +207,8 @@ class Trial:
             limit, ridge = _ROOT_LIMITS[p, eps], self.truth["ridge"]
             if not bool(((results["ridge"] - ridge).abs() <= _RIDGE_LIMIT * ridge).all()):
                 raise _FailedError(f"ridge is not within {_RIDGE_LIMIT:g} of itself")
-            pairs = self._matrices(results["root"])
-            return max(whitened_error(X, A, p, eps) for X, A in pairs), limit
+            matrices = self._matrices(results["root"])
+            return max(whitened_error(X, A, p, eps) for X, A in matrices), limit
         if self.op.name == "eigh_":
             error = _eigh_error(results, self.given["stack"])
             return error, 64 * max(1, len(results["vectors"][0])) * _eps(results["values"])

@@ -1,5 +1,6 @@
 """Checks and times kernels in a process that can be lost; a crash is the verdict on its kernel."""
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -198,12 +199,13 @@ def _timings(
         arguments = in_dtype(WORKLOADS[op.name](batch, size, device), dtype)
         if supports is not None and not supports(*arguments):
             continue
-        calls: dict[str, Callable[[], None]] = {
-            "kernel": lambda arguments=arguments: run(*arguments),
-            "reference": lambda arguments=arguments: op.reference(*arguments),
-        }
         if op.name == CLASS_ROOT:
             calls = class_calls(run, arguments, rivals())
+        else:
+            calls = {
+                "kernel": functools.partial(run, *arguments),
+                "reference": functools.partial(op.reference, *arguments),
+            }
         times = timed(calls, device, _MEASURE.get(device.type, 0.05), 5)
         medians = {name: each.p50 for name, each in times.items()}
         found.append(Timing(size_of(op, arguments), **medians))

@@ -136,8 +136,15 @@ def refresh_roots_(
         how = p, _of(correction, rows), eps, relative_eps, method
         seen = None if found is None else found[:, rows]
         only = None if sizes is None else sizes[rows]
-        kept = {"accepted": accepted, "found": seen, "sizes": only}
-        ok = _attempt(root[rows], factor[rows], *how, reads=reads, **kept)
+        ok = _attempt(
+            root[rows],
+            factor[rows],
+            *how,
+            reads=reads,
+            accepted=accepted,
+            found=seen,
+            sizes=only,
+        )
         verdict = torch.where(ok, _PASSED, _FAILED)
         if accepted is not None:
             verdict = torch.where(accepted, verdict, _LEFT)

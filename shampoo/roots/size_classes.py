@@ -14,7 +14,7 @@ refreshed by itself, in place.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,12 +34,12 @@ class Stack(NamedTuple):
 
     Attributes:
         side: n.
-        count: K.
+        matrices: K.
         p: The power of the root.
     """
 
     side: int
-    count: int
+    matrices: int
     p: float
 
 
@@ -112,11 +112,18 @@ def refresh_together_(
     accepted: Tensor | None = None,
 ) -> None:
     """:func:`refresh_roots_` of some stacks, which are one class if they are several."""
-    how = {"p": p, "eps": eps, "relative_eps": relative_eps, "method": method}
+    how: dict[str, Any] = {"p": p, "eps": eps, "relative_eps": relative_eps, "method": method}
     if len(due) == 1:
-        matrices, rest = due[0][:4], due[0]._asdict()
-        own = {name: rest[name] for name in ("correction", "pending", "where", "found")}
-        refresh_roots_(*matrices, **how, accepted=accepted, **own)
+        [alone] = due
+        refresh_roots_(
+            *alone[:4],
+            **how,
+            correction=alone.correction,
+            accepted=accepted,
+            pending=alone.pending,
+            where=alone.where,
+            found=alone.found,
+        )
         return
     side = max(each.root.shape[1] for each in due)
     rows = list(rows_of([len(each.root) for each in due]))
