@@ -139,7 +139,7 @@ def test_what_is_retried_leaves_the_others_their_roots() -> None:
     assert_alike(together, alone)
     for index, row in ((0, 1), (2, 0)):
         mine, its = together[index].root[row], alone[index].root[row]
-        assert ((mine - its).norm() / its.norm()) < 1e-4
+        assert ((mine - its).norm() / its.norm()) < 2e-3
         untouched[index].root[row] = mine
     assert all(torch.equal(a.root, b.root) for a, b in zip(together, untouched, strict=True))
 

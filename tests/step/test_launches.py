@@ -62,8 +62,8 @@ def test_an_ordinary_step_is_few_launches(backend, model):
     assert 0 < launches.total() <= MOST[backend, model], launches.counts.most_common()
 
 
-# With defaults, a whole step that refreshes, and how many chains of root iterations are in it, where
-# size classes win and where not. ResNet-50 has factors of 12 kinds, which are 4 classes.
+# With defaults, a whole step that refreshes, and how many chains of root iterations are in it,
+# where size classes win and where not. ResNet-50 has factors of 12 kinds, which are 4 classes.
 REFRESH = 20
 MOST_OF_A_REFRESH = {
     ("resnet50", False): (1500, 12),
