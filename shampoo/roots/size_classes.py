@@ -137,7 +137,7 @@ def refresh_together_(
         **how,
         correction=_correction(due),
         accepted=accepted,
-        pending=_JoinedFlags(due, rows),
+        pending=_JoinedFlags.of(due, rows),
         found=found,
         sizes=sizes,
     )
@@ -189,18 +189,20 @@ def _correction(due: Sequence[Due]) -> Number:
 class _JoinedFlags:
     """The outcomes of a class, in one letter of which every stack reads its part."""
 
-    def __init__(self, due: Sequence[Due], rows: Sequence[slice]) -> None:
-        self._members = [
-            (each.pending, each.where, part)
-            for each, part in zip(due, rows, strict=True)
-            if each.pending is not None
-        ]
+    def __init__(self, members: Sequence[tuple[PendingFlags, Where, slice]]) -> None:
+        self._members = members
+
+    @classmethod
+    def of(cls, due: Sequence[Due], rows: Sequence[slice]) -> _JoinedFlags | None:
+        """Those of some stacks; None where these have none, which is so of all or of none."""
+        parts = zip(due, rows, strict=True)
+        members = [(each.pending, each.where, part) for each, part in parts if each.pending]
+        return cls(members) if members else None
 
     def send(self, where: Where, outcome: Tensor) -> None:
-        if self._members:
-            letter = Letter(outcome)
-            for pending, rows, part in self._members:
-                pending.expect(rows, letter, part)
+        letter = Letter(outcome)
+        for pending, rows, part in self._members:
+            pending.expect(rows, letter, part)
 
     def receive(self, where: Where) -> Tensor:
         return torch.cat([pending.receive(rows) for pending, rows, _ in self._members])
