@@ -163,7 +163,9 @@ def check_kernel(
         v = tl.load(start_panel + at, mask=mask, other=0.0).to(tl.float64)
         white += tl.sum(tl.sum(v * v, axis=1), axis=0)
         offset = matrix.to(tl.int64) * stride_b + rows.to(tl.int64) * stride_diagonal
-        diagonal = tl.load(root + offset, mask=rows < side, other=float("inf"))
+        diagonal = tl.load(root + offset, mask=rows < size, other=float("inf"))
+        if SIZED:
+            diagonal = tl.where(rows < side, diagonal, float("inf"))
         smallest = tl.minimum(smallest, tl.min(diagonal, axis=0))
     damping = tl.load(ridge + matrix)
     damped = damping > 0.0

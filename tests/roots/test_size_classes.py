@@ -10,7 +10,7 @@ import torch
 from root_cases import Exact, limits, spd, stack
 from torch import Tensor
 
-from shampoo.roots import size_classes
+from shampoo.roots import refresh, size_classes
 from shampoo.roots.refresh import PendingFlags, refresh_roots_
 from shampoo.roots.root_check import passes_root_check
 from shampoo.roots.size_classes import Due, Stack, classes, most_matrices, refresh_together_
@@ -142,6 +142,28 @@ def test_what_is_retried_leaves_the_others_their_roots() -> None:
         assert ((mine - its).norm() / its.norm()) < 2e-3
         untouched[index].root[row] = mine
     assert all(torch.equal(a.root, b.root) for a, b in zip(together, untouched, strict=True))
+
+
+def test_every_attempt_knows_the_sizes_of_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks, and where some rows are retried."""
+    factors = ordinary()[::-1]
+    factors[3][1] = negative(SIDES[0])
+    factors[1][0] = torch.nan
+    seen = []
+    check = refresh.passes_root_check
+
+    def noted(X: Tensor, A: Tensor, ridge: Tensor, p: float, sizes: Tensor) -> Tensor:
+        seen.append(sizes.tolist())
+        return check(X, A, ridge, p, sizes)
+
+    monkeypatch.setattr(refresh, "passes_root_check", noted)
+    monkeypatch.setattr(refresh, "chunks", lambda stack: map(slice, range(0, 8, 3), (3, 6, 8)))
+    stacks = due(factors)
+    refresh_together_(stacks, **HOW)
+    assert seen[:3] == [[1, 1, 20], [20, 33, 33], [48, 48]]
+    assert seen[3] == [20, 48], "with a larger ridge"
+    assert seen[4:] in ([[20]], [[20, 48]]), "what that does not repair, by eigh"
+    assert [bool(each.ready.all()) for each in stacks] == [True, False, True, True]
 
 
 def test_where_the_host_does_not_look_each_stack_hears_of_its_own() -> None:

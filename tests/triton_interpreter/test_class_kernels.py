@@ -9,8 +9,11 @@ from shampoo.certificates.cases import CASES
 from shampoo.certificates.checks import Trial
 from shampoo.certificates.class_timing import class_calls, rivals
 from shampoo.certificates.workloads import WORKLOADS
+from shampoo.kernels.triton import symmetric_gemm
+from shampoo.kernels.triton.minimax import minimax_root_
 from shampoo.kernels.triton.minimax_class import minimax_class_root_
 from shampoo.kernels.triton.root_check import check_roots_
+from shampoo.kernels.triton.symmetric_gemm import launch_config
 from shampoo.ops import OPS
 from shampoo.roots.minimax_table import minimax_schedule
 from shampoo.roots.size_classes import Due, padded, refresh_together_
@@ -26,7 +29,10 @@ def solved(factors, side):
     return root, ridge
 
 
-def test_a_root_depends_neither_on_its_class_nor_on_its_neighbours():
+def test_a_root_depends_neither_on_its_class_nor_on_its_neighbours(monkeypatch):
+    """On a card that has smaller tiles for the second of two classes by itself."""
+    monkeypatch.setattr(symmetric_gemm, "capability", lambda device: symmetric_gemm.HOPPER)
+    assert launch_config(65, None) != launch_config(150, None)
     factors = [stack(1, n, decades=4.0) for n in (65, 33, 1)]
     root, ridge = solved(factors, 65)
     wide, own = solved(factors[1:2], 150)
@@ -81,22 +87,23 @@ def test_what_is_timed_are_the_same_roots():
     arguments = WORKLOADS["minimax_class_root_"](4, 64, torch.device("cpu"))
     sizes = arguments[3].tolist()
     assert sizes == [64, 48, 32, 16]
-    given, alone = [], rivals()
+    kept, alone = [], rivals()
     assert [run.__module__ for run, _ in alone] == ["shampoo.kernels.triton.minimax"]
 
-    def seen(run):
-        def call(*arguments):
-            run(*arguments)
-            given.append(arguments[0])
+    def noted(before):
+        def call(root, *rest):
+            if before:
+                kept.append(root.clone())
+            minimax_root_(root, *rest)
+            if not before:
+                kept.append(root.clone())
 
         return call
 
-    run = seen(minimax_class_root_)
-    calls = class_calls(run, arguments, [(seen(each), takes) for each, takes in alone])
+    calls = class_calls(minimax_class_root_, arguments, [(noted(True), None)])
     calls["kernel"]()
-    calls["reference"]()
-    [together], apart = given[:1], given[1:]
-    assert [each.shape[1] for each in apart] == sizes
-    for X, Y in zip(together, apart, strict=True):
-        n = Y.shape[1]
-        torch.testing.assert_close(X[:n, :n], Y[0], rtol=1e-2, atol=1e-3 * float(Y.abs().max()))
+    calls["reference"]()  # which finds what the class has left there
+    class_calls(minimax_class_root_, arguments, [(noted(False), None)])["reference"]()
+    assert [each.shape[1] for each in kept] == sizes * 2
+    for X, Y in zip(kept[:4], kept[4:], strict=True):
+        torch.testing.assert_close(X, Y, rtol=1e-2, atol=1e-3 * float(Y.abs().max()))
