@@ -9,7 +9,7 @@ from shampoo.certificates.cases import CASES
 from shampoo.certificates.checks import Trial
 from shampoo.certificates.class_timing import class_calls, rivals
 from shampoo.certificates.workloads import WORKLOADS
-from shampoo.kernels.triton import symmetric_gemm
+from shampoo.kernels.triton import minimax, symmetric_gemm
 from shampoo.kernels.triton.minimax import minimax_root_
 from shampoo.kernels.triton.minimax_class import minimax_class_root_
 from shampoo.kernels.triton.root_check import check_roots_
@@ -33,11 +33,19 @@ def test_a_root_depends_neither_on_its_class_nor_on_its_neighbours(monkeypatch):
     """On a card that has smaller tiles for the second of two classes by itself."""
     monkeypatch.setattr(symmetric_gemm, "capability", lambda device: symmetric_gemm.HOPPER)
     assert launch_config(65, None) != launch_config(150, None)
+    configs, solve = [], minimax.minimax_root_
+
+    def noted(*arguments, config, **options):
+        configs.append(config)
+        solve(*arguments, config=config, **options)
+
+    monkeypatch.setattr(minimax, "minimax_root_", noted)
     factors = [stack(1, n, decades=4.0) for n in (65, 33, 1)]
     root, ridge = solved(factors, 65)
     wide, own = solved(factors[1:2], 150)
     assert torch.equal(wide[0, :33, :33], root[1, :33, :33])
     assert torch.equal(own[0], ridge[1])
+    assert len(set(configs)) == 1, "the interpreter adds up alike whatever the tiles"
     for X, factor in zip(root, factors, strict=True):
         n = factor.shape[1]
         exact = Exact(factor[0])
