@@ -4,7 +4,8 @@ The chain of launches is timed, with all that a class adds to it: zeros, copies 
 follows in a refresh, diagonal matrices and the root check, is the same few launches for any stack:
 a class spares those too, so that one that wins here wins there. Stacks are of four sides, from that
 of the class down to a quarter, and as many matrices in all as a class ever holds: with fewer, their
-launches would outweigh the work even more, and padding would win by more.
+launches would outweigh the work even more, and padding would win by more. The power is 4: others
+take some products more or less, together as alone.
 
 Verdicts are kept by the side of a class, as those of a kernel are by size: a refresh pads smaller
 stacks up to a side at which ``minimax_class_root_`` is chosen.

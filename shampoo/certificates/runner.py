@@ -176,7 +176,6 @@ def _summary(
     timings: list[Timing] = []
     # A CPU has one kernel for all dtypes of an op: one of them says whether it pays.
     if not failed and sizes and (dtype == "float32" or device.type != "cpu"):
-        note(f"{op.name} {kind} {dtype}: timing")
         timings = _timings(op, kernel, device, getattr(torch, dtype), sizes)
     return Report(op.name, kind, dtype, len(findings), *numbers, tuple(timings))
 
@@ -196,6 +195,7 @@ def _timings(
     run, supports = kernel
     found = []
     for size, batch in sizes:
+        note(f"{op.name} {dtype_name(dtype)}: timing at {size}")
         arguments = in_dtype(WORKLOADS[op.name](batch, size, device), dtype)
         if supports is not None and not supports(*arguments):
             continue

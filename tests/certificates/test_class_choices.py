@@ -8,7 +8,10 @@ from imaginary import CARD, FASTER, SLOWER, imaginary
 
 from shampoo import certificates
 from shampoo.certificates import certificate, issue, shared, tune
+from shampoo.certificates.cases import CASES
+from shampoo.certificates.checks import Trial
 from shampoo.certificates.workloads import WORKLOADS, grid, shape_grid
+from shampoo.kernels.reference.minimax_class import minimax_class_root_ as reference
 from shampoo.ops import OPS, backends, routes
 from shampoo.ops.licence import Licence
 from shampoo.roots.size_classes import Stack, classes, most_matrices
@@ -95,6 +98,35 @@ def test_what_is_timed_is_as_much_as_a_class_holds():
     for matrix, n in zip(factor, sizes.tolist(), strict=True):
         assert matrix[:n, :n].any()
         assert not matrix[n:].any()
+
+
+def writes_beyond(root, ridge, factor, sizes, *how):
+    reference(root, ridge, factor, sizes, *how)
+    root[-1, -1, -1] = 1.0
+
+
+def forgets_the_last_row(root, ridge, factor, sizes, *how):
+    reference(root, ridge, factor, (sizes - 1).clamp(min=1), *how)
+
+
+def knows_one_size(root, ridge, factor, sizes, *how):
+    reference(root, ridge, factor, sizes[:1].expand_as(sizes), *how)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "words"),
+    [
+        (reference, ""),
+        (writes_beyond, "beyond the size"),
+        (forgets_the_last_row, "exceeds"),
+        (knows_one_size, "beyond the size"),
+    ],
+)
+def test_a_kernel_that_mistakes_a_size_does_not_pass(kernel, words):
+    [case] = [each for each in CASES["minimax_class_root_"] if "n=63 " in each.words][:1]
+    trial = Trial(case, OPS["minimax_class_root_"], torch.device("cpu"), "triton")
+    assert words in trial.examine(lambda overload: kernel).failure
+    assert bool(words) is bool(trial.examine(lambda overload: kernel).failure)
 
 
 def test_the_classes_are_shown(card, monkeypatch, capsys):

@@ -5,9 +5,12 @@ import torch
 from root_cases import Exact, spd, stack
 
 from shampoo import ops
+from shampoo.certificates import runner
 from shampoo.certificates.cases import CASES
 from shampoo.certificates.checks import Trial
 from shampoo.certificates.class_timing import class_calls, rivals
+from shampoo.certificates.report import Timing
+from shampoo.certificates.timing import quantiles
 from shampoo.certificates.workloads import WORKLOADS
 from shampoo.kernels.triton import minimax, symmetric_gemm
 from shampoo.kernels.triton.minimax import minimax_root_
@@ -115,3 +118,21 @@ def test_what_is_timed_are_the_same_roots():
     assert [each.shape[1] for each in kept] == sizes * 2
     for X, Y in zip(kept[:4], kept[4:], strict=True):
         torch.testing.assert_close(X, Y, rtol=1e-2, atol=1e-3 * float(Y.abs().max()))
+
+
+def test_the_runner_times_a_class_against_its_stacks(monkeypatch):
+    """Under the side of the class, as the choice at that size."""
+    ran = []
+
+    def timed(calls, *_):
+        for call in calls.values():
+            call()
+        ran.extend(calls)
+        return {name: quantiles([1.0 + len(name)]) for name in calls}
+
+    monkeypatch.setattr(runner, "timed", timed)
+    monkeypatch.setattr(minimax, "minimax_root_", lambda root, *_, **__: ran.append(root.shape[1]))
+    op = OPS["minimax_class_root_"]
+    how = op, op.load("triton"), torch.device("cpu"), torch.float32, [(32, 4)]
+    assert runner._timings(*how) == [Timing(32, 7.0, 10.0)]
+    assert ran == [32, 32, 24, 16, 8, "kernel", "reference"]
