@@ -95,6 +95,17 @@ def _root_check(*arguments: Any) -> Trial:
     return Trial([*arguments], bytes=8 * arguments[1].numel())
 
 
+def _diagonal(*arguments: Any) -> Trial:
+    factor = arguments[2]
+    return Trial([*arguments], bytes=4 * factor.numel(), library=lambda: factor.amax(dim=(1, 2)))
+
+
+def _keep(root: Tensor, *rest: Any) -> Trial:
+    candidate = rest[3]
+    copy = torch.empty_like(candidate)
+    return Trial([root, *rest], bytes=8 * root.numel(), library=lambda: copy.copy_(candidate))
+
+
 def _gather(out: Tensor, *rest: Any) -> Trial:
     copy = torch.empty_like(out)
     return Trial([out, *rest], bytes=8 * out.numel(), library=lambda: copy.copy_(out))
@@ -125,7 +136,9 @@ _WORK: dict[str, Callable[..., Trial]] = {
     "gram_ema_": _gram,
     "precondition_": _precondition,
     "minimax_root_": _root,
+    "diagonal_root_": _diagonal,
     "check_roots_": _root_check,
+    "keep_roots_": _keep,
     "gather_blocks_": _gather,
     "magnitudes_": _magnitudes,
     "graft_moments_": _moments,

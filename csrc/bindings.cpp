@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -34,6 +35,22 @@ Number numbers_of(const char* name, const at::Tensor& tensor, int64_t blocks) {
   const double* values = static_cast<const double*>(tensor.const_data_ptr());
   return tensor.dim() == 0 ? Number(*values) : Number(values, true);
 }
+
+// Owns contiguous copies of what is not, for kernels to read: one for all modes of a block.
+class Packed {
+ public:
+  const at::Tensor& operator()(const at::Tensor& tensor) {
+    if (tensor.is_contiguous()) return tensor;
+    auto& found = copies_[tensor.const_data_ptr()];
+    for (const auto& [given, copy] : found)
+      if (given.sizes() == tensor.sizes() && given.strides() == tensor.strides()) return copy;
+    return found.emplace_back(tensor, tensor.contiguous()).second;
+  }
+
+ private:
+  // By the address of tensors of one dtype.
+  std::unordered_map<const void*, std::vector<std::pair<at::Tensor, at::Tensor>>> copies_;
+};
 
 void gather_blocks_(const at::Tensor& out, at::TensorList sources, const at::Tensor& tiles,
                     double alpha, bool accumulate) {
@@ -215,7 +232,7 @@ void gram_ema_(at::TensorList factors, at::TensorList grads, at::IntArrayRef mod
     check_same_dtype("factors", factors, s);
   }
   if (factors.empty()) return;
-  std::vector<at::Tensor> packed;  // owns what the kernel reads
+  Packed packed;
   with_flat(factors[0], [&](auto flat) {
     using Flat = decltype(flat);
     std::vector<cpu::Gram<Flat>> stacks;
@@ -225,8 +242,7 @@ void gram_ema_(at::TensorList factors, at::TensorList grads, at::IntArrayRef mod
       int64_t before = 1, after = 1;
       for (int64_t mode = 0; mode < modes[s]; ++mode) before *= grad.size(mode + 1);
       for (int64_t mode = modes[s] + 1; mode < grad.dim() - 1; ++mode) after *= grad.size(mode + 1);
-      packed.push_back(grad.contiguous());
-      stacks.push_back({pointer<Flat>(factor), const_pointer<Flat>(packed.back()), grad.size(0),
+      stacks.push_back({pointer<Flat>(factor), const_pointer<Flat>(packed(grad)), grad.size(0),
                         before, grad.size(modes[s] + 1), after, factor.dim() == 2});
     }
     cpu::gram_ema(stacks, static_cast<Flat>(beta), static_cast<Flat>(weight));
@@ -291,10 +307,7 @@ void precondition_(at::TensorList outs, at::TensorList norms, at::TensorList gra
     first += grads[s].dim() - 1;
   }
   if (grads.empty()) return;
-  std::vector<at::Tensor> packed;  // owns what the kernel reads
-  const auto pack = [&](const at::Tensor& tensor) -> const at::Tensor& {
-    return packed.emplace_back(tensor.contiguous());
-  };
+  Packed packed;
   with_flat(grads[0], [&](auto flat) {
     using Flat = decltype(flat);
     std::vector<cpu::Preconditioned<Flat>> stacks;
@@ -305,10 +318,10 @@ void precondition_(at::TensorList outs, at::TensorList norms, at::TensorList gra
       at += grad.dim() - 1;
       if (grad.numel() == 0) continue;
       cpu::Preconditioned<Flat> stack{pointer<Flat>(outs[s]), pointer<Flat>(norms[s]),
-                                      const_pointer<Flat>(pack(grad)), grad.size(0), {}};
+                                      const_pointer<Flat>(packed(grad)), grad.size(0), {}};
       for (int64_t mode = 0; begin + mode < at; ++mode) {
         const std::optional<at::Tensor> root = roots[begin + mode];
-        const Flat* entries = root ? const_pointer<Flat>(pack(*root)) : nullptr;
+        const Flat* entries = root ? const_pointer<Flat>(packed(*root)) : nullptr;
         stack.roots.push_back({entries, grad.size(mode + 1), root && root->dim() == 2});
       }
       stacks.push_back(std::move(stack));

@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from shampoo.certificates import kernels_in_use
+from shampoo.certificates import inverse_root, kernels_in_use
 from shampoo.errors import (
     BlockGridMismatchError,
     DamagedCheckpointError,
@@ -22,7 +22,6 @@ from shampoo.groups import groups
 from shampoo.optimizer import Shampoo
 from shampoo.planner import plan
 from shampoo.replay import Replay
-from shampoo.roots import inverse_root
 
 if TYPE_CHECKING:
     from shampoo import checkpoint, migrate

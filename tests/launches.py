@@ -26,6 +26,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from shampoo.kernels.reference.keep_roots import PASSED
 from shampoo.ops import OPS, backends
 from shampoo.ops.registry import Op
 from shampoo.ops.routes import routes_of
@@ -33,7 +34,8 @@ from shampoo.ops.transit import Letter
 from shampoo.roots import size_classes
 
 ROOT = Path(__file__).parents[1]
-TRITON = ("gram", "minimax", "precondition", "root_check", "split_fp16", "symmetric_gemm")
+TRITON = ("diagonal", "gram", "keep_roots", "minimax", "precondition", "root_check", "split_fp16")
+TRITON += ("symmetric_gemm",)
 NOTHING: backends.Table = {"cpu": {}, "cuda": {}}
 # Which kernels run an op: the first of these that it has, else its reference.
 BACKENDS = {
@@ -141,9 +143,12 @@ class _OnMeta(TorchDispatchMode):
         self.launches = launches
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if _does_work(func):
+        out = func(*args, **(kwargs or {}))
+        leaves = tree_leaves((args, out))
+        is_there = any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves)
+        if is_there and _does_work(func):
             self.launches.add(func.overloadpacket.__name__, _launches_of(func, args))
-        return func(*args, **(kwargs or {}))
+        return out
 
 
 class _Kernel:
@@ -174,7 +179,7 @@ def _patched(holder: Any, name: str, value: Any) -> Iterator[None]:
 def _post(letter: Any, values: Tensor) -> None:
     """What every letter says: all gradients are fit, all blocks are ready, all roots passed."""
     is_outcome = values.dtype == torch.uint8
-    letter.values = torch.full(values.shape, 0 if is_outcome else 1, dtype=values.dtype)
+    letter.values = torch.full(values.shape, PASSED if is_outcome else 1, dtype=values.dtype)
 
 
 def _read(letter: Any) -> Tensor:

@@ -105,6 +105,23 @@ def good_arguments() -> SimpleNamespace:
     of_class |= {"sizes": torch.tensor([4, 2], dtype=torch.int32), **root}
     of_class["root"], of_class["factor"] = torch.zeros(2, 4, 4), factor.clone()
     of_class["factor"][1, 2:] = 0
+    diagonal = {
+        "root": torch.randn(2, 4, 4),
+        "ridge": ridge.clone(),
+        "factor": factor,
+        "p": 4.0,
+        "eps": 0.0,
+        "relative_eps": 1e-2,
+    }
+    keep = {
+        "root": torch.zeros(2, 4, 4),
+        "outcome": torch.empty(2, dtype=torch.uint8),
+        "failures": torch.zeros(2, dtype=torch.int32),
+        "ready": torch.empty(2, dtype=torch.bool),
+        "candidate": factor.clone(),
+        "ok": torch.tensor([True, False]),
+        "accepted": torch.tensor(True),
+    }
     magnitudes = {
         "out": torch.empty(2, dtype=torch.float64),
         "tensors": [torch.randn(4, 3), torch.randn(5)],
@@ -121,5 +138,7 @@ def good_arguments() -> SimpleNamespace:
         minimax_root_=root,
         minimax_small_root_=root,
         minimax_class_root_=of_class,
+        diagonal_root_=diagonal,
         check_roots_=check,
+        keep_roots_=keep,
     )

@@ -43,7 +43,7 @@ IMPORTS = {
     " step optimizer",
     "integrations": "groups optimizer",
     "commands": "errors groups ops step optimizer",
-    "__init__": "errors groups certificates roots optimizer migrate replay checkpoint planner",
+    "__init__": "errors groups certificates optimizer migrate replay checkpoint planner",
     "__main__": "__init__ errors inputs ops certificates blocks grafting hyperparameters"
     " distributed planner commands",
 }

@@ -25,11 +25,12 @@ from shampoo.kernels.reference.root_check import (
     VECTORS,
     white_vectors,
 )
-from shampoo.kernels.triton.split_fp16 import absmax_
+from shampoo.kernels.triton.split_fp16 import take_absmax
 
 _PANEL = 2 * VECTORS
 _ROWS = 64
 _DEPTH = 64
+_ELEMENTS = 4096  # of a program that looks for the largest
 
 
 def supports(
@@ -65,10 +66,51 @@ def factor_size(factor_absmax, ridge, matrix):
 
 
 @triton.jit
+def both_absmax_kernel(
+    absmax,  # [2, B] int32, of zeros
+    factor,
+    root,
+    count,
+    batch,
+    factor_stride_b,
+    factor_stride_row,
+    root_stride_b,
+    root_stride_row,
+    columns,
+    BLOCK: tl.constexpr,
+):
+    """The largest magnitudes of factors and of roots."""
+    if tl.program_id(2) == 0:
+        take_absmax(
+            absmax,
+            factor,
+            absmax,
+            count,
+            factor_stride_b,
+            factor_stride_row,
+            columns,
+            False,
+            BLOCK,
+        )
+    else:
+        take_absmax(
+            absmax + batch,
+            root,
+            absmax,
+            count,
+            root_stride_b,
+            root_stride_row,
+            columns,
+            False,
+            BLOCK,
+        )
+
+
+@triton.jit
 def panel_kernel(
     out,  # [B, n, 16] float32; of it ``columns`` columns
     matrices,  # [B, n, n] float32
-    panel,  # [B, n, 16] float32
+    panel,  # [B, n, 16] float32, or [n, 8] if IS_START, which then stands before ``out``
     factor_absmax,
     root_absmax,
     ridge,
@@ -78,6 +120,7 @@ def panel_kernel(
     row_tiles,
     columns,
     IS_ROOT: tl.constexpr,
+    IS_START: tl.constexpr,
     PANEL: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -88,14 +131,16 @@ def panel_kernel(
     vectors = tl.arange(0, PANEL)
     wanted = (vectors < columns)[None, :]
     source = matrices + matrix.to(tl.int64) * stride_b + rows[:, None] * stride_row
-    panel += matrix.to(tl.int64) * size * PANEL
+    width: tl.constexpr = PANEL // 2 if IS_START else PANEL
+    if not IS_START:
+        panel += matrix.to(tl.int64) * size * PANEL
     out += matrix.to(tl.int64) * size * PANEL
     total = tl.zeros((ROWS, PANEL), tl.float32)
     for start in range(0, size, DEPTH):
         k = start + tl.arange(0, DEPTH)
         inside = (rows < size)[:, None] & (k < size)[None, :]
         a = tl.load(source + k[None, :], mask=inside, other=0.0)
-        at = k[:, None] * PANEL + vectors[None, :]
+        at = k[:, None] * width + vectors[None, :]
         w = tl.load(panel + at, mask=(k < size)[:, None] & wanted, other=0.0)
         total = tl.dot(a, w, total, input_precision="tf32x3")
     mask = (rows < size)[:, None] & wanted
@@ -107,7 +152,10 @@ def panel_kernel(
         unit = factor_size(factor_absmax, ridge, matrix)
         total *= (1.0 / unit).to(tl.float32)
         shift = (tl.load(ridge + matrix) / unit).to(tl.float32)
-        total += shift * tl.load(panel + at, mask=mask, other=0.0)
+        own = tl.load(panel + rows[:, None] * width + vectors[None, :], mask=mask, other=0.0)
+        total += shift * own
+        if IS_START:
+            tl.store(out - width + at, own, mask=mask)
     tl.store(out + at, total, mask=mask)
 
 
@@ -210,8 +258,22 @@ def check_roots_(
     batch, size, _ = root.shape
     p = int(p)
     absmax = torch.zeros(2, batch, dtype=torch.int32, device=root.device)
-    absmax_(absmax[0], factor)
-    absmax_(absmax[1], root)
+    for first in range(0, batch, 65535):  # the second axis of a grid ends there
+        part = slice(first, min(first + 65535, batch))
+        both_absmax_kernel[(triton.cdiv(size * size, _ELEMENTS), part.stop - first, 2)](
+            absmax[:, first:],
+            factor[part],
+            root[part],
+            size * size,
+            batch,
+            factor.stride(0),
+            factor.stride(1),
+            root.stride(0),
+            root.stride(1),
+            size,
+            BLOCK=_ELEMENTS,
+            num_warps=8,
+        )
     row_tiles = triton.cdiv(size, _ROWS)
 
     def times(matrices: Tensor, panel: Tensor, out: Tensor, columns: int) -> Tensor:
@@ -228,6 +290,7 @@ def check_roots_(
             row_tiles,
             columns,
             IS_ROOT=matrices is root,
+            IS_START=panel.dim() == 2,
             PANEL=_PANEL,
             ROWS=_ROWS,
             DEPTH=_DEPTH,
@@ -240,10 +303,11 @@ def check_roots_(
         return root.new_empty(batch, size, _PANEL)
 
     start = fresh()  # v and A v, side by side
-    start[:, :, :VECTORS] = white_vectors(size, root.dtype, root.device)
-    if sizes is not None:
-        start[:, :, :VECTORS] *= within(sizes, size)[:, :, None]
-    times(factor, start, start[:, :, VECTORS:], VECTORS)
+    white = white_vectors(size, root.dtype, root.device)
+    if sizes is not None:  # each matrix has its own, zero beyond its size
+        start[:, :, :VECTORS] = white * within(sizes, size)[:, :, None]
+        white = start
+    times(factor, white, start[:, :, VECTORS:], VECTORS)
     powers = [start, times(root, start, fresh(), _PANEL)]  # X^k v in the first columns
     swapped = times(factor, powers[1], fresh(), VECTORS)
     while len(powers) <= (p + 1) // 2:

@@ -17,7 +17,7 @@ _TILE = 32
 
 
 @triton.jit
-def absmax_kernel(
+def take_absmax(
     absmax,
     values,
     sizes,
@@ -44,6 +44,22 @@ def absmax_kernel(
     value = tl.load(values + offset, mask=inside, other=0.0).to(tl.float32)
     bits = tl.abs(value).to(tl.int32, bitcast=True)
     tl.atomic_max(absmax + matrix, tl.max(bits, axis=0), sem="relaxed")
+
+
+@triton.jit
+def absmax_kernel(
+    absmax,
+    values,
+    sizes,
+    count,
+    stride_b,
+    stride_row,
+    columns,
+    SIZED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """:func:`take_absmax` of every matrix of a stack."""
+    take_absmax(absmax, values, sizes, count, stride_b, stride_row, columns, SIZED, BLOCK)
 
 
 def absmax_(absmax: Tensor, values: Tensor, sizes: Tensor | None = None) -> None:

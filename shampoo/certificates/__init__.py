@@ -6,6 +6,7 @@ it and the others of the machine wait. ``SHAMPOO_TUNE=0`` forbids it, and what h
 then runs references; ``SHAMPOO_TUNE=1`` repeats it, once a process.
 """
 
+from shampoo.certificates.alone import inverse_root
 from shampoo.certificates.issue import (
     certificate_of,
     complain,
@@ -21,6 +22,7 @@ __all__ = [
     "certificate_of",
     "complain",
     "complaints_of",
+    "inverse_root",
     "kernels_in_use",
     "licence_of",
     "load_kernels",

@@ -73,6 +73,22 @@ def _root_check(batch: int, n: int, device: torch.device) -> list[Any]:
     return [torch.empty(batch, dtype=torch.bool, device=device), root, factor, ridge, float(P)]
 
 
+def _diagonal(batch: int, n: int, device: torch.device) -> list[Any]:
+    factor = random_factors(batch, n, device)  # none of them is, as in most refreshes
+    ridge = torch.ones(batch, dtype=torch.float64, device=device)
+    return [factor.clone(), ridge, factor, float(P), 0.0, RELATIVE_EPS]
+
+
+def _keep(batch: int, n: int, device: torch.device) -> list[Any]:
+    root = random_factors(batch, n, device)
+    outcome, failures, ready, ok = (
+        torch.ones(batch, dtype=dtype, device=device)
+        for dtype in (torch.uint8, torch.int32, torch.bool, torch.bool)
+    )
+    accepted = torch.ones((), dtype=torch.bool, device=device)
+    return [root, outcome, failures, ready, root.clone(), ok, accepted]
+
+
 def blocks(batch: int, numel: int, device: torch.device) -> tuple[list[Tensor], Tensor]:
     """Square tensors of ``numel`` elements together, and the tiles that cut them into blocks."""
     count = min(batch, 8)
@@ -127,7 +143,9 @@ WORKLOADS: dict[str, Callable[[int, int, torch.device], list[Any]]] = {
     "minimax_root_": _root,
     "minimax_small_root_": _root,
     "minimax_class_root_": _class_root,
+    "diagonal_root_": _diagonal,
     "check_roots_": _root_check,
+    "keep_roots_": _keep,
     "gather_blocks_": _gather,
     "magnitudes_": _magnitudes,
     "graft_moments_": _moments,

@@ -6,13 +6,14 @@ everywhere, and :func:`load_kernels` registers faster kernels over it for one de
 add one, write its reference in ``kernels/reference/`` and its record here; then its kernels.
 """
 
-from shampoo.kernels.reference import minimax, minimax_class, root_check
+from shampoo.kernels.reference import diagonal, keep_roots, minimax, minimax_class, root_check
 from shampoo.kernels.reference import ops as reference
 from shampoo.kernels.reference.ops import Number
 from shampoo.ops import supports
 from shampoo.ops.licence import REFERENCE
 from shampoo.ops.registry import OPS, Cpp, Cuda, Op, Triton, declare, has_kernel
 from shampoo.ops.routes import (
+    are_loaded,
     confine_cpu,
     grant,
     kernel_at,
@@ -22,12 +23,13 @@ from shampoo.ops.routes import (
 )
 
 __all__ = ["OPS", "REFERENCE", "Number", "grant", "has_kernel", "kernels", "load_kernels"]
-__all__ += ["confine_cpu", "kernel_at", "runs_kernel_on_cpu"]
+__all__ += ["are_loaded", "confine_cpu", "kernel_at", "runs_kernel_on_cpu"]
 __all__ += ["gather_blocks_", "graft_moments_", "graft_scale_", "magnitudes_"]
 __all__ += ["update_blocks_"]
 __all__ += ["gram_ema_", "precondition_"]
-__all__ += ["check_roots_", "eigh_"]
 __all__ += ["minimax_class_root_", "minimax_root_", "minimax_small_root_"]
+__all__ += ["diagonal_root_", "eigh_"]
+__all__ += ["check_roots_", "keep_roots_"]
 
 gather_blocks_ = declare(
     Op(
@@ -134,6 +136,15 @@ minimax_class_root_ = declare(
         kernels=(Triton("minimax_class"),),
     )
 )
+diagonal_root_ = declare(
+    Op(
+        "diagonal_root_(Tensor(a!) root, Tensor(b!) ridge, Tensor factor, float p, float eps,"
+        " float relative_eps) -> ()",
+        diagonal.diagonal_root_,
+        subject=("root",),
+        kernels=(Triton("diagonal"),),
+    )
+)
 check_roots_ = declare(
     Op(
         "check_roots_(Tensor(a!) ok, Tensor root, Tensor factor, Tensor ridge, float p,"
@@ -141,6 +152,15 @@ check_roots_ = declare(
         root_check.check_roots_,
         subject=("root",),
         kernels=(Triton("root_check"),),
+    )
+)
+keep_roots_ = declare(
+    Op(
+        "keep_roots_(Tensor(a!) root, Tensor(b!) outcome, Tensor(c!) failures, Tensor(d!) ready,"
+        " Tensor candidate, Tensor ok, Tensor? accepted=None) -> ()",
+        keep_roots.keep_roots_,
+        subject=("root",),
+        kernels=(Triton("keep_roots"),),
     )
 )
 update_blocks_ = declare(

@@ -89,6 +89,11 @@ def _load_licensed(licence: Licence | None, insists: bool, required: bool) -> st
 _state: list[Any] = []  # of the last choice: backend, table, kinds, and whether licences count
 
 
+def are_loaded() -> bool:
+    """Whether :func:`load_kernels` has chosen kernels in this process, be they references."""
+    return bool(_state)
+
+
 def grant(device: torch.device, licence: Licence) -> None:
     """Lets a CUDA device run what it is licensed for.
 

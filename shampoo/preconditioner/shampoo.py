@@ -13,11 +13,12 @@ from shampoo.blocks.declared import DIAGONAL, FAILURES, FULL, NONE, ModeState
 from shampoo.blocks.segments import FactorRows, TakenRows
 from shampoo.blocks.statistics import Statistics
 from shampoo.hyperparameters import Hyperparameters
+from shampoo.kernels.reference.keep_roots import is_root
 from shampoo.ops import Number
 from shampoo.preconditioner import diagonal_factor
 from shampoo.preconditioner.base import Preconditioner, of_blocks
 from shampoo.roots.methods import check_method
-from shampoo.roots.refresh import PendingFlags, is_root
+from shampoo.roots.refresh import PendingFlags
 from shampoo.roots.size_classes import Due, Stack, classes, refresh_together_
 from shampoo.scalars import Scalars
 

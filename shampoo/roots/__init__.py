@@ -24,6 +24,9 @@ def inverse_root(
     n^(1/4) of it. Without a ridge (both eps 0) the result is the root of the pseudo-inverse:
     eigenvalues up to n * machine epsilon * lambda_max become 0.
 
+    ``shampoo.inverse_root`` runs the kernels that an optimizer would, which the first call of a
+    process loads, or builds and checks where nobody has (docs/kernels.md); those of torch else.
+
     Args:
         A: [B, n, n], float32 or float64, symmetric, positive semi-definite up to rounding. Not
             modified.
@@ -54,6 +57,5 @@ def inverse_root(
     root = torch.empty_like(A, memory_format=torch.contiguous_format)
     ridge = torch.empty(len(A), dtype=torch.float64, device=A.device)
     for rows in chunks(A):
-        reads = A.device.type == "cpu"
-        solve_(root[rows], ridge[rows], A[rows], p, eps, relative_eps, method, reads)
+        solve_(root[rows], ridge[rows], A[rows], p, eps, relative_eps, method)
     return root

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from shampoo import ops
+from shampoo.kernels.reference.diagonal import NEGLIGIBLE
 from shampoo.kernels.reference.norms import elementwise_power, schatten4
-
-NEGLIGIBLE = 0.2  # of the ridge: the slack that the minimax schedules have for negative eigenvalues
 
 
 def eigh_root_(

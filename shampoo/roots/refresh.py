@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from shampoo import ops
+from shampoo.kernels.reference.keep_roots import FAILED, LEFT, PASSED, REPAIRED, is_root
 from shampoo.ops import Number
 from shampoo.ops.precision import full_precision
 from shampoo.ops.transit import Letter, is_near
@@ -24,7 +26,6 @@ from shampoo.roots.solver import chunks, solve_
 
 logger = logging.getLogger(__name__)
 
-_PASSED, _REPAIRED, _FAILED, _LEFT = range(4)  # outcome of a matrix in one refresh
 _EIGH = 2  # the last rung; rung 1 is the larger ridge
 _RIDGE_GROWTH = 10.0
 
@@ -69,21 +70,13 @@ class PendingFlags:
                 waiting.append((rows, letter, part))
                 continue
             outcome = letter.read()[part]
-            _warn(int((outcome == _FAILED).sum()), len(outcome))
+            _warn(int((outcome == FAILED).sum()), len(outcome))
             rung = self._rung[rows]
-            climbed = (rung + (outcome == _FAILED).long()).clamp(min=1, max=_EIGH)
-            heard = torch.where(outcome == _PASSED, 0, climbed)
-            self._rung[rows] = torch.where(outcome == _LEFT, rung, heard)
+            climbed = (rung + (outcome == FAILED).long()).clamp(min=1, max=_EIGH)
+            heard = torch.where(outcome == PASSED, 0, climbed)
+            self._rung[rows] = torch.where(outcome == LEFT, rung, heard)
         self._sent = waiting
         return self._rung[where]
-
-
-def is_root(root: Tensor) -> Tensor:
-    """Which matrices of a stack are roots, [K] bool: all zero means that there is none yet.
-
-    Every root has a positive entry on its diagonal; the root of a pseudo-inverse may have zeros.
-    """
-    return root.diagonal(dim1=1, dim2=2).amax(dim=1) > 0
 
 
 @torch.no_grad()
@@ -134,21 +127,13 @@ def refresh_roots_(
     outcome = torch.empty(count, dtype=torch.uint8, device=factor.device)
     for rows in chunks(factor):
         how = p, _of(correction, rows), eps, relative_eps, method
-        seen = None if found is None else found[:, rows]
         only = None if sizes is None else sizes[rows]
-        ok = _attempt(
-            root[rows],
-            factor[rows],
-            *how,
-            reads=reads,
-            accepted=accepted,
-            found=seen,
-            sizes=only,
-        )
-        verdict = torch.where(ok, _PASSED, _FAILED)
-        if accepted is not None:
-            verdict = torch.where(accepted, verdict, _LEFT)
-        outcome[rows] = verdict.to(torch.uint8)
+        candidate, ok, seen = _attempt(factor[rows], *how, finds=found is not None, sizes=only)
+        if found is not None:
+            kept = ok if accepted is None else ok & accepted
+            found[:, rows] = torch.where(kept, seen, found[:, rows])
+        remembered = outcome[rows], failures[rows], ready[rows]
+        ops.keep_roots_(root[rows], *remembered, candidate, ok, accepted)
 
     def retry(which: Tensor, rung: int) -> None:
         """Rows that failed: ``which`` is a list of indices on the device of the stack."""
@@ -156,25 +141,25 @@ def refresh_roots_(
         growth = _RIDGE_GROWTH if rung < _EIGH else 1.0
         solver = method if rung < _EIGH else "eigh"
         for part in torch.split(which, step):
-            candidate = root[part]
             ridges = eps * growth, relative_eps * growth
             how = p, _of(correction, part), *ridges, solver
-            seen = None if found is None else found[:, part]
             only = None if sizes is None else sizes[part]
-            ok = _attempt(candidate, factor[part], *how, reads=reads, found=seen, sizes=only)
-            ok &= outcome[part] == _FAILED
+            candidate, ok, seen = _attempt(factor[part], *how, finds=found is not None, sizes=only)
+            ok &= outcome[part] == FAILED
             root[part] = torch.where(ok[:, None, None], candidate, root[part])
-            outcome[part] = torch.where(ok, _REPAIRED, outcome[part])
-            if found is not None and seen is not None:
+            outcome[part] = torch.where(ok, REPAIRED, outcome[part])
+            failures[part] = torch.where(ok, 0, failures[part])
+            ready[part] = torch.where(ok, is_root(candidate), ready[part])
+            if found is not None:
                 found[:, part] = torch.where(ok, seen, found[:, part])
 
     if reads:
         for rung in range(1, _EIGH + 1):
-            failed = (outcome == _FAILED).nonzero()[:, 0]
+            failed = (outcome == FAILED).nonzero()[:, 0]
             if len(failed) == 0:
                 break
             retry(failed, rung)
-        _warn(int((outcome == _FAILED).sum()), count)
+        _warn(int((outcome == FAILED).sum()), count)
     elif pending is not None:
         rungs = pending.receive(where)
         for rung in range(1, _EIGH + 1):
@@ -183,10 +168,6 @@ def refresh_roots_(
                 retry(flagged.to(factor.device, non_blocking=True), rung)
         pending.send(where, outcome)
 
-    counted = torch.where(outcome == _FAILED, failures + 1, 0)
-    failures.copy_(counted if accepted is None else torch.where(accepted, counted, failures))
-    ready.copy_(is_root(root))
-
 
 def _of(correction: Number, rows: slice | Tensor) -> Number:
     """The corrections of some matrices, if each has its own."""
@@ -194,40 +175,33 @@ def _of(correction: Number, rows: slice | Tensor) -> Number:
 
 
 def _attempt(
-    root: Tensor,
     factor: Tensor,
     p: float,
     correction: Number,
     eps: float,
     relative_eps: float,
     method: str,
-    reads: bool,
-    accepted: Tensor | None = None,
-    found: Tensor | None = None,
+    finds: bool,
     sizes: Tensor | None = None,
-) -> Tensor:
-    """Solves a chunk; which roots pass the probe, [B] bool. They are written, if ``accepted``."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Roots of a chunk, which of them pass the check, [B] bool, and what is found of them.
+
+    ``finds`` says whether anybody asks for the last, [3, B] float64; else it is empty.
+    """
     if isinstance(correction, Tensor):
         factor = factor / correction.to(factor.dtype).view(-1, 1, 1)
     elif correction != 1.0:
         factor = factor / correction
     # Of a size class, nobody writes what is beyond the sizes.
-    candidate = torch.empty_like(root) if sizes is None else torch.zeros_like(root)
+    root = torch.empty_like(factor) if sizes is None else torch.zeros_like(factor)
     ridge = torch.empty(len(factor), dtype=torch.float64, device=factor.device)
-    solve_(candidate, ridge, factor, p, eps, relative_eps, method, reads, sizes)
+    solve_(root, ridge, factor, p, eps, relative_eps, method, sizes)
     with full_precision(factor.device):
-        if found is None:
-            ok = passes_root_check(candidate, factor, ridge, p, sizes)
+        if finds:
+            ok, found = passes_with_findings(root, factor, ridge, p, sizes)
         else:
-            ok, seen = passes_with_findings(candidate, factor, ridge, p, sizes)
-    kept = ok if accepted is None else ok & accepted
-    if found is not None:
-        found.copy_(torch.where(kept, seen, found))
-    if reads and ok.all():  # a plain copy is several times as fast
-        root.copy_(candidate)
-    else:
-        root.copy_(torch.where(kept[:, None, None], candidate, root))
-    return ok
+            ok, found = passes_root_check(root, factor, ridge, p, sizes), ridge[:0]
+    return root, ok, found
 
 
 def _warn(failed: int, count: int) -> None:

@@ -10,7 +10,6 @@ from torch import Tensor
 from shampoo import ops
 from shampoo.kernels.reference.newton import newton_root_
 from shampoo.ops.precision import full_precision
-from shampoo.roots.diagonal import diagonal_root_
 from shampoo.roots.eigh import eigh_root_
 from shampoo.roots.minimax_table import minimax_schedule, smallest_relative_eps, tabulated_powers
 
@@ -28,13 +27,11 @@ def solve_(
     eps: float,
     relative_eps: float,
     method: str,
-    reads: bool,
     sizes: Tensor | None = None,
 ) -> None:
     """Writes the roots of one chunk, [B, n, n], and the ridges they were taken with, [B].
 
-    ``reads`` says whether the host may look at values, which on a GPU means to wait for it. With
-    ``sizes``, [B] int32, the matrices are those of a size class: zero beyond their sizes.
+    With ``sizes``, [B] int32, the matrices are those of a size class: zero beyond their sizes.
     """
     if factor.numel() == 0:
         return
@@ -51,7 +48,7 @@ def solve_(
             newton_root_(root, ridge, factor, int(p), eps, relative_eps)
         else:
             eigh_root_(root, ridge, factor, p, eps, relative_eps)
-        diagonal_root_(root, ridge, factor, p, eps, relative_eps, reads)
+        ops.diagonal_root_(root, ridge, factor, p, eps, relative_eps)
 
 
 def choose_method(factor: Tensor, p: float, eps: float, relative_eps: float, method: str) -> str:

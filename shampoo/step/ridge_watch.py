@@ -31,13 +31,14 @@ _SHARE = 1e-2
 
 @dataclass
 class _Look:
-    """The smallest norms found in one refresh."""
+    """The norms of the factors of one refresh."""
 
     arena: Arena
     due: Sequence[FactorRows]
     eps: float
     share: float
-    smallest: Letter  # [2, due] float64: norm, which of the rows
+    counts: list[int]  # of the rows of each of them
+    norms: Letter  # of all rows, one after another, float64
 
 
 class RidgeWatch:
@@ -77,20 +78,29 @@ class RidgeWatch:
             if not due:
                 return
         self._read(members)
-        smallest = torch.stack([_smallest(factors, scalars) for factors in due], dim=1)
-        self._looks[id(arena)] = _Look(arena, due, hyper.eps, share, Letter(smallest))
+        norms = [_norms(factors, scalars) for factors in due]
+        sent = torch.cat(norms)
+        if scalars.accepted is not None:
+            # In a step that is not taken no factor has moved, and none is looked at.
+            sent *= scalars.accepted
+        counts = [len(each) for each in norms]
+        self._looks[id(arena)] = _Look(arena, due, hyper.eps, share, counts, Letter(sent))
         self._read(members)
 
     def _read(self, members: Sequence[PlannedParam]) -> None:
         """Judges what has arrived."""
         for key, look in list(self._looks.items()):
-            if not look.smallest.has_arrived():
+            if not look.norms.has_arrived():
                 continue
             del self._looks[key]
-            norms, rows = look.smallest.read().tolist()
-            for factors, norm, row in zip(look.due, norms, rows, strict=True):
+            norms = look.norms.read()
+            # Zero is a factor that has seen nothing, such as that of a layer without a gradient.
+            norms = torch.where(norms > 0, norms, math.inf)
+            split = torch.split(norms, look.counts)
+            for factors, each in zip(look.due, split, strict=True):
+                norm, row = each.min(dim=0)
                 if look.eps > look.share * norm and not self._has_warned:
-                    self._warn(look, factors, norm, int(row), members)
+                    self._warn(look, factors, float(norm), int(row), members)
 
     def _warn(
         self,
@@ -128,21 +138,13 @@ def _may_be_outweighed(factors: FactorRows, scalars: Scalars, bound: float) -> b
     return bool(((norms > 0) & (norms < bound)).any())
 
 
-def _smallest(factors: FactorRows, scalars: Scalars) -> Tensor:
-    """The smallest Frobenius norm that is not zero, and which of the rows it is, [2] float64.
-
-    Zero is a factor that has seen nothing, such as that of a layer without a gradient so far. In a
-    step that is not taken no factor has moved, and none is looked at: the norm is Inf.
-    """
+def _norms(factors: FactorRows, scalars: Scalars) -> Tensor:
+    """The Frobenius norms of the rows, [R] float64."""
     stack = factors.take(factors.stack.statistic)
     # In float64: the squares of what is compared with eps leave the range of float32.
-    norms = torch.cat(
-        [
-            torch.linalg.vector_norm(stack[rows], dim=(1, 2), dtype=torch.float64)
-            for rows in chunks(stack)
-        ]
-    )
-    norms = norms / factor_correction(factors, scalars)
-    is_seen = norms > 0 if scalars.accepted is None else (norms > 0) & scalars.accepted
-    smallest, row = torch.where(is_seen, norms, math.inf).min(dim=0)
-    return torch.stack((smallest, row.double()))
+    norms = [
+        torch.linalg.vector_norm(stack[rows], dim=(1, 2), dtype=torch.float64)
+        for rows in chunks(stack)
+    ]
+    every = norms[0] if len(norms) == 1 else torch.cat(norms)
+    return every / factor_correction(factors, scalars)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from compiled import load_compiled
 
 from shampoo import ops
 from shampoo.kernels.reference import ops as reference
@@ -93,3 +94,43 @@ def test_eigh_of_a_matrix_that_does_not_converge_is_nan_alone(impl, bad):
     assert vectors[bad].isnan().all()
     for i in set(range(5)) - {bad}:
         torch.testing.assert_close(values[i], clean[i][0], rtol=1e-12, atol=1e-12)
+
+
+SPREAD = {  # of [2, 6, 5, 4], in memory that is not contiguous
+    "transposed": lambda grad: grad.mT.contiguous().mT,
+    "sliced": lambda grad: torch.stack((grad, grad + 1), dim=-1)[..., 0],
+    "permuted": lambda grad: grad.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", SPREAD)
+def test_memory_of_a_gradient_changes_no_bit_of_its_factors(impl, kind, dtype):
+    grad = torch.randn(2, 6, 5, 4, dtype=dtype)
+    spread = SPREAD[kind](grad)
+    # At the address of the first: other strides, and other sizes. No copy of it may be taken.
+    turned = spread.transpose(2, 3)
+    part = spread[:, :, :3]
+    assert not spread.is_contiguous()
+    assert spread.data_ptr() == turned.data_ptr() == part.data_ptr()
+    given = [spread, spread, turned, spread, part, turned]
+    modes = [0, 1, 1, 2, 1, 2]
+    results = []
+    for grads in (given, [each.contiguous() for each in given]):
+        sides = [each.shape[mode + 1] for each, mode in zip(grads, modes, strict=True)]
+        factors = [torch.ones(2, side, side, dtype=dtype) for side in sides]
+        impl.gram_ema_(factors, grads, modes, 0.9, 0.1)
+        results.append(factors)
+    if impl is ops:
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+    else:  # whose products go by memory
+        torch.testing.assert_close(*results)
+
+
+def test_a_gradient_is_packed_once_for_all_of_its_modes():
+    load_compiled()
+    grad = torch.randn(3, 40, 30, 20).mT
+    factors = [torch.ones(3, side, side) for side in grad.shape[1:]]
+    with torch.autograd.profiler.profile() as profile:
+        ops.gram_ema_(factors, [grad] * 3, [0, 1, 2], 0.9, 0.1)
+    assert sum(event.name == "aten::clone" for event in profile.function_events) == 1

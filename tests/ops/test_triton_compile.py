@@ -24,7 +24,10 @@ pytestmark = [
 
 # sm: the tensor core instruction, and the shared memory that a block may have
 ARCHES = {80: ("mma.sync", 163), 90: ("wgmma.mma_async", 227), 100: ("tcgen05.mma", 227)}
-MODULES = ("gram", "precondition", "root_check", "split_fp16", "symmetric_gemm")
+MODULES = (
+    *("diagonal", "gram", "keep_roots", "precondition", "root_check", "split_fp16"),
+    "symmetric_gemm",
+)
 TENSOR_CORES = {
     "symmetric_gemm_kernel",
     "gram_ema_kernel",
@@ -36,6 +39,7 @@ TYPES = {
     torch.float64: "*fp64",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.uint8: "*u8",
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.bool: "*i1",
@@ -83,7 +87,15 @@ def launch_everything():
     for n in (64, 1024):
         matrix, ridge = torch.empty(2, n, n), torch.empty(2).double()
         minimax.minimax_root_(matrix.clone(), ridge, matrix, 4, 1e-12, 1e-6, schedule)
+        given = matrix.clone(), ridge, matrix, 4.0
+        kernels["diagonal"].diagonal_root_(*given, 1e-12, 1e-6)
+        kernels["diagonal"].diagonal_root_(*given, 0.0, 0.0)
     ok = torch.empty(2, dtype=torch.bool)
+    counts = torch.empty(2, dtype=torch.uint8), torch.empty(2, dtype=torch.int32), ok.clone()
+    for dtype in (torch.float32, torch.float64):
+        root, candidate = torch.empty(2, 2, 64, 64, dtype=dtype)
+        for accepted in (None, torch.tensor(True)):
+            kernels["keep_roots"].keep_roots_(root, *counts, candidate, ok, accepted)
     live = torch.tensor([0.99, 0.01], dtype=torch.float64).unbind()
     kernels["root_check"].check_roots_(ok, matrix, matrix.clone(), ridge, 4.0)
     of_class = importlib.import_module("shampoo.kernels.triton.minimax_class")

@@ -221,6 +221,62 @@ def spoiled_roots(n: int, p: int) -> Arguments:
     return {"ok": torch.zeros(6, dtype=torch.bool), **rest, "p": float(p), "sizes": None}
 
 
+def _diagonals(n: int, p: float, relative_eps: float, flat: torch.dtype) -> Case:
+    """Among roots that stay: of diagonal matrices, and of those not finite on it or beside it."""
+
+    def arguments() -> Arguments:
+        factor = (torch.rand(8, n, dtype=flat) + 0.5).diag_embed()
+        factor[1, 0, 0] = 0.0 if relative_eps == 0 else -0.25  # below what any ridge is
+        factor[2] = 0.0
+        factor[3] *= 1e-30
+        if n > 1:
+            factor[4] = symmetric(1, n, flat)[0]
+            factor[5, n - 1, 0] = factor[5, 0, n - 1] = torch.finfo(flat).tiny / 4
+            factor[6, n // 2, n - 1] = torch.inf
+        factor[7, n - 1, n - 1] = torch.nan
+        ridge = torch.rand(8, dtype=torch.float64)
+        given = {"root": symmetric(8, n, flat), "ridge": ridge, "factor": factor}
+        return {**given, "p": p, "eps": 1e-3 * relative_eps, "relative_eps": relative_eps}
+
+    return Case(
+        "diagonal_root_",
+        flat,
+        f"n={n}, p={p:g}, relative_eps={relative_eps:g}",
+        arguments,
+        symmetric=("root",) if n > 1 else (),
+        stacked=("root", "ridge", "factor"),
+    )
+
+
+def _keep(n: int, accepted: bool | None, flat: torch.dtype) -> Case:
+    """Candidates of which some passed, over roots of which some are not there yet."""
+
+    def arguments() -> Arguments:
+        root, candidate = symmetric(6, n, flat), symmetric(6, n, flat)
+        root[::3] = 0.0
+        candidate[1:3] = torch.nan
+        candidate[5] = 0.0
+        return {
+            "root": root,
+            "outcome": torch.zeros(6, dtype=torch.uint8),
+            "failures": torch.arange(6, dtype=torch.int32),
+            "ready": torch.zeros(6, dtype=torch.bool),
+            "candidate": candidate,
+            "ok": torch.tensor([True, False, False, False, True, True]),
+            "accepted": None if accepted is None else torch.tensor(accepted),
+        }
+
+    return Case(
+        "keep_roots_",
+        flat,
+        f"n={n}" + (f", accepted={accepted}" if accepted is not None else ""),
+        arguments,
+        overwritten=("outcome", "ready"),
+        symmetric=("root",),
+        stacked=("root", "outcome", "failures", "ready", "candidate", "ok"),
+    )
+
+
 def _check(n: int, p: int) -> Case:
     return Case(
         "check_roots_",
@@ -299,11 +355,10 @@ def root_cases(n: int, flat: torch.dtype, blocks: int) -> list[Case]:
     """Roots of one size, by every op that takes it, and their check."""
     every = [_root("minimax_root_", n, 4, 1e-6, flat, blocks)]
     if flat == torch.float32:
-        every.append(_check(n, 4))
-        every.append(_class_root(n, 4, 1e-6, flat))
+        every += [_diagonals(n, 4.0, 1e-6, flat), _check(n, 4), _class_root(n, 4, 1e-6, flat)]
         if n <= _SMALL_ROOT:
             every.append(_root("minimax_small_root_", n, 4, 1e-6, flat, blocks))
-    return every
+    return [*every, _keep(n, True, flat)]
 
 
 def stack_cases() -> dict[str, list[Case]]:
@@ -345,6 +400,15 @@ def stack_cases() -> dict[str, list[Case]]:
             if each[0] <= _SMALL_ROOT and each[3] == single
         ],
         "minimax_class_root_": [_class_root(*each) for each in roots],
+        "diagonal_root_": [
+            _diagonals(n, *how, single)
+            for n in sizes
+            for how in ((4.0, 1e-6), (2.5, 1e-2), (1.0, 0.0))
+        ],
+        "keep_roots_": [
+            _keep(n, accepted, flat)
+            for n, accepted, flat in itertools.product(sizes, (None, True, False), FLAT)
+        ],
         "check_roots_": [
             *(_check(n, p) for n in (3, 65, 257) for p in (4, 2)),
             *(_class_check(n, p) for n in (65, 257) for p in (4, 2)),

@@ -6,34 +6,38 @@ import torch
 from torch import Tensor
 
 from shampoo.kernels.reference.norms import absmax, elementwise_power, schatten4
-from shampoo.roots.eigh import NEGLIGIBLE
+
+NEGLIGIBLE = 0.2  # of the ridge: the slack that the minimax schedules have for negative eigenvalues
 
 
 def diagonal_root_(
-    root: Tensor,
-    ridge: Tensor,
-    factor: Tensor,
-    p: float,
-    eps: float,
-    relative_eps: float,
-    reads: bool,
+    root: Tensor, ridge: Tensor, factor: Tensor, p: float, eps: float, relative_eps: float
 ) -> None:
     """Overwrites the roots of those matrices of a stack that are exactly diagonal, or not finite.
 
     A diagonal matrix has the root ``(diagonal + ridge)^(-1/p)``, with the conventions of
     ``eigh_root_``; a zero matrix without a ridge has the root I. A matrix that is not finite has
-    NaN in all of its root, whatever a solver has made of it. Arguments as in ``eigh_root_``, and
-    ``reads``: whether the host may look first if there is a matrix of either kind.
+    NaN in all of its root, whatever a solver has made of it; its ridge stays.
+
+    Args:
+        root: [B, n, n], written where a matrix is of either kind.
+        ridge: [B] float64, written where one is diagonal.
+        factor: [B, n, n], read.
+        p: The root, any real number > 0.
+        eps: Absolute ridge.
+        relative_eps: Relative ridge.
+
     """
     count, n, _ = factor.shape
     values = factor.diagonal(dim1=1, dim2=2).double()  # [B, n]
     largest = torch.zeros_like(ridge)
     if n > 1:
         # Without its last entry, a matrix is n - 1 rows of one diagonal entry and n others.
-        rest = factor.flatten(1)[:, :-1].view(count, n - 1, n + 1)[:, :, 1:]
+        rest = factor.reshape(count, n * n)[:, :-1].view(count, n - 1, n + 1)[:, :, 1:]
         largest = absmax(rest)
     finite = largest.isfinite() & values.isfinite().all(dim=1)
     diagonal = finite & (largest == 0)
+    reads = factor.device.type == "cpu"  # where looking first, if there is any, waits for nothing
     if not (reads and finite.all()):
         root.masked_fill_(~finite[:, None, None], torch.nan)
     if reads and not diagonal.any():
