@@ -10,6 +10,7 @@ import torch
 from root_cases import Exact, limits, spd, stack
 from torch import Tensor
 
+from shampoo import ops
 from shampoo.roots import refresh, size_classes
 from shampoo.roots.refresh import PendingFlags, refresh_roots_
 from shampoo.roots.root_check import passes_root_check
@@ -149,17 +150,23 @@ def test_every_attempt_knows_the_sizes_of_its_own_rows(monkeypatch: pytest.Monke
     factors = ordinary()[::-1]
     factors[3][1] = negative(SIDES[0])
     factors[1][0] = torch.nan
-    seen = []
-    check = refresh.passes_root_check
+    seen, solved = [], []
+    check, solve = refresh.passes_root_check, ops.minimax_class_root_
 
     def noted(X: Tensor, A: Tensor, ridge: Tensor, p: float, sizes: Tensor) -> Tensor:
         seen.append(sizes.tolist())
         return check(X, A, ridge, p, sizes)
 
+    def solving(root: Tensor, ridge: Tensor, factor: Tensor, sizes: Tensor, *how: Any) -> None:
+        solved.append(sizes.tolist())
+        solve(root, ridge, factor, sizes, *how)
+
+    monkeypatch.setattr(ops, "minimax_class_root_", solving)
     monkeypatch.setattr(refresh, "passes_root_check", noted)
     monkeypatch.setattr(refresh, "chunks", lambda stack: map(slice, range(0, 8, 3), (3, 6, 8)))
     stacks = due(factors)
     refresh_together_(stacks, **HOW)
+    assert solved == seen[:4], "all but by eigh"
     assert seen[:3] == [[1, 1, 20], [20, 33, 33], [48, 48]]
     assert seen[3] == [20, 48], "with a larger ridge"
     assert seen[4:] in ([[20]], [[20, 48]]), "what that does not repair, by eigh"
