@@ -1,4 +1,4 @@
-"""The protocol of a kind: what it declares, and the four things that a step asks of it.
+"""The protocol of a kind: what it declares, and the five things that a step asks of it.
 
 Shared by all kinds are the graft, masks, decay, momentum, the schedule of refreshes, sharding and
 checkpoints. A kind is handed stacks, never single blocks: all stacks of a segment, each B blocks of

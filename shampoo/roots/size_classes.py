@@ -63,7 +63,7 @@ def classes(
 
     From the largest side down, a class takes the next stack of its power as long as it is allowed
     to be so large. Since a part of a class that is small enough is small enough, no other way to
-    divide the sides makes fewer classes. What is too large for any is left alone.
+    divide sides that all pay makes fewer classes. What is too large for any is left alone.
 
     Args:
         stacks: Of one device, dtype and ridge.
