@@ -28,10 +28,12 @@ from torch import Tensor
 from shampoo.kernels.reference.ops import Number
 from shampoo.kernels.triton.arch import HOPPER, INTERPRETED, capability, mirrored, triangle
 from shampoo.kernels.triton.stack_table import (
+    Plans,
     Row,
     distance,
     entry,
     extent,
+    layout_in_memory,
     place,
     row_of,
     strides_of,
@@ -212,6 +214,18 @@ class _Compiled(NamedTuple):
     dtype: torch.dtype
 
 
+class _Launch(NamedTuple):
+    """Stacks that go together: which is the first, their table, and all of their programs."""
+
+    compiled: _Compiled
+    first: int
+    rows: tuple[Row, ...]
+    programs: int
+
+
+_plans: Plans[list[_Launch]] = Plans()
+
+
 def gram_ema_(
     factors: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -233,13 +247,35 @@ def gram_ema_(
         weight: Of the new Gram matrix; as ``beta``.
         config: The tiles; by the table of :func:`launch_config` by default.
     """
-    groups: dict[_Compiled, list[tuple[Tensor, Tensor]]] = {}
-    for factor, grad, mode in zip(factors, grads, modes, strict=True):
-        view = unfolded(grad, mode)
-        own = launch_config(view.shape[2], grad.dtype, grad.device) if config is None else config
-        groups.setdefault(_compiled_for(factor, view, own), []).append((factor, view))
-    for compiled, stacks in groups.items():
-        _launch(compiled, stacks, beta, weight)
+    key = layout_in_memory(factors), layout_in_memory(grads), tuple(modes), config
+    launches, copies = _plans.get(key), dict[int, Tensor]()
+    if launches is None:
+        launches, copies = _planned(factors, grads, modes, config)
+        if not copies:  # whose addresses are others every time
+            _plans.keep(key, launches)
+    for launch in launches:
+        first = launch.first
+        _launch(launch, factors[first], copies.get(first, grads[first]), beta, weight)
+
+
+def _planned(
+    factors: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    modes: Sequence[int],
+    config: LaunchConfig | None,
+) -> tuple[list[_Launch], dict[int, Tensor]]:
+    """The launches of a call, and the blocks that could not be unfolded without a copy."""
+    groups: dict[_Compiled, list[int]] = {}
+    views = [unfolded(grad, mode) for grad, mode in zip(grads, modes, strict=True)]
+    for at, (factor, view) in enumerate(zip(factors, views, strict=True)):
+        own = launch_config(view.shape[2], view.dtype, view.device) if config is None else config
+        groups.setdefault(_compiled_for(factor, view, own), []).append(at)
+    launches = [
+        _Launch(compiled, members[0], *_rows(compiled, [(factors[s], views[s]) for s in members]))
+        for compiled, members in groups.items()
+    ]
+    both = enumerate(zip(views, grads, strict=True))
+    return launches, {at: v for at, (v, grad) in both if v.data_ptr() != grad.data_ptr()}
 
 
 def _compiled_for(factor: Tensor, view: Tensor, config: LaunchConfig) -> _Compiled:
@@ -256,25 +292,32 @@ def _compiled_for(factor: Tensor, view: Tensor, config: LaunchConfig) -> _Compil
     return _Compiled(config, layout, is_unit, vector, view.dtype)
 
 
-def _launch(
-    compiled: _Compiled, stacks: Sequence[tuple[Tensor, Tensor]], beta: Number, weight: Number
-) -> None:
-    (first_factor, first_view), config = stacks[0], compiled.config
+def _rows(
+    compiled: _Compiled, stacks: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[tuple[Row, ...], int]:
+    """The table of stacks that go together, and how many programs work on them."""
+    first_factor, first_view = stacks[0]
     rows: list[Row] = []
     programs = 0
     for factor, view in stacks:
         batch, before, size, after = view.shape
-        edge = triton.cdiv(size, config.block)
+        edge = triton.cdiv(size, compiled.config.block)
         count = edge * (edge + 1) // 2
         places = distance(factor, first_factor), distance(view, first_view)
         sizes = size, before * after, after
         strides = *strides_of(factor), *strides_of(view)
         rows.append((programs, *places, *sizes, *strides, count))
         programs += batch * count
-    table = table_of(rows, first_view.device)
-    gram_ema_kernel[(programs,)](
-        first_factor,
-        first_view,
+    return tuple(rows), programs
+
+
+def _launch(launch: _Launch, factor: Tensor, grad: Tensor, beta: Number, weight: Number) -> None:
+    """One launch, by where its first stack lies."""
+    compiled, config = launch.compiled, launch.compiled.config
+    table = table_of(launch.rows, grad.device)
+    gram_ema_kernel[(launch.programs,)](
+        factor,
+        grad,
         table,
         beta,
         weight,
@@ -282,7 +325,7 @@ def _launch(
         UNIT=compiled.is_unit,
         VECTOR=compiled.vector,
         ON_DEVICE=isinstance(beta, Tensor),
-        UPCAST=INTERPRETED and first_view.dtype == torch.bfloat16,
+        UPCAST=INTERPRETED and compiled.dtype == torch.bfloat16,
         STACKS=len(table),
         BLOCK=config.block,
         BLOCK_K=config.block_k,

@@ -14,47 +14,33 @@ with d <= 128, where the launches for the scales weigh most.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from shampoo.kernels.triton.gram import layout_of, offsets, reach, unfolded
+from shampoo.kernels.triton.gram import offsets, reach, unfolded
+from shampoo.kernels.triton.precondition_plan import (
+    ELEMENTS,
+    Launch,
+    LaunchConfig,
+    Plan,
+    planned,
+    scratch_of,
+)
 from shampoo.kernels.triton.stack_table import (
-    Row,
-    distance,
+    Plans,
     entry,
     extent,
+    layout_in_memory,
     place,
     row_of,
-    strides_of,
     table_of,
     unit_or,
-    vector_of,
 )
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class LaunchConfig(NamedTuple):
-    """Tiles of ``rows`` x ``cols`` results, ``block_k`` of the mode at a time."""
-
-    rows: int
-    cols: int
-    block_k: int
-    warps: int
-    stages: int
-
-
-def launch_config(size: int) -> LaunchConfig:
-    """The tiles for a mode of this size."""
-    if size <= 32:
-        return LaunchConfig(64, 32, 32, 4, 3)
-    if size <= 128:
-        return LaunchConfig(64, 64, 32, 4, 3)
-    return LaunchConfig(128, 128, 32, 8, 3)
 
 
 def supports(
@@ -98,9 +84,6 @@ def scale_of(bits):
     back = ((exponent - 11) << 23).to(tl.float32, bitcast=True)
     return scale, back
 
-
-_ELEMENTS = 4096  # whose largest magnitude one program finds
-_BLOCKS, _DIAGONALS = range(2)  # what a row of the table of scales is of
 
 _SCALE_COLUMNS = tl.constexpr(12)
 _ROOT_COLUMNS = tl.constexpr(23)
@@ -233,26 +216,7 @@ def norm_kernel(norms, squares, table, STACKS: tl.constexpr, BLOCK: tl.constexpr
     tl.store(norm, tl.sqrt(total).to(norms.dtype.element_ty))
 
 
-class _Stack(NamedTuple):
-    """One stack in a call."""
-
-    out: Tensor
-    grad: Tensor
-    roots: Sequence[Tensor]
-    slots: int  # where its magnitudes begin: of the blocks mode after mode, then of the roots
-    squares: int  # and its squares
-    scratch: int  # and its elements of what lies between two modes
-
-    def last_config(self, config: LaunchConfig | None) -> tuple[int, LaunchConfig]:
-        """Tiles of a block in its last mode, and how large they are."""
-        size = self.out.shape[-1]
-        own = launch_config(size) if config is None else config
-        return tiles_of(self.out[0].numel() // size, size, own), own
-
-
-def tiles_of(others: int, size: int, config: LaunchConfig) -> int:
-    """Tiles of a result."""
-    return -(-others // config.rows) * -(-size // config.cols)
+_plans: Plans[Plan] = Plans()
 
 
 def precondition_(
@@ -273,160 +237,61 @@ def precondition_(
             semi-definite.
         config: The tiles of every mode; by the table of :func:`launch_config` by default.
     """
-    stacks = _stacks_of(outs, grads, roots, config)
-    device, (*_, last) = grads[0].device, stacks
-    slots = last.slots + 2 * len(last.roots) * len(last.out)
-    absmax = torch.zeros(slots, dtype=torch.int32, device=device)
-    squares = torch.empty(
-        last.squares + len(last.out) * last.last_config(config)[0],
-        dtype=torch.float64,
-        device=device,
-    )
-    between = [
-        torch.empty(last.scratch + last.out.numel(), dtype=torch.float32, device=device)
-        for _ in range(min(max(len(stack.roots) for stack in stacks) - 1, 2))
-    ]
-    _find_scales(absmax, stacks)
-    for mode in range(max(len(stack.roots) for stack in stacks)):
-        groups: dict[_Compiled, list[tuple[_Stack, Tensor, Tensor]]] = {}
-        for stack in stacks:
-            if mode < len(stack.roots):
-                read = stack.grad if mode == 0 else _part(between[(mode - 1) % 2], stack)
-                is_last = mode == len(stack.roots) - 1
-                written = stack.out if is_last else _part(between[mode % 2], stack)
-                views = unfolded(read, mode), unfolded(written, mode)
-                compiled = _compiled_for(*views, stack.roots[mode], config, is_last)
-                groups.setdefault(compiled, []).append((stack, *views))
-        for compiled, members in groups.items():
-            _apply(compiled, mode, members, absmax, squares)
-    _find_norms(norms, squares, stacks, config)
-
-
-def _stacks_of(
-    outs: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    roots: Sequence[Tensor],
-    config: LaunchConfig | None,
-) -> list[_Stack]:
-    """The stacks of a call, with places for what is found of them."""
-    stacks: list[_Stack] = []
-    slots = squares = scratch = begin = 0
-    for out, grad in zip(outs, grads, strict=True):
-        order = grad.dim() - 1
-        stack = _Stack(out, grad, roots[begin : begin + order], slots, squares, scratch)
-        stacks.append(stack)
-        begin += order
-        slots += 2 * order * len(out)
-        squares += len(out) * stack.last_config(config)[0]
-        scratch += -(-out.numel() // 16) * 16  # so that all of them are aligned
-    return stacks
-
-
-def _part(between: Tensor, stack: _Stack) -> Tensor:
-    """Where a stack lies in what is between two modes."""
-    return between[stack.scratch : stack.scratch + stack.out.numel()].view(stack.out.shape)
-
-
-def _find_scales(absmax: Tensor, stacks: Sequence[_Stack]) -> None:
-    """Largest magnitudes of blocks and roots, where the first mode is to find them."""
-    first_grad, first_root = stacks[0].grad, stacks[0].roots[0]
-    # In any order of memory: a maximum does not ask. `held` keeps what had to be copied.
-    held = [unfolded(stack.grad, 0) for stack in stacks]
-    is_flat = all(view.is_contiguous() for view in held)
-    rows: list[Row] = []
-    programs = 0
-    for stack, view in zip(stacks, held, strict=True):
-        batch, count = len(view), view[0].numel()
-        size, after = view.shape[2:]
-        pieces = triton.cdiv(count, _ELEMENTS)
-        batch_stride, *strides = strides_of(view)
-        shape = batch_stride, size * after, after, *strides
-        at = distance(view, first_grad)
-        rows.append((programs, _BLOCKS, stack.slots, pieces, count, at, *shape))
-        programs += batch * pieces
-    for stack in stacks:
-        order, batch = len(stack.roots), len(stack.out)
-        for mode, root in enumerate(stack.roots):
-            count, step = root.shape[1], root.stride(1) + root.stride(2)
-            pieces = triton.cdiv(count, _ELEMENTS)
-            slot, at = stack.slots + (order + mode) * batch, distance(root, first_root)
-            shape = strides_of(root)[0], 0, 0, step, 0, 0
-            rows.append((programs, _DIAGONALS, slot, pieces, count, at, *shape))
-            programs += batch * pieces
-    table = table_of(rows, absmax.device)
-    scales_kernel[(programs,)](
+    key = *map(layout_in_memory, (outs, norms, grads, roots)), config
+    plan, blocks = _plans.get(key), grads
+    if plan is None:
+        blocks = [unfolded(grad, 0) for grad in grads]
+        plan = planned(outs, norms, blocks, roots, config)
+        # A copy that unfolding took lies elsewhere every time.
+        if all(map(_is_in_place, blocks, grads)):
+            _plans.keep(key, plan)
+    device = grads[0].device
+    absmax = torch.zeros(plan.slots, dtype=torch.int32, device=device)
+    squares = torch.empty(plan.squares, dtype=torch.float64, device=device)
+    between = scratch_of(plan.scratch, plan.buffers, device)
+    table = table_of(plan.scales.rows, device)
+    scales_kernel[(plan.scales.programs,)](
         absmax,
-        first_grad,
-        first_root,
+        blocks[0],
+        roots[0],
         table,
-        FLAT=is_flat,
+        FLAT=plan.is_flat,
         STACKS=len(table),
-        BLOCK=_ELEMENTS,
+        BLOCK=ELEMENTS,
         num_warps=8,
     )
+    for launch in plan.modes:
+        mode, at = launch.mode, launch.scratch
+        read = blocks[launch.first] if mode == 0 else between[(mode - 1) % 2][at:]
+        is_last = launch.compiled.is_last
+        written = outs[launch.first] if is_last else between[mode % 2][at:]
+        _apply(launch, written, read, roots[launch.root], absmax, squares)
+    table = table_of(plan.norms.rows, device)
+    count = len(table)
+    norm_kernel[(plan.norms.programs,)](
+        norms[0], squares, table, STACKS=count, BLOCK=64, num_warps=1
+    )
 
 
-class _Compiled(NamedTuple):
-    """What stacks that go together in one mode have in common."""
-
-    config: LaunchConfig
-    layout: int
-    is_unit: bool  # whether what is innermost lies side by side
-    vector: int
-    is_half: bool
-    is_last: bool
-
-
-def _compiled_for(
-    view: Tensor, written: Tensor, root: Tensor, config: LaunchConfig | None, is_last: bool
-) -> _Compiled:
-    _, before, size, after = view.shape
-    layout = layout_of(before, after)
-    inner = 2 if layout == 1 else 3
-    is_unit = all(each.stride(inner) == 1 or each.shape[inner] == 1 for each in (view, written))
-    numbers = [size, before * after, root.data_ptr() // 4, *strides_of(root)[:2]]
-    for each in (view, written):
-        numbers.append(each.data_ptr() // each.element_size())
-        numbers += [stride for at, stride in enumerate(strides_of(each)) if at != inner]
-    if layout == 2:
-        numbers.append(after)
-    vector = vector_of(numbers, view.element_size()) if is_unit else 1
-    own = launch_config(size) if config is None else config
-    return _Compiled(own, layout, is_unit, vector, view.dtype != torch.float32, is_last)
+def _is_in_place(view: Tensor, grad: Tensor) -> bool:
+    return view.data_ptr() == grad.data_ptr()
 
 
 def _apply(
-    compiled: _Compiled,
-    mode: int,
-    members: Sequence[tuple[_Stack, Tensor, Tensor]],
+    launch: Launch,
+    written: Tensor,
+    read: Tensor,
+    root: Tensor,
     absmax: Tensor,
     squares: Tensor,
 ) -> None:
-    """One mode of stacks that go together."""
-    (first, first_view, first_written), config = members[0], compiled.config
-    first_root = first.roots[mode]
-    rows: list[Row] = []
-    programs = 0
-    for stack, view, written in members:
-        batch, before, size, after = view.shape
-        order, root = len(stack.roots), stack.roots[mode]
-        tiles = tiles_of(before * after, size, config)
-        places = distance(written, first_written), distance(view, first_view)
-        slots = [stack.slots + at * batch for at in (mode, order + mode, mode + 1)]
-        strides = *strides_of(written), *strides_of(view), *strides_of(root)[:2]
-        rows.append(
-            (
-                *(programs, *places, distance(root, first_root), *slots, stack.squares),
-                *(size, before * after, after, *strides),
-                *(triton.cdiv(before * after, config.rows), tiles),
-            )
-        )
-        programs += batch * tiles
-    table = table_of(rows, absmax.device)
-    apply_root_kernel[(programs,)](
-        first_written,
-        first_view,
-        first_root,
+    """One launch of :func:`apply_root_kernel`, by where its first stack lies."""
+    compiled, config = launch.compiled, launch.compiled.config
+    table = table_of(launch.rows, absmax.device)
+    apply_root_kernel[(launch.programs,)](
+        written,
+        read,
+        root,
         absmax,
         squares,
         table,
@@ -442,20 +307,3 @@ def _apply(
         num_warps=config.warps,
         num_stages=config.stages,
     )
-
-
-def _find_norms(
-    norms: Sequence[Tensor],
-    squares: Tensor,
-    stacks: Sequence[_Stack],
-    config: LaunchConfig | None,
-) -> None:
-    rows: list[Row] = []
-    programs = 0
-    for norm, stack in zip(norms, stacks, strict=True):
-        tiles, _ = stack.last_config(config)
-        at = distance(norm, norms[0])
-        rows.append((programs, stack.squares, tiles, at, *strides_of(norm)))
-        programs += len(stack.out)
-    table = table_of(rows, squares.device)
-    norm_kernel[(programs,)](norms[0], squares, table, STACKS=len(table), BLOCK=64, num_warps=1)

@@ -11,8 +11,8 @@ device when it is first seen, and kept: the memory of state stays where it is fr
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -69,6 +69,48 @@ def table_of(rows: Sequence[Row], device: torch.device) -> Tensor:
     if len(_tables) > _MOST:
         _tables.popitem(last=False)
     return table
+
+
+Plan = TypeVar("Plan")
+
+
+class Plans(Generic[Plan]):
+    """What launchers have worked out of their arguments: the latest, by all that it depends on.
+
+    Args:
+        most: how many are kept.
+    """
+
+    def __init__(self, most: int = 64) -> None:
+        self._most = most
+        self._known: OrderedDict[Hashable, Plan] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def get(self, key: Hashable) -> Plan | None:
+        """The plan for a key, if it is known."""
+        found = self._known.get(key)
+        if found is not None:
+            self._known.move_to_end(key)
+        return found
+
+    def keep(self, key: Hashable, plan: Plan) -> None:
+        """Keeps a plan, and drops the one that was asked for longest ago."""
+        self._known[key] = plan
+        if len(self._known) > self._most:
+            self._known.popitem(last=False)
+
+
+def layout_in_memory(tensors: Sequence[Tensor]) -> Hashable:
+    """All that a plan depends on of tensors whose values are not read: never their addresses alone.
+
+    Where they lie counts from the first of them, so that what moves as one has the same plan; of
+    its address, how it is aligned.
+    """
+    base = tensors[0].data_ptr()
+    each = [(t.data_ptr() - base, t.shape, t.stride(), t.dtype) for t in tensors]
+    return base % _BYTES, tensors[0].device, tuple(each)
 
 
 def _is_captured(device: torch.device) -> bool:

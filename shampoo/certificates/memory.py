@@ -39,9 +39,13 @@ def is_intact(guard: Guarded) -> bool:
     tensor, memory = guard
     if memory.numel() == 0:
         return True
+    canary, begin = _canary(memory.dtype), tensor.storage_offset()
+    if tensor.is_contiguous():  # without gaps
+        beside = memory[:begin], memory[begin + tensor.numel() :]
+        return all(bool((each == canary).all()) for each in beside)
     outside = torch.ones_like(memory, dtype=torch.bool)
-    outside.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(False)
-    return bool((memory[outside] == _canary(memory.dtype)).all())
+    outside.as_strided(tensor.shape, tensor.stride(), begin).fill_(False)
+    return bool((memory[outside] == canary).all())
 
 
 def _canary(dtype: torch.dtype) -> Any:

@@ -17,8 +17,12 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
-# Isolated, with the path of the parent: what is imported here is what is imported there.
-_START = "import sys; sys.path[:] = {path!r}; from shampoo.ops import apart; apart._serve({end})"
+# Isolated, with the path of the parent: what is imported here is what is imported there. Meanwhile
+# nothing becomes garbage, for which Python would look a hundred times.
+_START = (
+    "import gc; gc.disable(); import sys; sys.path[:] = {path!r}; from shampoo.ops import apart;"
+    " gc.freeze(); gc.enable(); apart._serve({end})"
+)
 _STARTING = 120.0  # seconds until the first answer, which torch's import may take on a busy disk
 
 Note = Callable[[str], None]

@@ -14,6 +14,12 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _no_tables(monkeypatch):
     monkeypatch.setattr(stack_table, "_tables", type(stack_table._tables)())
+    forget_plans(monkeypatch)
+
+
+def forget_plans(monkeypatch):
+    for module in (gram, precondition):
+        monkeypatch.setattr(module, "_plans", stack_table.Plans())
 
 
 @pytest.mark.parametrize("count", [1, 16, 17, 70])
@@ -131,3 +137,133 @@ def test_a_stack_has_the_bits_that_it_has_alone(dtype):
         assert torch.equal(out, alone)
         assert torch.equal(norm, length)
         begin = end
+
+
+class Launch:
+    """Keeps what a kernel would get, of memory where in it."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **constants: self.seen.append(
+            (grid, [self.of(each) for each in arguments], constants)
+        )
+
+    def of(self, argument):
+        if not isinstance(argument, torch.Tensor):
+            return argument
+        if argument.dtype == torch.int64:
+            return argument.tolist()
+        # Scratch lies elsewhere every time, as aligned as torch makes it.
+        is_scratch = argument.dtype in (torch.int32, torch.float64) or argument.dim() == 1
+        return argument.data_ptr() % 16 if is_scratch else argument.data_ptr()
+
+
+class Stacks:
+    """Two stacks of blocks of order 3 in one tensor, and what belongs to them."""
+
+    def __init__(self, at=0, apart=4096, shape=(8, 5, 4), batch=2, dtype=torch.float32):
+        room, numel = torch.zeros(1 << 14, dtype=dtype), batch * torch.Size(shape).numel()
+        self.grads = [room[begin : begin + numel].view(batch, *shape) for begin in (at, at + apart)]
+        self.sides = [(stack, mode) for stack in range(2) for mode in range(3)]
+        self.outs = [torch.zeros(batch, *shape) for _ in range(2)]
+        self.norms = [torch.zeros(batch) for _ in range(2)]
+        self.roots = [torch.eye(shape[mode]).repeat(batch, 1, 1) for _, mode in self.sides]
+
+    def run(self):
+        grads = [self.grads[stack] for stack, _ in self.sides]
+        modes = [mode for _, mode in self.sides]
+        gram.gram_ema_(self.roots, grads, modes, 0.9, 0.1)
+        precondition.precondition_(self.outs, self.norms, self.grads, self.roots)
+
+
+def changed(change, **made):
+    stacks = Stacks(**made)
+    change(stacks)
+    return stacks
+
+
+def wide(tensor):
+    """The same values, with room between them."""
+    return torch.stack((tensor, tensor), dim=-1)[..., 0]
+
+
+# What differs from the first call in one thing, which one plan cannot serve.
+CHANGES = {
+    "farther apart": lambda: Stacks(apart=4100),
+    "elsewhere": lambda: Stacks(at=1024),
+    "elsewhere, less aligned": lambda: Stacks(at=1, apart=4095),
+    "other sizes": lambda: Stacks(shape=(4, 5, 8)),
+    "more blocks": lambda: Stacks(batch=3),
+    "half precision": lambda: Stacks(dtype=torch.bfloat16),
+    "other strides": lambda: changed(lambda s: s.grads.reverse()),
+    "gradient with gaps": lambda: changed(lambda s: s.grads.__setitem__(1, wide(s.grads[1]))),
+    "root with gaps": lambda: changed(
+        lambda s: s.roots.__setitem__(0, torch.zeros(2, 8, 12)[:, :, :8])
+    ),
+    "norms with gaps": lambda: changed(lambda s: s.norms.__setitem__(1, wide(s.norms[1]))),
+}
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    found = []
+    monkeypatch.setattr(gram, "gram_ema_kernel", Launch(found))
+    for name in ("scales_kernel", "apply_root_kernel", "norm_kernel"):
+        monkeypatch.setattr(precondition, name, Launch(found))
+    return found
+
+
+def launches(seen, stacks):
+    seen.clear()
+    stacks.run()
+    return [*seen]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_no_plan_outlives_what_it_was_made_of(change, seen, monkeypatch):
+    """After the first call, and again, the launches are those of a process that knows no plan."""
+    first, other = Stacks(), CHANGES[change]()
+    original = launches(seen, first)
+    assert launches(seen, first) == original, "a plan that is known gives what it gave"
+    found = [launches(seen, other) for _ in range(2)]
+    forget_plans(monkeypatch)
+    fresh = launches(seen, other)
+    assert found == [fresh, fresh]
+    assert fresh != original
+    assert launches(seen, first) == original
+
+
+def test_as_many_plans_are_kept_as_fit():
+    plans = stack_table.Plans(2)
+    for key in (1, 2):
+        plans.keep(key, [key])
+    assert plans.get(1) == [1]
+    plans.keep(3, [3])
+    assert (plans.get(2), plans.get(1), plans.get(3), len(plans)) == (None, [1], [3], 2)
+
+
+def test_stacks_that_move_as_one_have_one_plan(seen):
+    stacks = Stacks()
+    for at in (0, 16, 32):
+        stacks.grads = Stacks(at).grads
+        stacks.run()
+        assert len(gram._plans) == len(precondition._plans) == 1
+
+
+def test_what_is_copied_to_be_unfolded_keeps_no_plan():
+    """Its copies lie elsewhere every time."""
+    results = []
+    for is_copied in (False, True, True):
+        stacks = Stacks()
+        for number, grad in enumerate(stacks.grads):
+            grad.copy_(torch.linspace(-1, 1 + number, grad.numel()).view(grad.shape))
+        if is_copied:
+            turned = [grad.permute(0, 3, 2, 1).contiguous() for grad in stacks.grads]
+            stacks.grads = [grad.permute(0, 3, 2, 1) for grad in turned]
+        stacks.run()
+        results.append([*stacks.outs, *stacks.norms, *stacks.roots])
+        assert len(gram._plans) == len(precondition._plans) == 1
+    for found in results[1:]:
+        torch.testing.assert_close(found, results[0], rtol=1e-6, atol=1e-7)

@@ -31,6 +31,17 @@ def symmetric(batch: int, n: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return (product + product.mT).div(2)
 
 
+def _mirrored(batch: int, n: int, dtype: torch.dtype) -> Tensor:
+    """[batch, n, n]: random, bitwise symmetric, and nothing more, which takes no product."""
+    square = torch.randn(batch, n, n, dtype=dtype)
+    return (square + square.mT).div(2)
+
+
+def _variances(batch: int, n: int, dtype: torch.dtype) -> Tensor:
+    """[batch, n]: what may stand on a diagonal, random, not negative."""
+    return torch.rand(batch, n, dtype=dtype).mul(2)
+
+
 def spread(batch: int, n: int, decades: float = 6.0, dtype: torch.dtype = torch.float32) -> Tensor:
     """[batch, n, n]: bitwise symmetric, with log-spaced eigenvalues and random eigenvectors."""
     Q = torch.linalg.qr(torch.randn(batch, n, n, dtype=torch.float64)).Q
@@ -83,8 +94,8 @@ def _grams_of(
         factors, grads = [], []
         for shape, k, full in stacks:
             grads.append(strided(torch.randn(blocks, *shape).to(data), kind))
-            factor = symmetric(blocks, shape[k], flat)
-            factors.append(factor if full else factor.diagonal(dim1=1, dim2=2).clone())
+            made = _mirrored if full else _variances
+            factors.append(made(blocks, shape[k], flat))
         modes = [k for _, k, _ in stacks]
         return {"factors": factors, "grads": grads, "modes": modes, "beta": 0.9, "weight": 0.2}
 
@@ -141,10 +152,8 @@ def _directions_of(
     sides = [(n, how) for shape, kept in stacks for n, how in zip(shape, kept, strict=True)]
 
     def root(n: int, how: str) -> Tensor | None:
-        if how == NONE:
-            return None
-        matrix = symmetric(blocks, n, flat)
-        return matrix if how == FULL else matrix.diagonal(dim1=1, dim2=2).clone()
+        made = {FULL: symmetric, DIAGONAL: _variances}
+        return made[how](blocks, n, flat) if how in made else None
 
     def arguments() -> Arguments:
         grads = [strided(torch.randn(blocks, *shape).to(data), kind) for shape, _ in stacks]
