@@ -31,6 +31,7 @@ from shampoo.ops import OPS, backends
 from shampoo.ops.registry import Op
 from shampoo.ops.routes import routes_of
 from shampoo.ops.transit import Letter
+from shampoo.roots import size_classes
 
 ROOT = Path(__file__).parents[1]
 TRITON = ("diagonal", "gram", "keep_roots", "minimax", "precondition", "root_check", "split_fp16")
@@ -50,13 +51,18 @@ _LISTS = {"_foreach": 64, "stack": 128, "cat": 128}  # tensors in a launch
 class Launches(TorchDispatchMode):
     """Counts what would be launched while :attr:`is_counting`.
 
+    Args:
+        backend: a key of ``BACKENDS``.
+        has_classes: whether size classes win, where there are kernels for them.
+
     Attributes:
         counts: by ``(name, line of the package that asks for it)``.
     """
 
-    def __init__(self, backend: str = "auto") -> None:
+    def __init__(self, backend: str = "auto", has_classes: bool = True) -> None:
         super().__init__()
         self.kinds = BACKENDS[backend]
+        self.has_classes = has_classes and "triton" in self.kinds
         self.is_counting = False
         self.counts: Counter[tuple[str, str]] = Counter()
         self._host = HostOps() if "cuda" in self.kinds else None
@@ -66,6 +72,8 @@ class Launches(TorchDispatchMode):
         self._stack.enter_context(_patched(Far, "memory", torch.device("meta")))
         for name, way in (("__init__", _post), ("has_arrived", lambda _: True), ("read", _read)):
             self._stack.enter_context(_patched(Letter, name, way))
+        pays = _patched(size_classes, "pays", lambda like, side: self.has_classes)
+        self._stack.enter_context(pays)
         for module in map(_triton, TRITON if "triton" in self.kinds else ()):
             for name in [each for each in vars(module) if each.endswith("_kernel")]:
                 self._stack.enter_context(_patched(module, name, _Kernel(name, self)))

@@ -99,7 +99,12 @@ def good_arguments() -> SimpleNamespace:
         "factor": factor,
         "ridge": ridge,
         "p": 4.0,
+        "sizes": None,
     }
+    of_class = dict(list(root.items())[:3])
+    of_class |= {"sizes": torch.tensor([4, 2], dtype=torch.int32), **root}
+    of_class["root"], of_class["factor"] = torch.zeros(2, 4, 4), factor.clone()
+    of_class["factor"][1, 2:] = 0
     diagonal = {
         "root": torch.randn(2, 4, 4),
         "ridge": ridge.clone(),
@@ -132,6 +137,7 @@ def good_arguments() -> SimpleNamespace:
         magnitudes_=magnitudes,
         minimax_root_=root,
         minimax_small_root_=root,
+        minimax_class_root_=of_class,
         diagonal_root_=diagonal,
         check_roots_=check,
         keep_roots_=keep,

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from shampoo.kernels.reference.minimax_class import within
 from shampoo.kernels.reference.norms import absmax, frobenius
 
 VECTORS = 8
@@ -44,7 +45,9 @@ def check_values(root: Tensor, factor: Tensor, ridge: Tensor, p: float) -> tuple
     return found.commutator, found.form
 
 
-def probe(root: Tensor, factor: Tensor, ridge: Tensor, p: float) -> Probe:
+def probe(
+    root: Tensor, factor: Tensor, ridge: Tensor, p: float, sizes: Tensor | None = None
+) -> Probe:
     """Commutator and quadratic form of every root of a stack.
 
     Args:
@@ -52,6 +55,7 @@ def probe(root: Tensor, factor: Tensor, ridge: Tensor, p: float) -> Probe:
         factor: A, [B, n, n].
         ridge: What the root was taken with, [B] float64; may be zero.
         p: The power of the root.
+        sizes: As in :func:`check_roots_`.
 
     Returns:
         ``||X A' v - A' X v|| / ||X A' v||`` and ``v^T X^(p/2) A' X^(p/2) v / v^T v`` over 8 fixed
@@ -62,6 +66,8 @@ def probe(root: Tensor, factor: Tensor, ridge: Tensor, p: float) -> Probe:
     # Vectors are rows: with few of them, BLAS is four times as fast on that side of a matrix.
     v = white_vectors(factor.shape[-1], factor.dtype, factor.device).mT
     v = v.contiguous().expand(len(factor), -1, -1)
+    if sizes is not None:  # a probe of padding would hide what is wrong with the matrix
+        v = v * within(sizes, factor.shape[-1])[:, None, :]
     # Everything in units of the largest entries: squares must not leave the range of float32.
     size = absmax(factor) + ridge
     size = torch.where(size > 0, size, 1.0)
@@ -95,7 +101,14 @@ def probe(root: Tensor, factor: Tensor, ridge: Tensor, p: float) -> Probe:
     return Probe(commutator, form, image)
 
 
-def check_roots_(ok: Tensor, root: Tensor, factor: Tensor, ridge: Tensor, p: float) -> None:
+def check_roots_(
+    ok: Tensor,
+    root: Tensor,
+    factor: Tensor,
+    ridge: Tensor,
+    p: float,
+    sizes: Tensor | None = None,
+) -> None:
     """Which roots of a stack may be used.
 
     A root passes if it is finite, its diagonal is positive, no entry exceeds 1.5 ridge^(-1/p), its
@@ -110,15 +123,22 @@ def check_roots_(ok: Tensor, root: Tensor, factor: Tensor, ridge: Tensor, p: flo
         factor: A, [B, n, n] in the dtype of ``root``, read.
         ridge: What the root was taken with, [B] float64, read; may be zero.
         p: The power of the root.
+        sizes: [B] int32, the side of each matrix of a size class: factors are zero beyond, and of
+            roots only the size of an entry counts there. All n by default.
 
     """
-    ok.copy_(are_fit(probe(root, factor, ridge, p), root, ridge, p))
+    ok.copy_(are_fit(probe(root, factor, ridge, p, sizes), root, ridge, p, sizes))
 
 
-def are_fit(found: Probe, root: Tensor, ridge: Tensor, p: float) -> Tensor:
+def are_fit(
+    found: Probe, root: Tensor, ridge: Tensor, p: float, sizes: Tensor | None = None
+) -> Tensor:
     """The verdict of :func:`check_roots_` by what was found of the roots, [B] bool."""
     commutator, form, _ = found
-    smallest = root.diagonal(dim1=1, dim2=2).amin(dim=1)
+    diagonal = root.diagonal(dim1=1, dim2=2)
+    if sizes is not None:
+        diagonal = torch.where(within(sizes, root.shape[-1]), diagonal, torch.inf)
+    smallest = diagonal.amin(dim=1)
     largest = absmax(root)
     damped = ridge > 0
     ok = largest.isfinite() & torch.where(damped, smallest > 0, smallest >= 0)

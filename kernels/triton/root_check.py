@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shampoo.kernels.reference.minimax_class import within
 from shampoo.kernels.reference.root_check import (
     COMMUTATOR,
     COMMUTATOR_LOW,
@@ -32,7 +33,14 @@ _DEPTH = 64
 _ELEMENTS = 4096  # of a program that looks for the largest
 
 
-def supports(ok: Tensor, root: Tensor, factor: Tensor, ridge: Tensor, p: float) -> bool:
+def supports(
+    ok: Tensor,
+    root: Tensor,
+    factor: Tensor,
+    ridge: Tensor,
+    p: float,
+    sizes: Tensor | None = None,
+) -> bool:
     """Whether :func:`check_roots_` takes these: float32, unit column strides, p an integer."""
     return (
         root.dtype == factor.dtype == torch.float32
@@ -164,6 +172,7 @@ def check_kernel(
     factor_absmax,
     root_absmax,
     ridge,
+    sizes,  # [B] int32, if SIZED: the side of each matrix
     size,
     stride_b,
     stride_diagonal,
@@ -173,6 +182,7 @@ def check_kernel(
     highest,
     reach_limit,
     TESTED: tl.constexpr,  # whether the commutator tells
+    SIZED: tl.constexpr,
     PANEL: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -185,6 +195,7 @@ def check_kernel(
     form = tl.zeros((), tl.float64)
     white = tl.zeros((), tl.float64)
     smallest = tl.full((), float("inf"), tl.float32)
+    side = tl.load(sizes + matrix) if SIZED else size
     for start in range(0, size, ROWS):
         rows = start + tl.arange(0, ROWS)
         mask = (rows < size)[:, None]
@@ -201,6 +212,8 @@ def check_kernel(
         white += tl.sum(tl.sum(v * v, axis=1), axis=0)
         offset = matrix.to(tl.int64) * stride_b + rows.to(tl.int64) * stride_diagonal
         diagonal = tl.load(root + offset, mask=rows < size, other=float("inf"))
+        if SIZED:
+            diagonal = tl.where(rows < side, diagonal, float("inf"))
         smallest = tl.minimum(smallest, tl.min(diagonal, axis=0))
     damping = tl.load(ridge + matrix)
     damped = damping > 0.0
@@ -227,6 +240,7 @@ def check_roots_(
     factor: Tensor,
     ridge: Tensor,
     p: float,
+    sizes: Tensor | None = None,
     *,
     values: Tensor | None = None,
 ) -> None:
@@ -238,6 +252,7 @@ def check_roots_(
         factor: A, the same.
         ridge: What the root was taken with, [B] float64; may be zero.
         p: The power of the root, an integer.
+        sizes: [B] int32: the side of each matrix of a size class. All n by default.
         values: [B, 2] float64, written: the commutator and the quadratic form.
     """
     batch, size, _ = root.shape
@@ -289,6 +304,9 @@ def check_roots_(
 
     start = fresh()  # v and A v, side by side
     white = white_vectors(size, root.dtype, root.device)
+    if sizes is not None:  # each matrix has its own, zero beyond its size
+        start[:, :, :VECTORS] = white * within(sizes, size)[:, :, None]
+        white = start
     times(factor, white, start[:, :, VECTORS:], VECTORS)
     powers = [start, times(root, start, fresh(), _PANEL)]  # X^k v in the first columns
     swapped = times(factor, powers[1], fresh(), VECTORS)
@@ -307,6 +325,7 @@ def check_roots_(
         absmax[0],
         absmax[1],
         ridge,
+        absmax if sizes is None else sizes,
         size,
         root.stride(0),
         root.stride(1) + 1,
@@ -315,6 +334,7 @@ def check_roots_(
         *QUADRATIC,
         MAGNITUDE,
         TESTED=p >= 2,
+        SIZED=sizes is not None,
         PANEL=_PANEL,
         ROWS=_ROWS,
         num_warps=4,

@@ -130,9 +130,9 @@ def facts_of(device: torch.device, library: Path | None) -> dict[str, str]:
 
 @functools.cache
 def _sources() -> str:
-    """A digest of the kernels in Python, of the references and of the checks."""
+    """A digest of kernels in Python, references, checks, and of how roots are refreshed."""
     parts = []
-    for package in ("ops", "kernels", "certificates"):
+    for package in ("ops", "kernels", "roots", "certificates"):
         folder = Path(str(resources.files(f"shampoo.{package}")))
         for path in sorted(folder.rglob("*.py")):
             parts += [str(path.relative_to(folder)), path.read_text(encoding="utf-8")]

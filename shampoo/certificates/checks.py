@@ -27,7 +27,7 @@ _NEAR = {"cpp": 0.0, "cuda": 2.0**-18, "triton": 2.0**-18}
 # Whitened error of a root by iteration, from (p, relative_eps) on: the "standard" level.
 _ROOT_LIMITS = {(4, 1e-6): 2e-2, (2, 1e-4): 4e-3, (6, 1e-6): 2e-2}
 _RIDGE_LIMIT = 1e-3
-_ROOTS = ("minimax_root_", "minimax_small_root_")
+_ROOTS = ("minimax_root_", "minimax_small_root_", "minimax_class_root_")
 
 Load = Callable[[str], Run]
 """A kernel for each overload of its op."""
@@ -210,7 +210,8 @@ class Trial:
             limit, ridge = _ROOT_LIMITS[p, eps], self.truth["ridge"]
             if not bool(((results["ridge"] - ridge).abs() <= _RIDGE_LIMIT * ridge).all()):
                 raise _FailedError(f"ridge is not within {_RIDGE_LIMIT:g} of itself")
-            return whitened_error(results["root"], self.given["factor"], p, eps), limit
+            matrices = self._matrices(results["root"])
+            return max(whitened_error(X, A, p, eps) for X, A in matrices), limit
         if self.op.name == "eigh_":
             error = _eigh_error(results, self.given["stack"])
             return error, 64 * max(1, len(results["vectors"][0])) * _eps(results["values"])
@@ -224,6 +225,18 @@ class Trial:
             for (mine, true), (plain, _) in pairs:
                 found.append(self._distance(mine, plain, true))
         return max(found, key=lambda each: each[0] - each[1], default=(0.0, 0.0))
+
+    def _matrices(self, root: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Roots and their matrices: of a size class each by itself, without what is beyond."""
+        factor, sizes = self.given["factor"], self.given.get("sizes")
+        if sizes is None:
+            return [(root, factor)]
+        found = []
+        for X, A, n in zip(root, factor, sizes.tolist(), strict=True):
+            if bool(X[n:].any()) or bool(X[:, n:].any()):
+                raise _FailedError("wrote beyond the size of a matrix")
+            found.append((X[None, :n, :n], A[None, :n, :n]))
+        return found
 
     def _distance(self, mine: Tensor, plain: Tensor, true: Tensor) -> tuple[float, float]:
         """Of one output, as parts of its largest value; of counts and flags, how many are wrong."""

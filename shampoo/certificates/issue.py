@@ -260,7 +260,9 @@ def kernels_in_use(device: torch.device | str) -> dict[str, dict[str, list[tuple
     Returns:
         By op and dtype, ``(size, kernel)`` with sizes that ascend: the kernel runs up to this size
         and, the last one, beyond (``inf``). The size counts elements, or columns of the largest
-        factor; kernels are ``"cpp"``, ``"cuda"``, ``"triton"`` and ``"reference"``.
+        factor; kernels are ``"cpp"``, ``"cuda"``, ``"triton"`` and ``"reference"``. Of
+        ``"minimax_class_root_"`` the size is the side of a size class: where it is ``"reference"``,
+        no smaller factors are padded up to that side for a refresh.
     """
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:

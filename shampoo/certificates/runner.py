@@ -1,5 +1,6 @@
 """Checks and times kernels in a process that can be lost; a crash is the verdict on its kernel."""
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from shampoo.certificates.cases import CASES
 from shampoo.certificates.cases.case import dtype_name
 from shampoo.certificates.cases.shapes import Shape, shape_cases, sizes_of
 from shampoo.certificates.checks import Finding, Trial
+from shampoo.certificates.class_timing import CLASS_ROOT, class_calls, rivals
 from shampoo.certificates.report import Report, Timing
 from shampoo.certificates.timing import timed
 from shampoo.certificates.workloads import WORKLOADS, grid, in_dtype, shape_grid, size_of
@@ -174,7 +176,6 @@ def _summary(
     timings: list[Timing] = []
     # A CPU has one kernel for all dtypes of an op: one of them says whether it pays.
     if not failed and sizes and (dtype == "float32" or device.type != "cpu"):
-        note(f"{op.name} {kind} {dtype}: timing")
         timings = _timings(op, kernel, device, getattr(torch, dtype), sizes)
     return Report(op.name, kind, dtype, len(findings), *numbers, tuple(timings))
 
@@ -194,13 +195,17 @@ def _timings(
     run, supports = kernel
     found = []
     for size, batch in sizes:
+        note(f"{op.name} {dtype_name(dtype)}: timing at {size}")
         arguments = in_dtype(WORKLOADS[op.name](batch, size, device), dtype)
         if supports is not None and not supports(*arguments):
             continue
-        calls = {
-            "kernel": lambda arguments=arguments: run(*arguments),
-            "reference": lambda arguments=arguments: op.reference(*arguments),
-        }
+        if op.name == CLASS_ROOT:
+            calls = class_calls(run, arguments, rivals())
+        else:
+            calls = {
+                "kernel": functools.partial(run, *arguments),
+                "reference": functools.partial(op.reference, *arguments),
+            }
         times = timed(calls, device, _MEASURE.get(device.type, 0.05), 5)
         medians = {name: each.p50 for name, each in times.items()}
         found.append(Timing(size_of(op, arguments), **medians))

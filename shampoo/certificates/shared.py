@@ -1,8 +1,9 @@
 """The kernels that must be the same on all ranks, and which those are where devices differ.
 
 Every rank moves its replicas of the parameters by the same directions, with one op: by another
-kernel it would move them by a bit more or less, and replicas would drift. What only the owner of a
-block computes may run by whatever is fastest there.
+kernel it would move them by a bit more or less, and replicas would drift. Size classes of roots are
+the same on all, too: which stacks go together is part of the plan of a refresh. What else only the
+owner of a block computes may run by whatever is fastest there.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ from shampoo import ops
 from shampoo.ops.licence import REFERENCE
 from shampoo.ops.routes import choices, impose
 
-SHARED = ("update_blocks_",)
+SHARED = ("update_blocks_", "minimax_class_root_")
 
 Choices = Mapping[str, Mapping[str, Sequence[tuple[float, str]]]]
 """For every type of device and op, by dtype: sizes, and the kernel up to each of them."""

@@ -10,6 +10,7 @@ from shampoo.certificates.cases.stacks import root_arguments
 from shampoo.kernels.reference import minimax
 from shampoo.ops import backends
 from shampoo.ops.registry import Op
+from shampoo.roots.size_classes import padded
 
 P, RELATIVE_EPS = 4, 1e-6
 
@@ -53,6 +54,15 @@ def _eigh(batch: int, n: int, device: torch.device) -> list[Any]:
 
 def _root(batch: int, n: int, device: torch.device) -> list[Any]:
     return [*root_arguments(random_factors(batch, n, device), P, RELATIVE_EPS).values()]
+
+
+def _class_root(batch: int, n: int, device: torch.device) -> list[Any]:
+    """Of four sides, from n down to a quarter of it, as many matrices each."""
+    count = -(-batch // 4)
+    stacks = [random_factors(count, max(1, n * part // 4), device) for part in (4, 3, 2, 1)]
+    factor, sizes = padded([[stack] for stack in stacks], n)
+    root, ridge, factor, *rest = root_arguments(factor, P, RELATIVE_EPS).values()
+    return [root, ridge.to(device), factor, sizes, *rest]
 
 
 def _root_check(batch: int, n: int, device: torch.device) -> list[Any]:
@@ -132,6 +142,7 @@ WORKLOADS: dict[str, Callable[[int, int, torch.device], list[Any]]] = {
     "eigh_": _eigh,
     "minimax_root_": _root,
     "minimax_small_root_": _root,
+    "minimax_class_root_": _class_root,
     "diagonal_root_": _diagonal,
     "check_roots_": _root_check,
     "keep_roots_": _keep,

@@ -6,7 +6,7 @@ everywhere, and :func:`load_kernels` registers faster kernels over it for one de
 add one, write its reference in ``kernels/reference/`` and its record here; then its kernels.
 """
 
-from shampoo.kernels.reference import diagonal, keep_roots, minimax, root_check
+from shampoo.kernels.reference import diagonal, keep_roots, minimax, minimax_class, root_check
 from shampoo.kernels.reference import ops as reference
 from shampoo.kernels.reference.ops import Number
 from shampoo.ops import supports
@@ -16,17 +16,19 @@ from shampoo.ops.routes import (
     are_loaded,
     confine_cpu,
     grant,
+    kernel_at,
     kernels,
     load_kernels,
     runs_kernel_on_cpu,
 )
 
 __all__ = ["OPS", "REFERENCE", "Number", "grant", "has_kernel", "kernels", "load_kernels"]
-__all__ += ["are_loaded", "confine_cpu", "runs_kernel_on_cpu"]
+__all__ += ["are_loaded", "confine_cpu", "kernel_at", "runs_kernel_on_cpu"]
 __all__ += ["gather_blocks_", "graft_moments_", "graft_scale_", "magnitudes_"]
 __all__ += ["update_blocks_"]
 __all__ += ["gram_ema_", "precondition_"]
-__all__ += ["diagonal_root_", "eigh_", "minimax_root_", "minimax_small_root_"]
+__all__ += ["minimax_class_root_", "minimax_root_", "minimax_small_root_"]
+__all__ += ["diagonal_root_", "eigh_"]
 __all__ += ["check_roots_", "keep_roots_"]
 
 gather_blocks_ = declare(
@@ -125,6 +127,15 @@ minimax_small_root_ = declare(
         kernels=(Cuda(supports.minimax_small_root),),
     )
 )
+minimax_class_root_ = declare(
+    Op(
+        "minimax_class_root_(Tensor(a!) root, Tensor(b!) ridge, Tensor factor, Tensor sizes, int p,"
+        " float eps, float relative_eps, float[] schedule) -> ()",
+        minimax_class.minimax_class_root_,
+        subject=("root",),
+        kernels=(Triton("minimax_class"),),
+    )
+)
 diagonal_root_ = declare(
     Op(
         "diagonal_root_(Tensor(a!) root, Tensor(b!) ridge, Tensor factor, float p, float eps,"
@@ -136,7 +147,8 @@ diagonal_root_ = declare(
 )
 check_roots_ = declare(
     Op(
-        "check_roots_(Tensor(a!) ok, Tensor root, Tensor factor, Tensor ridge, float p) -> ()",
+        "check_roots_(Tensor(a!) ok, Tensor root, Tensor factor, Tensor ridge, float p,"
+        " Tensor? sizes=None) -> ()",
         root_check.check_roots_,
         subject=("root",),
         kernels=(Triton("root_check"),),

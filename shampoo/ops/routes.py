@@ -159,6 +159,26 @@ def _imposing(op: str, imposed: Choices) -> Callable[[torch.device], Licence]:
     return lambda device: licence
 
 
+def kernel_at(op: str, like: Tensor, size: int) -> str:
+    """The kernel that runs an op at a size, on the device and in the dtype of a tensor.
+
+    Args:
+        op: its name.
+        like: a tensor; only on a CUDA device anything is chosen by size.
+        size: columns of the largest factor; elements for an op that works on elements.
+    """
+    if like.device.type != "cuda" or not _state:
+        return REFERENCE
+    backend, table, kinds, is_licensed = _state
+    licence = _licences.get(like.device, Licence() if is_licensed else None)
+    if imposed := _imposed.get(("cuda", op)):
+        backend, table, licence = "auto", {"cuda": {}}, _imposing(op, imposed)(like.device)
+    card, dtype = backends.card_of(like.device), backends.dtype_name(like.dtype)
+    how: dict[str, Any] = {"backend": backend, "card": card, "table": table, "licence": licence}
+    kernel = backends.choose(op, "cuda", dtype, size, **how)
+    return kernel if kernel in kinds else REFERENCE
+
+
 def choices(op: Op, device: torch.device) -> Choices:
     """What runs an op on a device, as things are."""
     if device.type == "cpu":

@@ -1,4 +1,4 @@
-"""The protocol of a kind: what it declares, and the four things that a step asks of it.
+"""The protocol of a kind: what it declares, and the five things that a step asks of it.
 
 Shared by all kinds are the graft, masks, decay, momentum, the schedule of refreshes, sharding and
 checkpoints. A kind is handed stacks, never single blocks: all stacks of a segment, each B blocks of
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from shampoo.blocks.declared import Kind
-from shampoo.blocks.segments import TakenRows
+from shampoo.blocks.segments import FactorRows, TakenRows
 from shampoo.blocks.statistics import Statistics
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.ops import Number
@@ -45,14 +45,27 @@ class Preconditioner(Kind):
             scalars: of the segment; see :func:`of_blocks`.
         """
 
-    def refresh(self, rows: TakenRows, hyper: Hyperparameters, scalars: Scalars) -> None:
-        """Renews what is dear, for K factors of one size, and sets ``rows.ready``; when it is due.
+    def together(
+        self, due: Sequence[FactorRows], hyper: Hyperparameters
+    ) -> Sequence[Sequence[FactorRows]]:
+        """What of all that is due one :meth:`refresh` is given: by default every stack by itself.
 
-        What fails keeps what it had. If ``scalars.accepted`` is a tensor, the host waits for
+        Args:
+            due: of one arena.
+        """
+        return [[rows] for rows in due]
+
+    def refresh(
+        self, rows: Sequence[TakenRows], hyper: Hyperparameters, scalars: Sequence[Scalars]
+    ) -> None:
+        """Renews what is dear, and sets ``ready`` of all rows; when it is due.
+
+        What fails keeps what it had. If ``accepted`` of the scalars is a tensor, the host waits for
         nothing, and nothing changes where it is False.
 
         Args:
-            scalars: with a ``correction2`` for all rows, or [K].
+            rows: those that :meth:`together` has put together, each K factors of one size.
+            scalars: for each of these, with a ``correction2`` for all its rows, or [K].
         """
 
     def apply(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from shampoo import ops
 from shampoo.blocks.cost import Cost, Products
 from shampoo.blocks.declared import DIAGONAL, FAILURES, FULL, NONE, ModeState
-from shampoo.blocks.segments import TakenRows
+from shampoo.blocks.segments import FactorRows, TakenRows
 from shampoo.blocks.statistics import Statistics
 from shampoo.hyperparameters import Hyperparameters
 from shampoo.kernels.reference.keep_roots import is_root
@@ -18,7 +18,8 @@ from shampoo.ops import Number
 from shampoo.preconditioner import diagonal_factor
 from shampoo.preconditioner.base import Preconditioner, of_blocks
 from shampoo.roots.methods import check_method
-from shampoo.roots.refresh import PendingFlags, refresh_roots_
+from shampoo.roots.refresh import PendingFlags
+from shampoo.roots.size_classes import Due, Stack, classes, refresh_together_
 from shampoo.scalars import Scalars
 
 _FACTOR_NUMBERS = 3  # that move for each entry: factor read and written, root read
@@ -82,22 +83,46 @@ class Shampoo(Preconditioner):
                     numbers.append(k)
         ops.gram_ema_(factors, sources, numbers, scalars.beta2, scalars.factor_weight)
 
-    def refresh(self, rows: TakenRows, hyper: Hyperparameters, scalars: Scalars) -> None:
+    def together(
+        self, due: Sequence[FactorRows], hyper: Hyperparameters
+    ) -> Sequence[Sequence[FactorRows]]:
+        """Stacks of one size class."""
+        stacks = []
+        for stack, where in ((rows.stack, rows.where) for rows in due):
+            count, p = len(stack.phase[where]), self.power(hyper, stack.order)
+            stacks.append(Stack(stack.size, count, p))
+        like = due[0].stack.statistic
+        found = classes(stacks, like, hyper.eps, hyper.relative_eps, hyper.root_method)
+        return [[due[index] for index in members] for members in found]
+
+    def refresh(
+        self, rows: Sequence[TakenRows], hyper: Hyperparameters, scalars: Sequence[Scalars]
+    ) -> None:
         """``X_k <- (A_k / c2 + ridge I)^(-1/p)``, checked."""
-        stack, state = rows.stack, rows.state
-        how: dict[str, Any] = {
-            "p": self.power(hyper, stack.order),
-            "correction": scalars.correction2,
-            "eps": hyper.eps,
-            "relative_eps": hyper.relative_eps,
-            "method": hyper.root_method,
-        }
-        matrices = state["root"], state["factor"], state[FAILURES], rows.ready
-        assert isinstance(stack.memory, PendingFlags)
-        # What a graph replays, the host does not follow: it hears of no flags, and repairs nothing.
-        pending = None if hyper.geometry.capturable else stack.memory
-        how.update(accepted=scalars.accepted, pending=pending, where=rows.where, found=rows.found)
-        refresh_roots_(*matrices, **how)
+        refresh_together_(
+            [self._due(*pair, hyper) for pair in zip(rows, scalars, strict=True)],
+            p=self.power(hyper, rows[0].stack.order),
+            eps=hyper.eps,
+            relative_eps=hyper.relative_eps,
+            method=hyper.root_method,
+            accepted=scalars[0].accepted,
+        )
+
+    def _due(self, rows: TakenRows, scalars: Scalars, hyper: Hyperparameters) -> Due:
+        state, memory = rows.state, rows.stack.memory
+        assert isinstance(memory, PendingFlags)
+        return Due(
+            state["root"],
+            state["factor"],
+            state[FAILURES],
+            rows.ready,
+            scalars.correction2,
+            # What a graph replays, the host does not follow: it hears of no flags, and repairs
+            # nothing.
+            None if hyper.geometry.capturable else memory,
+            rows.where,
+            rows.found,
+        )
 
     def apply(
         self,

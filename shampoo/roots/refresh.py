@@ -11,6 +11,7 @@ in one that is not, nothing changes.
 from __future__ import annotations
 
 import logging
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +33,16 @@ _RIDGE_GROWTH = 10.0
 Where = slice | Tensor  # rows of a stack; a tensor, [R] int64, is on the host
 
 
+class Flags(Protocol):
+    """What remembers outcomes between refreshes, of the rows of a stack or of several."""
+
+    def send(self, where: Where, outcome: Tensor) -> None:
+        """Sends the outcomes of some rows, [R] uint8, to the host."""
+
+    def receive(self, where: Where) -> Tensor:
+        """The rung on which each of some rows must be retried, [R] on the host."""
+
+
 class PendingFlags:
     """Outcomes of one stack's refreshes on their way to the host. Not part of any checkpoint.
 
@@ -41,20 +52,24 @@ class PendingFlags:
 
     def __init__(self, count: int) -> None:
         self._rung = torch.zeros(count, dtype=torch.int64, device="cpu")
-        self._sent: list[tuple[Where, Letter]] = []
+        self._sent: list[tuple[Where, Letter, slice]] = []
 
     def send(self, where: Where, outcome: Tensor) -> None:
         """Sends the outcomes of some rows, [R] uint8, to the host."""
-        self._sent.append((where, Letter(outcome)))
+        self.expect(where, Letter(outcome), slice(None))
+
+    def expect(self, where: Where, letter: Letter, part: slice) -> None:
+        """Says that a part of a letter holds the outcomes of some rows."""
+        self._sent.append((where, letter, part))
 
     def receive(self, where: Where) -> Tensor:
         """The rung on which each of some rows must be retried, [R] on the host."""
-        waiting: list[tuple[Where, Letter]] = []
-        for rows, letter in self._sent:
+        waiting: list[tuple[Where, Letter, slice]] = []
+        for rows, letter, part in self._sent:
             if not letter.has_arrived():
-                waiting.append((rows, letter))
+                waiting.append((rows, letter, part))
                 continue
-            outcome = letter.read()
+            outcome = letter.read()[part]
             _warn(int((outcome == FAILED).sum()), len(outcome))
             rung = self._rung[rows]
             climbed = (rung + (outcome == FAILED).long()).clamp(min=1, max=_EIGH)
@@ -77,9 +92,10 @@ def refresh_roots_(
     relative_eps: float,
     method: str,
     accepted: Tensor | None = None,
-    pending: PendingFlags | None = None,
+    pending: Flags | None = None,
     where: Where = slice(None),
     found: Tensor | None = None,
+    sizes: Tensor | None = None,
 ) -> None:
     """``root = (factor / correction + ridge I)^(-1/p)``, where that gives a root fit for use.
 
@@ -101,6 +117,8 @@ def refresh_roots_(
         where: Which rows of that stack these are.
         found: [3, K] float64, in and out: what is found of every root that is kept
             (:mod:`shampoo.roots.findings`); None where nobody asks.
+        sizes: [K] int32: the side of each matrix of a size class, beyond which factors are zero and
+            roots mean nothing (:mod:`shampoo.roots.size_classes`). All n by default.
     """
     if factor.numel() == 0:
         return
@@ -109,7 +127,8 @@ def refresh_roots_(
     outcome = torch.empty(count, dtype=torch.uint8, device=factor.device)
     for rows in chunks(factor):
         how = p, _of(correction, rows), eps, relative_eps, method
-        candidate, ok, seen = _attempt(factor[rows], *how, finds=found is not None)
+        only = None if sizes is None else sizes[rows]
+        candidate, ok, seen = _attempt(factor[rows], *how, finds=found is not None, sizes=only)
         if found is not None:
             kept = ok if accepted is None else ok & accepted
             found[:, rows] = torch.where(kept, seen, found[:, rows])
@@ -124,7 +143,8 @@ def refresh_roots_(
         for part in torch.split(which, step):
             ridges = eps * growth, relative_eps * growth
             how = p, _of(correction, part), *ridges, solver
-            candidate, ok, seen = _attempt(factor[part], *how, finds=found is not None)
+            only = None if sizes is None else sizes[part]
+            candidate, ok, seen = _attempt(factor[part], *how, finds=found is not None, sizes=only)
             ok &= outcome[part] == FAILED
             root[part] = torch.where(ok[:, None, None], candidate, root[part])
             outcome[part] = torch.where(ok, REPAIRED, outcome[part])
@@ -162,6 +182,7 @@ def _attempt(
     relative_eps: float,
     method: str,
     finds: bool,
+    sizes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Roots of a chunk, which of them pass the check, [B] bool, and what is found of them.
 
@@ -171,14 +192,15 @@ def _attempt(
         factor = factor / correction.to(factor.dtype).view(-1, 1, 1)
     elif correction != 1.0:
         factor = factor / correction
-    root = torch.empty_like(factor)
+    # Of a size class, nobody writes what is beyond the sizes.
+    root = torch.empty_like(factor) if sizes is None else torch.zeros_like(factor)
     ridge = torch.empty(len(factor), dtype=torch.float64, device=factor.device)
-    solve_(root, ridge, factor, p, eps, relative_eps, method)
+    solve_(root, ridge, factor, p, eps, relative_eps, method, sizes)
     with full_precision(factor.device):
         if finds:
-            ok, found = passes_with_findings(root, factor, ridge, p)
+            ok, found = passes_with_findings(root, factor, ridge, p, sizes)
         else:
-            ok, found = passes_root_check(root, factor, ridge, p), ridge[:0]
+            ok, found = passes_root_check(root, factor, ridge, p, sizes), ridge[:0]
     return root, ok, found
 
 

@@ -27,15 +27,23 @@ def solve_(
     eps: float,
     relative_eps: float,
     method: str,
+    sizes: Tensor | None = None,
 ) -> None:
-    """Writes the roots of one chunk, [B, n, n], and the ridges they were taken with, [B]."""
+    """Writes the roots of one chunk, [B, n, n], and the ridges they were taken with, [B].
+
+    With ``sizes``, [B] int32, the matrices are those of a size class: zero beyond their sizes.
+    """
     if factor.numel() == 0:
         return
     method = choose_method(factor, p, eps, relative_eps, method)
     with full_precision(factor.device):
         if method == "minimax":
             schedule = [c for step in minimax_schedule(int(p), relative_eps) for c in step]
-            ops.minimax_root_(root, ridge, factor, int(p), eps, relative_eps, schedule)
+            how = int(p), eps, relative_eps, schedule
+            if sizes is None:
+                ops.minimax_root_(root, ridge, factor, *how)
+            else:
+                ops.minimax_class_root_(root, ridge, factor, sizes, *how)
         elif method == "coupled_newton":
             newton_root_(root, ridge, factor, int(p), eps, relative_eps)
         else:

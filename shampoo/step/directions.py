@@ -102,12 +102,16 @@ def refresh(
     kind: Preconditioner, due: Sequence[FactorRows], hyper: Hyperparameters, scalars: Scalars
 ) -> None:
     """Renews what is due (step 4)."""
-    for rows in due:
-        own = scalars if scalars.counted is None else scalars.at(rows.param_index)
-        taken = rows.taken()
+    for together in kind.together(due, hyper) if due else ():
+        own = [
+            scalars if scalars.counted is None else scalars.at(rows.param_index)
+            for rows in together
+        ]
+        taken = [rows.taken() for rows in together]
         kind.refresh(taken, hyper, own)
-        rows.put_back(taken)
-        rows.stack.mark_seen()
+        for rows, renewed in zip(together, taken, strict=True):
+            rows.put_back(renewed)
+            rows.stack.mark_seen()
 
 
 class Gradients(NamedTuple):

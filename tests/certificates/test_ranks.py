@@ -1,18 +1,21 @@
 """Ranks whose devices passed other kernels move their replicas alike, to the bit."""
 
 import math
+from types import SimpleNamespace
 
 import torch
 from compiled import load_compiled
+from imaginary import CARD, FASTER, SLOWER, imaginary
 from layouts import digest, inject
 from ranks import Ranks
 from torch import nn
 
-from shampoo import Shampoo, ops
+from shampoo import Shampoo, agreement, ops
 from shampoo.certificates import loading, shared
 from shampoo.certificates.cases import CASES
-from shampoo.ops import OPS, routes
+from shampoo.ops import OPS, backends, routes
 from shampoo.ops.licence import REFERENCE, Licence
+from shampoo.roots.size_classes import pays
 
 CPU = torch.device("cpu")
 
@@ -68,6 +71,35 @@ def test_without_an_agreement_replicas_would_drift(ranks: Ranks):
     (first, uses_first), (second, uses_second) = ranks.returns(train, 2, False)
     assert first != second
     assert (uses_first, uses_second) == (True, False)
+
+
+def sides_of_classes(rank, agree):
+    """Up to which of three sides this rank pads on a card of its own, which is imaginary."""
+    before = backends.card_of, routes._route, agreement.certificates.shared_choices
+    others = shared.shared_choices if agree else lambda devices: {}
+    agreement.certificates.shared_choices = lambda devices: others([*devices, CARD])
+    backends.card_of, routes._route = lambda device: "17.0", lambda: None
+    speeds = {64: FASTER, 256: FASTER, 512: SLOWER}
+    if rank == 1:
+        speeds |= {64: SLOWER, 512: FASTER}
+    try:
+        optimizer = Shampoo(nn.Linear(20, 12).parameters(), lr=0.01)
+        routes._state[2] = frozenset({"triton"})
+        routes._licences[CARD] = imaginary(speeds).licence
+        inject(optimizer.param_groups[0]["params"], 0)
+        optimizer.step()
+        like = SimpleNamespace(device=CARD, dtype=torch.float32)
+        return [side for side in speeds if pays(like, side)]
+    finally:
+        backends.card_of, routes._route, agreement.certificates.shared_choices = before
+        routes._licences.pop(CARD, None)
+        routes._imposed.clear()
+        ops.load_kernels(required=True)
+
+
+def test_ranks_pad_alike_whatever_their_cards_say(ranks: Ranks):
+    assert ranks.returns(sides_of_classes, 2, True) == [[256], [256]]
+    assert ranks.returns(sides_of_classes, 2, False) == [[64, 256], [256, 512]]
 
 
 def test_all_take_what_all_chose_by_size():

@@ -197,6 +197,7 @@ def test_size_and_dtype_are_those_of_what_the_op_works_on():
         "precondition_": 4,
         "minimax_root_": 4,
         "minimax_small_root_": 4,
+        "minimax_class_root_": 4,
         "diagonal_root_": 4,
         "check_roots_": 4,
         "keep_roots_": 4,

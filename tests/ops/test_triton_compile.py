@@ -98,6 +98,13 @@ def launch_everything():
             kernels["keep_roots"].keep_roots_(root, *counts, candidate, ok, accepted)
     live = torch.tensor([0.99, 0.01], dtype=torch.float64).unbind()
     kernels["root_check"].check_roots_(ok, matrix, matrix.clone(), ridge, 4.0)
+    of_class = importlib.import_module("shampoo.kernels.triton.minimax_class")
+    sizes = torch.empty(2, dtype=torch.int32)
+    for n in (64, 1024):
+        matrix = torch.empty(2, n, n)
+        how = sizes, 4, 1e-12, 1e-6, schedule
+        of_class.minimax_class_root_(matrix.clone(), ridge, matrix, *how)
+    kernels["root_check"].check_roots_(ok, matrix, matrix.clone(), ridge, 4.0, sizes)
     for dtype in (torch.float32, torch.bfloat16):
         for shape in ((2, 32, 32), (2, 64, 64), (2, 1024, 1024), (2, 8, 512, 16)):
             grad = torch.empty(shape, dtype=dtype)

@@ -5,12 +5,13 @@ Tensor cores round and truncate in their own way, bf16 is a type of its own, and
 
 import pytest
 import torch
-from root_cases import EPS, PAIRS, direction_error, exact, fixture, stack
+from root_cases import EPS, PAIRS, Exact, direction_error, exact, fixture, stack
 
 from shampoo import ops
 from shampoo.kernels.reference import ops as reference
 from shampoo.roots.minimax_table import minimax_schedule
 from shampoo.roots.root_check import passes_root_check
+from shampoo.roots.size_classes import padded
 
 pytestmark = pytest.mark.gpu
 
@@ -64,6 +65,26 @@ def test_roots_are_the_same_from_run_to_run_and_in_any_batch(n):
     assert torch.equal(alone[0], root[3])
     assert torch.equal(own[0], ridge[3])
     assert torch.equal(solve(A, 4, 1e-6)[0][1:], root[1:])
+
+
+def test_roots_of_a_size_class_depend_on_nothing_but_themselves():
+    factors = [stack(2, n).cuda() for n in (300, 129, 64)]
+    schedule = [c for step in minimax_schedule(4, 1e-6) for c in step]
+
+    def together(stacks, side):
+        A, sizes = padded([(each,) for each in stacks], side)
+        root, ridge = torch.zeros_like(A), torch.empty(len(A), device="cuda").double()
+        ops.minimax_class_root_(root, ridge, A, sizes, 4, 0.0, 1e-6, schedule)
+        assert passes_root_check(root, A, ridge, 4, sizes).all()
+        return root
+
+    root = together(factors, 300)
+    assert torch.equal(together(factors[1:], 200)[:, :129, :129], root[2:, :129, :129])
+    for row, n in enumerate((300, 300, 129, 129, 64, 64)):
+        matrix = factors[row // 2][row % 2].cpu()
+        truth = Exact(matrix)
+        assert truth.error(root[row, :n, :n].cpu(), 4, 1e-6 * truth.norm) <= LIMITS[4][1][1]
+        assert not root[row, n:].any()
 
 
 def test_a_graph_holds_a_refresh():

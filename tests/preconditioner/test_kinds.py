@@ -74,9 +74,12 @@ class OneSided(Preconditioner):
                     weight = scalars.factor_weight
                     ops.gram_ema_([mode.state["gram"]], [grad], [k], scalars.beta2, weight)
 
-    def refresh(self, rows: TakenRows, hyper: Any, scalars: Any) -> None:
+    def refresh(self, rows: Sequence[TakenRows], hyper: Any, scalars: Sequence[Any]) -> None:
+        for each, its in zip(rows, scalars, strict=True):
+            self._refresh(each, its.correction2)
+
+    def _refresh(self, rows: TakenRows, correction: Any) -> None:
         gram = rows.state["gram"]
-        correction = scalars.correction2
         if isinstance(correction, Tensor):
             correction = correction.to(gram.dtype)[:, None, None]
         for row, matrix in enumerate(gram / correction):

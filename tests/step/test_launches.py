@@ -4,6 +4,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,12 +28,16 @@ def ordinary_step(model: str, backend: str) -> Launches:
 
 
 def step_of(
-    shapes: Sequence[tuple[int, ...]], backend: str = "auto", last: int = ORDINARY
+    shapes: Sequence[tuple[int, ...]],
+    backend: str = "auto",
+    last: int = ORDINARY,
+    has_classes: bool = True,
+    **hyper: Any,
 ) -> Launches:
-    with Launches(backend) as launches, warnings.catch_warnings():
+    with Launches(backend, has_classes) as launches, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         params = [parameter(shape) for shape in shapes]
-        opt = Shampoo(params)
+        opt = Shampoo(params, **hyper)
         for step in range(1, last + 1):
             launches.is_counting = step >= last - 1  # the one before makes tables that stay
             launches.counts.clear()
@@ -58,11 +63,42 @@ def test_an_ordinary_step_is_few_launches(backend, model):
     assert 0 < launches.total() <= MOST[backend, model], launches.counts.most_common()
 
 
-def test_launches_do_not_grow_with_the_number_of_tensors():
-    """More of the same shapes, below what a table of 96 tiles and a segment hold."""
+# With defaults, a whole step that refreshes, and how many chains of root iterations are in it,
+# where size classes win and where not. ResNet-50 has factors of 12 kinds, which are 4 classes.
+REFRESH = 20
+MOST_OF_A_REFRESH = {
+    ("resnet50", False): (580, 12),
+    ("resnet50", True): (300, 4),
+    ("gpt2", False): (380, 7),
+    ("gpt2", True): (355, 6),
+}
+
+
+@pytest.mark.parametrize(("model", "has_classes"), MOST_OF_A_REFRESH)
+def test_a_refresh_is_a_fixed_list_of_launches(model, has_classes):
+    launches = step_of(MODELS[model]().shapes, "auto", REFRESH, has_classes)
+    most, chains = MOST_OF_A_REFRESH[model, has_classes]
+    assert 0 < launches.total() <= most, launches.counts.most_common()
+    assert launches.by_name()["normalize_kernel"] == chains
+
+
+@pytest.mark.parametrize("last", [ORDINARY, REFRESH])
+def test_launches_do_not_grow_with_the_number_of_tensors(last):
+    """More of the same shapes, below what a table of 96 tiles, a segment and a class hold."""
     shapes = [(64, 32), (48, 48), (256, 64), (64,)]
-    few, many = (step_of(shapes * times).total() for times in (1, 24))
+    few, many = (step_of(shapes * times, last=last).total() for times in (1, 9))
     assert 0 < few == many
+
+
+def test_what_is_due_of_several_stacks_is_one_class():
+    """Also a few rows of each, as where refreshes are spread over the steps."""
+    shapes = [(64, 48), (48, 32), (40, 24), (56, 16)] * 3
+    how = {"precondition_frequency": 4, "refresh_schedule": "staggered"}
+    chains = [
+        step_of(shapes, "auto", 12, has_classes, **how).by_name()["normalize_kernel"]
+        for has_classes in (False, True)
+    ]
+    assert chains[1] == 1 < chains[0]
 
 
 # Of a refresh of one stack of factors, beyond an ordinary step: 25 products and 6 launches beside

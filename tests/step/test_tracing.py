@@ -201,16 +201,16 @@ def test_a_fake_step_makes_the_state_of_a_real_one(variant, dtype):
 
 
 def test_fake_refreshes_come_when_real_ones_do(monkeypatch):
-    from shampoo.preconditioner import shampoo as kind
+    from shampoo.roots import size_classes
 
     calls: list[list[int]] = []
-    refresh = kind.refresh_roots_
+    refresh = size_classes.refresh_roots_
 
     def counted(root: Tensor, *rest: Any, **how: Any) -> None:
         calls[-1].append(len(root))
         refresh(root, *rest, **how)
 
-    monkeypatch.setattr(kind, "refresh_roots_", counted)
+    monkeypatch.setattr(size_classes, "refresh_roots_", counted)
     runs = []
     for mode in (torch.no_grad, FakeTensorMode):
         calls = []

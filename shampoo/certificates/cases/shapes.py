@@ -17,7 +17,7 @@ from shampoo.ops import OPS
 # more is not asked for, the small first.
 BUDGET = {"cpu": 3e9, "cuda": 2e11}
 _ROOT = 10  # an eigendecomposition, and the products of a kernel, in matrix products
-_CHECK = 100  # the roots that it is given
+_PRODUCTS = {"check_roots_": 100, "minimax_class_root_": 20}  # roots given; one of each side
 _SMALL = 1 << 16  # elements of a block, of which there are several in a case
 _ROUNDINGS = 32  # sums over a thousand terms in another order
 _LONGEST = 4096  # side at which kernels are timed: there, the next size below says enough
@@ -103,7 +103,7 @@ def shape_cases(shapes: Sequence[Shape], device: str) -> dict[str, list[Case]]:
         blocks = _blocks(side**2)
         cases = stacks.root_cases(side, getattr(torch, dtype), blocks)
         for case in cases:
-            products = _CHECK if case.op == "check_roots_" else _ROOT * blocks
+            products = _PRODUCTS.get(case.op, _ROOT * blocks)
             found.append((products * side**3, case))
     chosen: dict[str, list[Case]] = {}
     spent = 0.0

@@ -227,7 +227,7 @@ def spoiled_roots(n: int, p: int) -> Arguments:
     root[1] *= 1.3
     root[2, n - 1, n - 1] *= -1.0
     rest = {name: given[name] for name in ("root", "factor", "ridge")}
-    return {"ok": torch.zeros(6, dtype=torch.bool), **rest, "p": float(p)}
+    return {"ok": torch.zeros(6, dtype=torch.bool), **rest, "p": float(p), "sizes": None}
 
 
 def _diagonals(n: int, p: float, relative_eps: float, flat: torch.dtype) -> Case:
@@ -297,11 +297,74 @@ def _check(n: int, p: int) -> Case:
     )
 
 
+def _class_sizes(n: int) -> list[int]:
+    """The sides of a class of side n: its own, and some down to 1."""
+    return [n, *sorted({max(1, n * part // 8) for part in (6, 4, 2, 0)}, reverse=True)]
+
+
+def _in_class(given: list[Arguments], n: int) -> Arguments:
+    """Calls on one matrix each, of several sides, as one on their size class."""
+    joined: Arguments = {}
+    for name, value in given[0].items():
+        stacks = [each[name] for each in given]
+        if not isinstance(value, Tensor):
+            joined[name] = value
+        elif value.dim() < 3:
+            joined[name] = torch.cat(stacks)
+        else:
+            joined[name] = value.new_zeros(len(given), n, n)
+            for into, matrix in zip(joined[name], stacks, strict=True):
+                into[: matrix.shape[1], : matrix.shape[1]] = matrix[0]
+    return joined
+
+
+def _class_root(n: int, p: int, relative_eps: float, flat: torch.dtype) -> Case:
+    def arguments() -> Arguments:
+        sizes = _class_sizes(n)
+        each = [root_arguments(spread(1, side, dtype=flat), p, relative_eps) for side in sizes]
+        joined = _in_class(each, n)
+        matrices = {name: joined.pop(name) for name in ("root", "ridge", "factor")}
+        return {**matrices, "sizes": torch.tensor(sizes, dtype=torch.int32), **joined}
+
+    return Case(
+        "minimax_class_root_",
+        flat,
+        f"n={n} and below, p={p}, relative_eps={relative_eps:g}",
+        arguments,
+        overwritten=("ridge",),
+        symmetric=("root",),
+        stacked=("root", "ridge", "factor", "sizes"),
+    )
+
+
+def _class_check(n: int, p: int) -> Case:
+    def arguments() -> Arguments:
+        sizes = [n, n // 2]
+        stacks = [spoiled_roots(side, p) for side in sizes]
+        rows = [
+            {name: value[row : row + 1] if isinstance(value, Tensor) else value
+             for name, value in each.items()}
+            for each in stacks
+            for row in range(6)
+        ]  # fmt: skip
+        sides = torch.tensor(sizes, dtype=torch.int32).repeat_interleave(6)
+        return {**_in_class(rows, n), "sizes": sides}
+
+    return Case(
+        "check_roots_",
+        torch.float32,
+        f"n={n} and n={n // 2}, p={p}, half of them to be refused",
+        arguments,
+        overwritten=("ok",),
+        stacked=("ok", "root", "factor", "ridge", "sizes"),
+    )
+
+
 def root_cases(n: int, flat: torch.dtype, blocks: int) -> list[Case]:
     """Roots of one size, by every op that takes it, and their check."""
     every = [_root("minimax_root_", n, 4, 1e-6, flat, blocks)]
     if flat == torch.float32:
-        every += [_diagonals(n, 4.0, 1e-6, flat), _check(n, 4)]
+        every += [_diagonals(n, 4.0, 1e-6, flat), _check(n, 4), _class_root(n, 4, 1e-6, flat)]
         if n <= _SMALL_ROOT:
             every.append(_root("minimax_small_root_", n, 4, 1e-6, flat, blocks))
     return [*every, _keep(n, True, flat)]
@@ -345,6 +408,7 @@ def stack_cases() -> dict[str, list[Case]]:
             for each in roots
             if each[0] <= _SMALL_ROOT and each[3] == single
         ],
+        "minimax_class_root_": [_class_root(*each) for each in roots],
         "diagonal_root_": [
             _diagonals(n, *how, single)
             for n in sizes
@@ -354,5 +418,8 @@ def stack_cases() -> dict[str, list[Case]]:
             _keep(n, accepted, flat)
             for n, accepted, flat in itertools.product(sizes, (None, True, False), FLAT)
         ],
-        "check_roots_": [_check(n, p) for n in (3, 65, 257) for p in (4, 2)],
+        "check_roots_": [
+            *(_check(n, p) for n in (3, 65, 257) for p in (4, 2)),
+            *(_class_check(n, p) for n in (65, 257) for p in (4, 2)),
+        ],
     }
