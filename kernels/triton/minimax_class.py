@@ -51,7 +51,7 @@ def minimax_class_root_(
         p: The root, an integer.
         eps: Absolute ridge.
         relative_eps: Relative ridge; the schedule must reach down to it.
-        schedule: c0, c1, c2 of every step, one after another.
+        schedule: c0, c1, c2, b, d of every step, one after another.
     """
     config = launch_config(_LARGE, factor.device)
     minimax.minimax_root_(
