@@ -346,7 +346,7 @@ void minimax_root_(const at::Tensor& root, const at::Tensor& ridge, const at::Te
               "ridge is ", ridge.scalar_type(), " of shape ", ridge.sizes(),
               ". Must be contiguous float64 of shape [", factor.size(0), "].");
   TORCH_CHECK(p >= 1, "Invalid p=", p, ". Must be >= 1.");
-  const auto steps = minimax_steps(schedule, 1000);
+  const auto steps = minimax_steps(schedule);
   if (factor.numel() == 0) return;
   const at::Tensor packed = factor.contiguous();
   with_flat(factor, [&](auto flat) {

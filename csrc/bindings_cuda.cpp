@@ -178,15 +178,21 @@ void minimax_small_root_(const at::Tensor& root, const at::Tensor& ridge, const 
   check("factor", factor, at::kFloat);
   constexpr int kMaxPower = std::numeric_limits<int>::max();
   TORCH_CHECK(2 <= p && p <= kMaxPower, "Invalid p=", p, ". Must be >= 2 and <= ", kMaxPower, ".");
-  const auto steps = minimax_steps(coefficients, cuda::MinimaxSchedule::kMaxSteps);
-  // As many steps in half precision as cost no accuracy.
+  const auto steps = minimax_steps(coefficients);
+  constexpr size_t kMaxSteps = cuda::MinimaxSchedule::kMaxSteps;
+  TORCH_CHECK(steps.size() <= kMaxSteps, "schedule has ", steps.size(), " steps. Must have at most ",
+              kMaxSteps, ".");
+  // As many steps in half precision as cost little accuracy: as residual_steps of
+  // kernels/triton/minimax_program.py.
   const auto count = static_cast<int32_t>(steps.size());
-  const bool ends_near = steps.back().c2 == 0;
-  const int32_t residual = std::min<int32_t>(p >= 4 && ends_near ? 2 : 1, count - 1);
+  int32_t residual = 0;
+  while (residual < std::min(p >= 4 ? 2 : 1, count - 1) &&
+         !steps[count - 1 - residual].is_quartic())
+    ++residual;
   cuda::MinimaxSchedule schedule{count, residual, {}};
   for (size_t k = 0; k < steps.size(); ++k) {
     const auto& [c0, c1, c2, b, d] = steps[k];
-    schedule.step[k] = {static_cast<float>(c0), static_cast<float>(c1), static_cast<float>(c2),
+    schedule.steps[k] = {static_cast<float>(c0), static_cast<float>(c1), static_cast<float>(c2),
                         static_cast<float>(b), static_cast<float>(d)};
   }
   if (factor.numel() == 0) return;

@@ -9,7 +9,7 @@ from torch import Tensor
 from shampoo import certificates
 from shampoo.blocks.ownership import Team
 from shampoo.certificates.cases.shapes import Shape
-from shampoo.certificates.shared import Choices
+from shampoo.certificates.shared import Offers
 from shampoo.distributed.consensus import FAILED, OK, SKIPPED, DeferredError, Vote, digest
 from shampoo.distributed.distributor import StepInputs
 from shampoo.distributed.replica_checksums import check_checksums, checksums_of
@@ -152,16 +152,16 @@ class Agreeing(Persistent):
         join_groups(plan, groups)
         deferred = DeferredError(is_shared=not plan.stepping_ranks.is_alone)
         self._distributors = None  # its buffers are free before new ones are asked for
-        shared: Choices = {}
+        offers: Offers = {}
         with deferred:
             shapes = _shapes_of(plan)
             certificates.prepare(shapes)
-            shared = certificates.shared_choices(shapes)
+            offers = certificates.offers(shapes, groups.replicates_blocks)
             self._distributors = Distributors(preflight.key, plan.planned, groups)
         if not plan.stepping_ranks.is_alone:
             consensus = groups.consensus(plan.stepping_ranks, plan.arenas[0].device)
-            if not consensus.check(deferred, digest(repr(shared))):
-                certificates.agree(consensus.share(shared))
+            if not consensus.check(deferred, digest(repr(offers))):
+                certificates.agree(consensus.share(offers))
 
 
 def _shapes_of(plan: BlockPlan) -> dict[torch.device, set[Shape]]:

@@ -11,19 +11,16 @@ CARD = torch.device("cuda", 0)
 FASTER, SLOWER = 2.0, 1.02
 
 
-def imaginary(speeds: Mapping[int, float], failure: str = "", chain: float = FASTER) -> Certificate:
+def imaginary(speeds: Mapping[int, float], failure: str = "") -> Certificate:
     """One that has timed size classes: how many times as fast they are, by their side.
 
     Args:
         speeds: by side.
         failure: why the kernel of classes did not pass.
-        chain: how many times as fast as cuBLAS that of a stack by itself is.
     """
     timings = tuple(Timing(side, 1e-3, speed * 1e-3) for side, speed in speeds.items())
     reports = [
         Report("minimax_class_root_", "triton", "float32", 9, 0.1, 1.0, "", failure, timings)
     ]
-    times = tuple(Timing(side, 1e-3, chain * 1e-3) for side in (64, 1024))
-    reports.append(Report("minimax_root_", "triton", "float32", 9, 0.1, 1.0, "", "", times))
     facts = {"device": "cuda", "name": "an imaginary card"}
     return Certificate(facts, tuple(reports), True, "", 1.0)

@@ -72,8 +72,8 @@ class Launches(TorchDispatchMode):
         self._stack.enter_context(_patched(Far, "memory", torch.device("meta")))
         for name, way in (("__init__", _post), ("has_arrived", lambda _: True), ("read", _read)):
             self._stack.enter_context(_patched(Letter, name, way))
-        pays = _patched(size_classes, "pays", lambda like, side: self.has_classes)
-        self._stack.enter_context(pays)
+        padded = _patched(size_classes, "is_padded", lambda *how, **_: self.has_classes)
+        self._stack.enter_context(padded)
         for module in map(_triton, TRITON if "triton" in self.kinds else ()):
             for name in [each for each in vars(module) if each.endswith("_kernel")]:
                 self._stack.enter_context(_patched(module, name, _Kernel(name, self)))

@@ -7,7 +7,7 @@ Every iterate is a polynomial of one symmetric matrix, so everything here is sca
 of M goes to T(m)^p m and must end at 1; the eigenvalue x of X must end at m0^(-1/p).
 
 Any polynomial of degree 4 has this form, and so takes two products. Q = (M - s I)^2 + h I, and
-with s inside of the interval all terms are small: in powers of M, terms of 120 leave a sum of 1.
+with s inside of the interval all terms are small: in powers of M, terms above 100 leave a sum of 1.
 
 One step on [l, 1] minimises E = max |1 - m^(1/p) T(m)| over the coefficients. The functions
 m^(1/p), m^(1/p+1), ..., are a Chebyshev system, so the optimum equioscillates in degree + 2

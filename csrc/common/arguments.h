@@ -244,13 +244,11 @@ inline void check_update(const std::optional<at::Tensor>& momentum, const at::Te
   check_length("momentum", *momentum, "direction", direction.numel());
 }
 
-// The steps of a schedule, at most so many.
-inline std::vector<MinimaxStep<double>> minimax_steps(at::ArrayRef<double> schedule, size_t most) {
+// The steps of a schedule, at least one.
+inline std::vector<MinimaxStep<double>> minimax_steps(at::ArrayRef<double> schedule) {
   constexpr size_t kNumbers = 5;
-  TORCH_CHECK(!schedule.empty() && schedule.size() % kNumbers == 0 &&
-                  schedule.size() <= kNumbers * most,
-              "schedule has ", schedule.size(), " coefficients. Must have five for each step, and 1 to ",
-              most, " steps.");
+  TORCH_CHECK(!schedule.empty() && schedule.size() % kNumbers == 0, "schedule has ", schedule.size(),
+              " coefficients. Must have five for each step, and a step.");
   std::vector<MinimaxStep<double>> steps;
   for (size_t i = 0; i < schedule.size(); i += kNumbers)
     steps.push_back(

@@ -12,7 +12,7 @@ struct MinimaxStep {
 
   SHAMPOO_HOST_DEVICE bool is_quartic() const { return b != 0 || d != 0; }
 
-  // T of an eigenvalue. On [0, 1] it is largest at 0.
+  // T of an eigenvalue. Of tabulated steps it is largest at 0, on [0, 1].
   SHAMPOO_HOST_DEVICE Real at(Real m) const {
     const Real q = is_quartic() ? m * m + b * m + d : m;
     return c0 + c1 * m + c2 * q * q;

@@ -73,8 +73,9 @@ struct Place {
 };
 
 // Calls `work(place, scratch, for_panels)` for every matrix of many stacks. Threads share all of them,
-// dear ones first, so that small stacks keep no thread waiting. A thread takes the matrices of one ordinal
-// in all stacks one after another: those of one block are made of one gradient, which it then has at hand.
+// dear ones first, so that small stacks keep no thread waiting. Of stacks that cost alike a thread takes
+// the matrices of one ordinal one after another: those of a square block are made of one gradient, which
+// it then has at hand.
 template <class Flat, class Work>
 void for_stacks(const std::vector<Job>& jobs, const Work& work) {
   const int64_t threads = at::get_num_threads();

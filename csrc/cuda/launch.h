@@ -21,9 +21,9 @@ using Stream = CUstream_st*;
 
 struct MinimaxSchedule {
   static constexpr int kMaxSteps = 16;
-  int32_t steps;
+  int32_t count;
   int32_t residual;  // of the last of them, fewer than all: in terms of I - M, single products
-  MinimaxStep<float> step[kMaxSteps];
+  MinimaxStep<float> steps[kMaxSteps];
 };
 
 constexpr int64_t kMaxRootSize = 128;

@@ -167,17 +167,15 @@ struct Iteration {
     __syncthreads();
   }
 
-  // T <- a Q^2 + b Q + e M + d I, with Q in the place of T, at most `from`, and T at most `bound`.
-  template <int kProducts>
-  __device__ __forceinline__ void quartic(float a, float b, float e, float d, float from, float bound) {
+  // T <- c2 Q^2 + c1 M + c0 I, with Q in the place of T, at most `from`, and T at most `bound`.
+  __device__ __forceinline__ void quartic(const MinimaxStep<float>& step, float from, float bound) {
     const float q_scale = split_scale(from), scale = split_scale(bound);
     Own own;
-    multiply<kSize, kProducts>(own, T, T);
+    multiply<kSize, 3>(own, T, T);
     __syncthreads();
     for_own_entries<kSize>(own, [&](int i, int j, float sum) {
-      const float square = sum / (q_scale * q_scale), q = T.scaled(i, j) / q_scale;
-      const float m = M.scaled(i, j) / kUnit;
-      T.store(i, j, scale * ((i == j ? d : 0.0f) + e * m + b * q + a * square));
+      const float square = sum / (q_scale * q_scale), m = M.scaled(i, j) / kUnit;
+      T.store(i, j, scale * ((i == j ? step.c0 : 0.0f) + step.c1 * m + step.c2 * square));
     });
     __syncthreads();
   }
@@ -192,15 +190,7 @@ struct Iteration {
     if (!step.is_quartic()) return quadratic<3>(step.c2, step.c1, step.c0, bound);
     const float most = most_of(step.b, step.d);
     quadratic<3>(1.0f, step.b, step.d, most);
-    quartic<3>(step.c2, 0.0f, step.c1, step.c0, most, bound);
-  }
-
-  // D = T - t I of one step by R = I - M: with q I the Q of I, Q = q I + V, V = R^2 - (2 + b) R
-  __device__ __forceinline__ void polynomial_of_residual(const MinimaxStep<float>& step, float bound) {
-    if (!step.is_quartic()) return quadratic<1>(step.c2, -(step.c1 + 2.0f * step.c2), 0.0f, bound);
-    const float q = 1.0f + step.b + step.d, slope = -(2.0f + step.b), most = most_of(slope, 0.0f);
-    quadratic<1>(1.0f, slope, 0.0f, most);
-    quartic<1>(step.c2, 2.0f * step.c2 * q, -step.c1, 0.0f, most, bound);
+    quartic(step, most, bound);
   }
 
   // X <- X T, and unless it is the last step M <- T^p M. In step 0 X and T are given.
@@ -228,11 +218,11 @@ struct Iteration {
     }
   }
 
-  // The same in terms of R = I - M and D = T - t I, small at the end: single products suffice.
+  // The same in terms of R = I - M and D = T - t I, small at the end: single products suffice. Of degree 2.
   __device__ __forceinline__ void residual_step(const MinimaxStep<float>& step, bool last,
                                                 Power power) {
     const float t = step.at(1.0f), top = step.at(0.0f), d_scale = split_scale(top);
-    polynomial_of_residual(step, top);
+    quadratic<1>(step.c2, -(step.c1 + 2.0f * step.c2), 0.0f, top);
     move_root<1>(t, top);
     if (last) return;
     Own own;
@@ -299,7 +289,7 @@ struct Iteration {
     const auto inverse = static_cast<float>(1.0 / bound), low = static_cast<float>(rho / bound);
 
     // Step 0, written in S and S^2:  M = S / bound + low I
-    const MinimaxStep<float>& first = schedule.step[0];
+    const MinimaxStep<float>& first = schedule.steps[0];
     const bool is_quartic = first.is_quartic();  // then T is its Q at first
     const float most = most_of(first.b, first.d);
     const float c0 = is_quartic ? first.d : first.c0;
@@ -314,7 +304,7 @@ struct Iteration {
       M.store(i, j, kUnit * m);
     });
     __syncthreads();
-    if (is_quartic) quartic<3>(first.c2, 0.0f, first.c1, first.c0, most, x_bound);
+    if (is_quartic) quartic(first, most, x_bound);
 #pragma unroll
     for (int d = 0; d < kStrips; ++d)
 #pragma unroll
@@ -322,21 +312,21 @@ struct Iteration {
         X[d][e / 4][e % 4] = T.scaled(kTile * strip() + row_of(e % 4),
                                       kTile * d + e / 4 * 8 + column_of(e % 4)) /
                              t_scale;
-    growth_step(0, first, schedule.steps == 1, power);
+    growth_step(0, first, schedule.count == 1, power);
 
-    const int first_residual = schedule.steps - schedule.residual;
+    const int first_residual = schedule.count - schedule.residual;
 #pragma unroll 1
     for (int k = 1; k < first_residual; ++k)
-      growth_step(k, schedule.step[k], k == schedule.steps - 1, power);
-    if (first_residual < schedule.steps) {
+      growth_step(k, schedule.steps[k], k == schedule.count - 1, power);
+    if (first_residual < schedule.count) {
       for_own_entries<kSize>(own, [&](int i, int j, float) {
         M.store(i, j, (i == j ? kUnit : 0.0f) - M.scaled(i, j));
       });
       __syncthreads();
     }
 #pragma unroll 1
-    for (int k = first_residual; k < schedule.steps; ++k)
-      residual_step(schedule.step[k], k == schedule.steps - 1, power);
+    for (int k = first_residual; k < schedule.count; ++k)
+      residual_step(schedule.steps[k], k == schedule.count - 1, power);
 
     float* rows = M.as_floats();
 #pragma unroll

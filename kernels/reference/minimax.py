@@ -42,7 +42,7 @@ class Step(NamedTuple):
         return 2 if self.c2 else 1
 
     def at(self, m: float) -> float:
-        """T of an eigenvalue. On [0, 1] it is largest at 0."""
+        """T of an eigenvalue. Of tabulated steps it is largest at 0, on [0, 1]."""
         q = m * m + self.b * m + self.d if self.degree == 4 else m
         return self.c0 + self.c1 * m + self.c2 * q * q
 

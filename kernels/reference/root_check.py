@@ -154,7 +154,12 @@ def are_fit(
 
 @functools.cache  # without a limit: a CUDA graph reads them again as long as it lives
 def white_vectors(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[n, 8] white vectors, always the same, drawn without touching the global generators."""
+    """[n, 8] white vectors, always the same, drawn without touching the global generators.
+
+    The first of them do not depend on how many there are, so that a matrix in a size class is
+    probed as it is alone.
+    """
     generator = torch.Generator().manual_seed(math.isqrt(2 * 10**12))
-    white = torch.randn(VECTORS, n, generator=generator, dtype=torch.float64, device="cpu")
-    return white.mT.contiguous().to(dtype).to(device, non_blocking=True)
+    drawn = n + n % 2  # sixteen numbers at a time are drawn together
+    white = torch.randn(drawn, VECTORS, generator=generator, dtype=torch.float64, device="cpu")
+    return white[:n].to(dtype).to(device, non_blocking=True)

@@ -8,7 +8,7 @@ A launcher then only walks the list, so a refresh never waits for the host.
 Every product has the form ``out = a L R + b L + c R + d I + e E``. In growth steps T = c0 I + c1 M
 + c2 Q^2 with Q = M or M^2 + b M + d I, X <- X T, M <- T^p M with three fp16 products each; in the
 last steps, where M is close to I, R = I - M and D = T - t I are iterated instead, and single fp16
-products lose nothing.
+products lose little.
 """
 
 from __future__ import annotations
@@ -69,10 +69,11 @@ def split_scale(bound: float) -> float:
 def residual_steps(p: int, schedule: Schedule) -> int:
     """Last steps that may use single products at the standard level of accuracy.
 
-    Where the last one has degree 1, the spectrum is near 1 in the one before, too.
+    None of degree 4: it begins where R is still so large that half precision of it would show.
     """
-    last = schedule[-1]
-    return 0 if p < 2 else 2 if p >= 4 and last.degree == 1 else 1
+    most = 2 if p >= 4 else 1 if p >= 2 else 0
+    degrees = [step.degree for step in reversed(schedule[-most:] if most else ())]
+    return next((at for at, degree in enumerate(degrees) if degree == 4), len(degrees))
 
 
 def _largest(b: float, d: float) -> float:
@@ -177,24 +178,13 @@ class _Builder:
         self._give(Q)
         return T
 
-    def _polynomial_of_residual(self, R: _Value, step: Step, bound: float) -> _Value:
-        """D = T - t I by R = I - M: with q I the Q of I, Q = q I + V, V = R^2 - (2 + b) R."""
-        _, c1, c2, b, d = step
-        if step.degree < 4:
-            slope = -(c1 + 2.0 * c2)
-            return self._multiply(R, R, None, bound, a=c2, b=slope, products=1 if c2 else 0)
-        q, slope = 1.0 + b + d, -(2.0 + b)
-        V = self._multiply(R, R, None, _largest(slope, 0.0), b=slope, products=1)
-        D = self._multiply(V, V, None, bound, a=c2, b=2.0 * c2 * q, e=-c1, addend=R, products=1)
-        self._give(V)
-        return D
-
     def _contract(self, R: _Value, X: _Value, step: Step, last: bool) -> tuple[_Value, _Value]:
         top, t = step.at(0.0), step.at(1.0)
         bound = min(X.bound * top, self.limit)
         if last and step.degree == 1:  # X T = t X - c1 X R
             return R, self._replace(X, R, bound, a=-step.c1, b=t, products=1, last=True)
-        D = self._polynomial_of_residual(R, step, top + t)
+        slope = -(step.c1 + 2.0 * step.c2)
+        D = self._multiply(R, R, None, top + t, a=step.c2, b=slope, products=1 if step.c2 else 0)
         X = self._replace(X, D, bound, a=1.0, b=t, products=1, last=last)
         if last:
             return R, X

@@ -276,7 +276,7 @@ def check_roots_(
         )
     row_tiles = triton.cdiv(size, _ROWS)
 
-    def times(matrices: Tensor, panel: Tensor, out: Tensor, columns: int) -> Tensor:
+    def times(matrices: Tensor, panel: Tensor, out: Tensor, columns: int, is_root: bool) -> Tensor:
         panel_kernel[(batch * row_tiles,)](
             out,
             matrices,
@@ -289,7 +289,7 @@ def check_roots_(
             matrices.stride(1),
             row_tiles,
             columns,
-            IS_ROOT=matrices is root,
+            IS_ROOT=is_root,
             IS_START=panel.dim() == 2,
             PANEL=_PANEL,
             ROWS=_ROWS,
@@ -307,12 +307,17 @@ def check_roots_(
     if sizes is not None:  # each matrix has its own, zero beyond its size
         start[:, :, :VECTORS] = white * within(sizes, size)[:, :, None]
         white = start
-    times(factor, white, start[:, :, VECTORS:], VECTORS)
-    powers = [start, times(root, start, fresh(), _PANEL)]  # X^k v in the first columns
-    swapped = times(factor, powers[1], fresh(), VECTORS)
+    times(factor, white, start[:, :, VECTORS:], VECTORS, is_root=False)
+    powers = [
+        start,
+        times(root, start, fresh(), _PANEL, is_root=True),
+    ]  # X^k v in the first columns
+    swapped = times(factor, powers[1], fresh(), VECTORS, is_root=False)
     while len(powers) <= (p + 1) // 2:
-        powers.append(times(root, powers[-1], fresh(), VECTORS))
-    right = swapped if len(powers) == 2 else times(factor, powers[-1], fresh(), VECTORS)
+        powers.append(times(root, powers[-1], fresh(), VECTORS, is_root=True))
+    right = (
+        swapped if len(powers) == 2 else times(factor, powers[-1], fresh(), VECTORS, is_root=False)
+    )
     check_kernel[(batch,)](
         ok,
         ridge.new_empty(batch, 2) if values is None else values,

@@ -22,6 +22,9 @@ from torch import Tensor
 Row = tuple[int, ...]
 
 _BYTES = 16  # that a thread loads at once
+_ALIGNED = (
+    32  # bytes that can matter of an address: as many elements of float32 as of half precision
+)
 _END = 2**62  # where no stack begins
 _MOST = 256  # tables that are kept
 _LEAST_ROWS = 16  # fewer would make kernels of their own
@@ -110,7 +113,7 @@ def layout_in_memory(tensors: Sequence[Tensor]) -> Hashable:
     """
     base = tensors[0].data_ptr()
     each = [(t.data_ptr() - base, t.shape, t.stride(), t.dtype) for t in tensors]
-    return base % _BYTES, tensors[0].device, tuple(each)
+    return base % _ALIGNED, tensors[0].device, tuple(each)
 
 
 def _is_captured(device: torch.device) -> bool:

@@ -15,7 +15,7 @@ from shampoo.certificates.issue import (
     licence_of,
 )
 from shampoo.certificates.loading import load_kernels, prepare
-from shampoo.certificates.shared import agree, shared_choices
+from shampoo.certificates.shared import agree, offers
 
 __all__ = [
     "agree",
@@ -26,6 +26,6 @@ __all__ = [
     "kernels_in_use",
     "licence_of",
     "load_kernels",
+    "offers",
     "prepare",
-    "shared_choices",
 ]

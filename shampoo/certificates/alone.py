@@ -9,14 +9,12 @@ from torch import Tensor
 from torch._guards import active_fake_mode
 
 from shampoo import ops, roots
-from shampoo.certificates.cases.shapes import Shape
-from shampoo.certificates.cases.stacks import FULL
 from shampoo.certificates.loading import load_kernels, prepare
 from shampoo.roots.methods import check_stack
 
 
-@functools.wraps(roots.inverse_root)
-def inverse_root(
+@functools.wraps(roots.inverse_root, assigned=("__doc__",))
+def inverse_root(  # noqa: D103
     A: Tensor,
     p: float,
     *,
@@ -24,17 +22,16 @@ def inverse_root(
     relative_eps: float = 1e-6,
     method: str = "auto",
 ) -> Tensor:
-    """:func:`shampoo.roots.inverse_root`, whose words these are replaced by."""
     check_stack(A)
     is_real = not torch.compiler.is_compiling() and active_fake_mode() is None
     if is_real and A.device.type in ("cpu", "cuda"):
-        _ask(A.device, A.shape[-1], str(A.dtype).removeprefix("torch."))
+        _ask(A.device)
     return roots.inverse_root(A, p, eps=eps, relative_eps=relative_eps, method=method)
 
 
 @functools.cache  # an error is not kept: the next call asks again
-def _ask(device: torch.device, side: int, dtype: str) -> None:
-    """Loads kernels unless an optimizer has, and has them checked at a size that is new."""
+def _ask(device: torch.device) -> None:
+    """Loads kernels unless an optimizer has, and has them checked, but at no sizes of their own."""
     if not ops.are_loaded():
         load_kernels()
-    prepare({device: [Shape((side,), (FULL,), dtype)]})
+    prepare({device: []})

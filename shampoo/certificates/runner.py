@@ -11,7 +11,7 @@ from shampoo.certificates.cases import CASES
 from shampoo.certificates.cases.case import dtype_name
 from shampoo.certificates.cases.shapes import Shape, shape_cases, sizes_of
 from shampoo.certificates.checks import Finding, Trial
-from shampoo.certificates.class_timing import CLASS_ROOT, class_calls, rivals
+from shampoo.certificates.class_timing import CLASS_ROOT, ROOT, class_calls, rivals
 from shampoo.certificates.report import Report, Timing
 from shampoo.certificates.timing import timed
 from shampoo.certificates.workloads import WORKLOADS, grid, in_dtype, shape_grid, size_of
@@ -73,7 +73,9 @@ def examine(
                 progress(done, len(subjects), text)
 
             try:
-                arguments = op, kind, device, None if lost else library, is_timed, tuple(shapes)
+                alone = _passed(ROOT, subjects[:done], reports)
+                own = None if lost else library
+                arguments = op, kind, device, own, is_timed, tuple(shapes), alone
                 reports += process.ask(_examine_one, *arguments, timeout=PATIENCE, on_note=hear)
             except LostError as loss:
                 reports += _failed(op, kind, device, str(loss), at[0])
@@ -81,6 +83,12 @@ def examine(
                 process.stop()
                 reports += _failed(op, kind, device, f"raised {type(error).__name__}: {error}", "")
     return reports
+
+
+def _passed(name: str, subjects: Sequence[Subject], reports: Sequence[Report]) -> tuple[str, ...]:
+    """The kinds of an op's kernels that were asked, and of which nothing bad is known."""
+    failed = {each.kernel for each in reports if each.op == name and not each.passed}
+    return tuple(kind for op, kind in subjects if op.name == name and kind not in failed)
 
 
 def _begin(process: Apart, device: torch.device, library: Path | None) -> str:
@@ -127,8 +135,12 @@ def _examine_one(
     library: Path | None,
     is_timed: bool,
     shapes: Sequence[Shape],
+    alone: Sequence[str],
 ) -> list[Report]:
-    """All that is found of one kernel, in the process apart."""
+    """All that is found of one kernel, in the process apart.
+
+    ``alone`` are the kernels that take roots of one size, with which those of classes compete.
+    """
     _load(library)
     cases = shape_cases(shapes, device.type).get(op.name, ()) if shapes else CASES[op.name]
     sizes = shape_grid(op, device, sizes_of(shapes)) if shapes else grid(op, device)
@@ -147,7 +159,7 @@ def _examine_one(
             finding = trial.examine(lambda overload: kernels[overload][0])
             found.setdefault(dtype_name(case.dtype), []).append((case.name, finding))
     return [
-        _summary(op, kind, dtype, findings, device, kernels[""], sizes if is_timed else ())
+        _summary(op, kind, dtype, findings, device, kernels[""], sizes if is_timed else (), alone)
         for dtype, findings in found.items()
     ]
 
@@ -169,6 +181,7 @@ def _summary(
     device: torch.device,
     kernel: tuple[Run, Supports | None],
     sizes: Sequence[tuple[int, int]],
+    alone: Sequence[str],
 ) -> Report:
     failed = [each for each in findings if each[1].failure]
     worst, finding = failed[0] if failed else max(findings, key=lambda each: _excess(each[1]))
@@ -176,7 +189,7 @@ def _summary(
     timings: list[Timing] = []
     # A CPU has one kernel for all dtypes of an op: one of them says whether it pays.
     if not failed and sizes and (dtype == "float32" or device.type != "cpu"):
-        timings = _timings(op, kernel, device, getattr(torch, dtype), sizes)
+        timings = _timings(op, kernel, device, getattr(torch, dtype), sizes, alone)
     return Report(op.name, kind, dtype, len(findings), *numbers, tuple(timings))
 
 
@@ -191,6 +204,7 @@ def _timings(
     device: torch.device,
     dtype: torch.dtype,
     sizes: Sequence[tuple[int, int]],
+    alone: Sequence[str],
 ) -> list[Timing]:
     run, supports = kernel
     found = []
@@ -200,13 +214,14 @@ def _timings(
         if supports is not None and not supports(*arguments):
             continue
         if op.name == CLASS_ROOT:
-            calls = class_calls(run, arguments, rivals())
+            calls = class_calls(run, arguments, rivals(alone))
         else:
             calls = {
                 "kernel": functools.partial(run, *arguments),
                 "reference": functools.partial(op.reference, *arguments),
             }
         times = timed(calls, device, _MEASURE.get(device.type, 0.05), 5)
-        medians = {name: each.p50 for name, each in times.items()}
-        found.append(Timing(size_of(op, arguments), **medians))
+        kernel_s = times.pop("kernel").p50
+        reference_s = min(each.p50 for each in times.values())
+        found.append(Timing(size_of(op, arguments), kernel_s, reference_s))
     return found

@@ -1,55 +1,74 @@
 """The kernels that must be the same on all ranks, and which those are where devices differ.
 
 Every rank moves its replicas of the parameters by the same directions, with one op: by another
-kernel it would move them by a bit more or less, and replicas would drift. Size classes of roots are
-the same on all, too: which stacks go together is part of the plan of a refresh. What else only the
-owner of a block computes may run by whatever is fastest there.
+kernel it would move them by a bit more or less, and replicas would drift. What only the owner of a
+block computes may run by whatever is fastest there. Where several groups of ranks divide the same
+blocks, as the nodes of a large run do, a block has an owner in each, and all ops are shared.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
 from shampoo import ops
 from shampoo.ops.licence import REFERENCE
-from shampoo.ops.routes import choices, impose
+from shampoo.ops.routes import allowed, choices, impose
 
-SHARED = ("update_blocks_", "minimax_class_root_")
-
-Choices = Mapping[str, Mapping[str, Sequence[tuple[float, str]]]]
-"""For every type of device and op, by dtype: sizes, and the kernel up to each of them."""
+SHARED = ("update_blocks_",)
 
 
-def shared_choices(devices: Iterable[torch.device]) -> Choices:
-    """What this rank runs on its devices for the ops that ranks share, by ``type op``."""
-    found: dict[str, Mapping[str, Sequence[tuple[float, str]]]] = {}
+class Offer(NamedTuple):
+    """What a rank has for an op.
+
+    Attributes:
+        chosen: By dtype, sizes, and the kernel up to each of them.
+        allowed: By dtype, the kernels that passed there.
+    """
+
+    chosen: Mapping[str, Sequence[tuple[float, str]]]
+    allowed: Mapping[str, Sequence[str]]
+
+
+Offers = Mapping[str, Offer]
+"""By ``type op``, for every type of device and op."""
+
+
+def offers(devices: Iterable[torch.device], replicates_blocks: bool) -> Offers:
+    """What this rank has for the ops that ranks share.
+
+    Args:
+        devices: of this rank.
+        replicates_blocks: whether several ranks compute the same blocks.
+    """
+    found: dict[str, Offer] = {}
     for device in devices:
         if device.type in ("cpu", "cuda"):
-            for name in SHARED:
-                found.setdefault(f"{device.type} {name}", choices(ops.OPS[name], device))
+            for name in ops.OPS if replicates_blocks else SHARED:
+                op = ops.OPS[name]
+                offer = Offer(choices(op, device), allowed(op, device))
+                found.setdefault(f"{device.type} {name}", offer)
     return found
 
 
-def agree(everyone: Sequence[Choices]) -> None:
-    """Takes what all ranks take: the reference wherever two of them differ.
+def agree(everyone: Sequence[Offers]) -> None:
+    """Takes what all ranks take: what the first chose if it passed on all, else the reference.
 
     Args:
-        everyone: the choices of every rank, in the same order on each.
+        everyone: the offers of every rank, in the same order on each.
     """
     for name in dict.fromkeys(name for each in everyone for name in each):
         device, op = name.split()
-        there = [each[name] for each in everyone if name in each]
-        impose(device, op, _common(there))
+        impose(device, op, _common([each[name] for each in everyone if name in each]))
 
 
-def _common(
-    everyone: Sequence[Mapping[str, Sequence[tuple[float, str]]]],
-) -> dict[str, list[tuple[float, str]]]:
+def _common(everyone: Sequence[Offer]) -> dict[str, list[tuple[float, str]]]:
     common: dict[str, list[tuple[float, str]]] = {}
-    for dtype in everyone[0]:
-        ends = sorted({end for each in everyone for end, _ in each[dtype]})
+    for dtype in everyone[0].chosen:
+        ends = sorted({end for each in everyone for end, _ in each.chosen[dtype]})
         for end in ends:
-            kinds = {next(kind for at, kind in each[dtype] if at >= end) for each in everyone}
-            kernel = kinds.pop() if len(kinds) == 1 else REFERENCE
+            kernel = next(kind for at, kind in everyone[0].chosen[dtype] if at >= end)
+            if not all(kernel in each.allowed[dtype] for each in everyone):
+                kernel = REFERENCE
             common.setdefault(dtype, []).append((end, kernel))
     return common

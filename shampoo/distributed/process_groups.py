@@ -126,6 +126,11 @@ class ProcessGroups:
                 blocks,
             )
 
+    @property
+    def replicates_blocks(self) -> bool:
+        """Whether several groups compute the same blocks, after :meth:`settle_trainers`."""
+        return any(size < replicas for replicas, size in self._trainers.items())
+
     def team_of(self, param: Tensor) -> Team:
         """The ranks that divide the blocks of a parameter, after :meth:`settle_trainers`."""
         if is_dtensor(param):

@@ -189,6 +189,19 @@ def choices(op: Op, device: torch.device) -> Choices:
     return backends.choices(op, device, backend, table, licence)
 
 
+def allowed(op: Op, device: torch.device) -> dict[str, list[str]]:
+    """The kernels beside the reference that may run an op on a device, by dtype as in choices."""
+    if device.type == "cpu":
+        return {"": ["cpp"] if runs_kernel_on_cpu(op.name) else []}
+    _, _, kinds, is_licensed = _state
+    licence = _licences.get(device, Licence() if is_licensed else None)
+    loaded = [kind for kind in op.kinds("cuda") if kind in kinds]
+    return {
+        dtype: [k for k in loaded if licence is None or licence.allows(op.name, k, dtype)]
+        for dtype in backends.DTYPES
+    }
+
+
 def impose(device: str, op: str, chosen: Choices) -> None:
     """Fixes what runs an op on a type of device from now on, whatever else says.
 

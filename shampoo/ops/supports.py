@@ -25,7 +25,7 @@ def minimax_small_root(
         root.dtype == factor.dtype == torch.float32
         and factor.shape[-1] <= SMALL_ROWS
         and p >= 2
-        and 3 <= len(schedule) <= 3 * SMALL_STEPS
+        and 5 <= len(schedule) <= 5 * SMALL_STEPS
         and root.is_contiguous()
         and factor.is_contiguous()
         and ridge.is_contiguous()

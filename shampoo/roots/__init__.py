@@ -49,6 +49,7 @@ def inverse_root(
 
     Raises:
         ValueError: A shape, dtype or option that does not fit.
+        shampoo.ops.jit.BuildError: If ``SHAMPOO_BACKEND`` names kernels that cannot be had here.
 
     """
     check_stack(A)

@@ -6,9 +6,11 @@ lies in the upper left corner of one of side N, the largest of them. Zeros besid
 nothing of it: its Schatten-4 norm stays, so its ridge does, and the iteration keeps the blocks of
 ``A + 0`` apart. The root check is told the sizes, and probes the matrix alone.
 
-Where this pays, the op ``minimax_class_root_`` has a kernel that is chosen at side N
-(:mod:`shampoo.certificates.class_timing`). Where it has none, on a CPU above all, a stack is
-refreshed by itself, in place.
+Where this pays at a side, the op ``minimax_class_root_`` has a kernel that is chosen there
+(:mod:`shampoo.certificates.class_timing`). That kernel takes all matrices of the side, also those
+that happen to be alone: its roots depend on the matrix only, so that their bits follow neither what
+else is due nor how blocks are divided among ranks. At other sides, and on a CPU at all, a stack is
+refreshed by itself.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ def classes(
 
     From the largest side down, a class takes the next stack of its power as long as it is allowed
     to be so large. Since a part of a class that is small enough is small enough, no other way to
-    divide sides that all pay makes fewer classes. What is too large for any is left alone.
+    divide them makes fewer classes. What is too large for any is left alone.
 
     Args:
         stacks: Of one device, dtype and ridge.
@@ -79,14 +81,15 @@ def classes(
     filling: dict[float, tuple[list[int], int]] = {}  # by power the last class, and its matrices
     for index in sorted(range(len(stacks)), key=lambda each: (-stacks[each].side, each)):
         side, count, p = stacks[index]
+        if not is_padded(like, side, p, eps, relative_eps, method):
+            found.append([index])
+            continue
         members, total = filling.get(p, ([], 0))
         if members and total + count <= most_matrices(stacks[members[0]].side):
             members.append(index)
             filling[p] = members, total + count
-            continue
-        found.append([index])
-        is_iterated = choose_method(like, p, eps, relative_eps, method) == "minimax"
-        if is_iterated and count < most_matrices(side) and pays(like, side):
+        else:
+            found.append([index])
             filling[p] = found[-1], count
     return found
 
@@ -96,10 +99,12 @@ def most_matrices(side: int) -> int:
     return min(_MATRICES, _ELEMENTS // side**2)
 
 
-def pays(like: Tensor, side: int) -> bool:
-    """Whether classes of a side are faster than their stacks, one after another."""
-    one, other = (kernel_at(op, like, side) for op in ("minimax_class_root_", "minimax_root_"))
-    return REFERENCE not in (one, other)
+def is_padded(
+    like: Tensor, side: int, p: float, eps: float, relative_eps: float, method: str
+) -> bool:
+    """Whether matrices of a side are taken by the op of classes: see the top of the module."""
+    is_iterated = choose_method(like, p, eps, relative_eps, method) == "minimax"
+    return is_iterated and kernel_at("minimax_class_root_", like, side) != REFERENCE
 
 
 def refresh_together_(
@@ -115,6 +120,9 @@ def refresh_together_(
     how: dict[str, Any] = {"p": p, "eps": eps, "relative_eps": relative_eps, "method": method}
     if len(due) == 1:
         [alone] = due
+        count, n, _ = alone.factor.shape
+        if is_padded(alone.factor, n, **how):  # by nothing, as there is no larger one
+            how["sizes"] = torch.full((count,), n, dtype=torch.int32, device=alone.factor.device)
         refresh_roots_(
             *alone[:4],
             **how,

@@ -46,9 +46,32 @@ def solve_(
                 ops.minimax_class_root_(root, ridge, factor, sizes, *how)
         elif method == "coupled_newton":
             newton_root_(root, ridge, factor, int(p), eps, relative_eps)
-        else:
+        elif sizes is None:
             eigh_root_(root, ridge, factor, p, eps, relative_eps)
+        else:
+            _eigh_class_root_(root, ridge, factor, sizes, p, eps, relative_eps)
         ops.diagonal_root_(root, ridge, factor, p, eps, relative_eps)
+
+
+def _eigh_class_root_(
+    root: Tensor,
+    ridge: Tensor,
+    factor: Tensor,
+    sizes: Tensor,
+    p: float,
+    eps: float,
+    relative_eps: float,
+) -> None:
+    """Roots of a size class without the padding, as each matrix has them alone.
+
+    The host reads the sizes: it waits for the device in an eigendecomposition anyway.
+    """
+    for n in set(sizes.tolist()):
+        which = (sizes == n).nonzero()[:, 0]
+        own = factor[which, :n, :n]
+        found, used = torch.empty_like(own), ridge[which]
+        eigh_root_(found, used, own, p, eps, relative_eps)
+        root[which, :n, :n], ridge[which] = found, used
 
 
 def choose_method(factor: Tensor, p: float, eps: float, relative_eps: float, method: str) -> str:

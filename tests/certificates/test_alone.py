@@ -1,8 +1,9 @@
-"""inverse_root without an optimizer runs the kernels that one would, and asks once a size."""
+"""inverse_root without an optimizer runs the kernels that one would, and asks once a device."""
 
 import inspect
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from compiled import load_compiled
 from patience import PATIENCE
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from shampoo import certificates, inverse_root, ops, roots
+from shampoo import inverse_root, roots
 from shampoo.certificates import alone
 
 PROGRAM = """
@@ -58,12 +59,9 @@ def test_it_takes_references_where_that_is_asked_for_or_nothing_can_be_built(tmp
     assert cannot[:2] == (False, 1), "one warning, not one a call"
 
 
-def test_an_uncertified_kernel_does_not_run(own_cache, monkeypatch):
+def test_an_uncertified_kernel_does_not_run(tmp_path):
     """As for an optimizer: SHAMPOO_TUNE=0 forbids the check, so there is no licence."""
-    monkeypatch.setenv("SHAMPOO_TUNE", "0")
-    certificates.load_kernels()
-    assert not ops.runs_kernel_on_cpu("minimax_root_")
-    assert inverse_root(torch.eye(3)[None], 4).isfinite().all()
+    assert ran(SHAMPOO_CACHE_DIR=str(tmp_path), SHAMPOO_TUNE="0")[0] is False
 
 
 @pytest.fixture
@@ -76,11 +74,14 @@ def asked(monkeypatch):
     alone._ask.cache_clear()
 
 
-def test_a_size_is_asked_for_once(asked):
-    for n in (300, 300, 5, 300):
+def test_a_device_is_asked_about_once_and_at_no_size(asked):
+    for n in (300, 5, 300):
         inverse_root(torch.eye(n)[None], 4)
-    shapes = [shape.words for each in asked for [shape] in each.values()]
-    assert shapes == ["300:float32", "5:float32"]
+    assert asked == [{torch.device("cpu"): []}]
+
+
+def test_it_can_be_pickled():
+    assert pickle.loads(pickle.dumps(inverse_root)) is inverse_root
 
 
 def test_what_cannot_run_here_asks_for_nothing(asked):

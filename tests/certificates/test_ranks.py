@@ -1,11 +1,9 @@
 """Ranks whose devices passed other kernels move their replicas alike, to the bit."""
 
 import math
-from types import SimpleNamespace
 
 import torch
 from compiled import load_compiled
-from imaginary import CARD, FASTER, SLOWER, imaginary
 from layouts import digest, inject
 from ranks import Ranks
 from torch import nn
@@ -13,18 +11,22 @@ from torch import nn
 from shampoo import Shampoo, agreement, ops
 from shampoo.certificates import loading, shared
 from shampoo.certificates.cases import CASES
-from shampoo.ops import OPS, backends, routes
+from shampoo.certificates.shared import Offer
+from shampoo.ops import OPS, routes
 from shampoo.ops.licence import REFERENCE, Licence
-from shampoo.roots.size_classes import pays
 
-CPU = torch.device("cpu")
+BOTH = ["cuda", "triton"]
 
 
-def other_bits(*arguments):
+def other_bits(op):
     """As right as the reference, which it calls, and not the same: another order of roundings."""
-    OPS["update_blocks_"].reference(*arguments)
-    for param in arguments[0]:
-        param.copy_(param.nextafter(torch.tensor(math.inf, dtype=param.dtype)))
+
+    def run(*arguments):
+        OPS[op].reference(*arguments)
+        for moved in arguments[0]:
+            moved.copy_(moved.nextafter(torch.tensor(math.inf, dtype=moved.dtype)))
+
+    return run
 
 
 def everything_but(*refused):
@@ -35,26 +37,27 @@ def everything_but(*refused):
     return Licence(passed, {(op, "cpp"): {"float32": "it failed here"} for op in refused})
 
 
-def train(rank, agree):
-    """The digest of the parameters, and whether the kernel of the update is used."""
-    before = loading.licence_of, shared.SHARED
-    refused = ("update_blocks_",) if rank == 1 else ()
+def train(rank, agree, op="update_blocks_", trainers=-1):
+    """The digest of the parameters, and whether a kernel is used, which rank 1 refuses."""
+    before = loading.licence_of, agreement.certificates.offers
+    refused = (op,) if rank == 1 else ()
     loading.licence_of = lambda device: everything_but(*refused)
     if not agree:
-        shared.SHARED = ()
+        agreement.certificates.offers = lambda *_: {}
     load_compiled()
     kernel = torch.library.Library("shampoo", "IMPL")
-    kernel.impl("update_blocks_", other_bits, "CPU")
+    kernel.impl(op, other_bits(op), "CPU")
     try:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(20, 12), nn.Tanh(), nn.Linear(12, 6))
-        optimizer = Shampoo(model.parameters(), lr=0.01, precondition_frequency=2)
+        hyper = {"num_trainers_per_group": trainers, "check_replicas_every": 1000}
+        optimizer = Shampoo(model.parameters(), lr=0.01, precondition_frequency=2, **hyper)
         for step in range(4):
             inject(model.parameters(), step)
             optimizer.step()
-        return digest(list(model.parameters())), ops.runs_kernel_on_cpu("update_blocks_")
+        return digest(list(model.parameters())), ops.runs_kernel_on_cpu(op)
     finally:
-        loading.licence_of, shared.SHARED = before
+        loading.licence_of, agreement.certificates.offers = before
         routes._imposed.clear()
         del kernel
         ops.load_kernels(required=True)
@@ -73,43 +76,34 @@ def test_without_an_agreement_replicas_would_drift(ranks: Ranks):
     assert (uses_first, uses_second) == (True, False)
 
 
-def sides_of_classes(rank, agree):
-    """Up to which of three sides this rank pads on a card of its own, which is imaginary."""
-    before = backends.card_of, routes._route, agreement.certificates.shared_choices
-    others = shared.shared_choices if agree else lambda devices: {}
-    agreement.certificates.shared_choices = lambda devices: others([*devices, CARD])
-    backends.card_of, routes._route = lambda device: "17.0", lambda: None
-    speeds = {64: FASTER, 256: FASTER, 512: SLOWER}
-    if rank == 1:
-        speeds |= {64: SLOWER, 512: FASTER}
-    try:
-        optimizer = Shampoo(nn.Linear(20, 12).parameters(), lr=0.01)
-        routes._state[2] = frozenset({"triton"})
-        routes._licences[CARD] = imaginary(speeds).licence
-        inject(optimizer.param_groups[0]["params"], 0)
-        optimizer.step()
-        like = SimpleNamespace(device=CARD, dtype=torch.float32)
-        return [side for side in speeds if pays(like, side)]
-    finally:
-        backends.card_of, routes._route, agreement.certificates.shared_choices = before
-        routes._licences.pop(CARD, None)
-        routes._imposed.clear()
-        ops.load_kernels(required=True)
+def test_where_blocks_have_several_owners_all_ops_are_shared(ranks: Ranks):
+    """Each of two ranks computes all blocks, as each of two nodes does."""
+    (first, uses_first), (second, uses_second) = ranks.returns(train, 2, True, "gram_ema_", 1)
+    assert first == second
+    assert (uses_first, uses_second) == (False, False)
+    (first, _), (second, _) = ranks.returns(train, 2, False, "gram_ema_", 1)
+    assert first != second
 
 
-def test_ranks_pad_alike_whatever_their_cards_say(ranks: Ranks):
-    assert ranks.returns(sides_of_classes, 2, True) == [[256], [256]]
-    assert ranks.returns(sides_of_classes, 2, False) == [[64, 256], [256, 512]]
+def test_what_only_an_owner_computes_is_its_own(ranks: Ranks):
+    (first, uses_first), (second, uses_second) = ranks.returns(train, 2, True, "gram_ema_", 2)
+    assert first == second
+    assert (uses_first, uses_second) == (True, False)
 
 
-def test_all_take_what_all_chose_by_size():
+def test_all_take_what_the_first_chose_and_all_allow():
     infinite = math.inf
-    one = {"float32": [(64, "cuda"), (256, REFERENCE), (infinite, "cuda")]}
-    other = {"float32": [(128, "cuda"), (infinite, "cuda")]}
-    assert shared._common([one, one]) == one
+    one = Offer(
+        {"float32": [(64, "cuda"), (256, REFERENCE), (infinite, "cuda")]}, {"float32": BOTH}
+    )
+    other = Offer({"float32": [(128, "triton"), (infinite, "cuda")]}, {"float32": BOTH})
+    assert shared._common([one, one]) == one.chosen
     assert shared._common([one, other]) == {
         "float32": [(64, "cuda"), (128, REFERENCE), (256, REFERENCE), (infinite, "cuda")]
     }
+    refused = other._replace(allowed={"float32": ["triton"]})
+    assert {kind for _, kind in shared._common([one, refused])["float32"]} == {REFERENCE}
+    assert {kind for _, kind in shared._common([refused, one])["float32"]} == {"triton", REFERENCE}
 
 
 def test_the_shared_ops_have_cases():

@@ -26,7 +26,7 @@ void minimax_small_root_(uintptr_t root, uintptr_t ridge, uintptr_t factor, int6
                          int residual) {
   MinimaxSchedule schedule{static_cast<int32_t>(steps.size()), residual, {}};
   for (size_t k = 0; k < steps.size(); ++k) {
-    auto& [c0, c1, c2, b, d] = schedule.step[k];
+    auto& [c0, c1, c2, b, d] = schedule.steps[k];
     std::tie(c0, c1, c2, b, d) = steps[k];
   }
   minimax_small_root(at<float>(root), at<double>(ridge), at<const float>(factor), n, batch, p, eps,

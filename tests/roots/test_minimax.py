@@ -148,7 +148,7 @@ WRONG = [
     ("ridge", torch.ones(2), r"ridge is Float of shape \[2\]. Must be contiguous float64"),
     ("ridge", torch.ones(3).double(), r"ridge is Double of shape \[3\].*of shape \[2\]"),
     ("p", 0, r"Invalid p=0. Must be >= 1"),
-    ("schedule", [], r"schedule has 0 coefficients. Must have five for each step, and 1 to"),
+    ("schedule", [], r"schedule has 0 coefficients. Must have five for each step, and a step"),
     ("schedule", [1.0] * 4, r"schedule has 4 coefficients"),
 ]
 

@@ -11,6 +11,7 @@ from root_cases import Exact, limits, spd, stack
 from torch import Tensor
 
 from shampoo import ops
+from shampoo.ops.licence import REFERENCE
 from shampoo.roots import refresh, size_classes
 from shampoo.roots.refresh import PendingFlags, refresh_roots_
 from shampoo.roots.root_check import passes_root_check
@@ -270,7 +271,10 @@ def test_one_stack_is_neither_copied_nor_padded(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture
 def praised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(size_classes, "pays", lambda like, side: side != 300)
+    def at(op: str, like: Tensor, side: int) -> str:
+        return REFERENCE if side == 300 else "triton"
+
+    monkeypatch.setattr(size_classes, "kernel_at", at)
 
 
 SINGLE = torch.empty(0, 8, 8)
@@ -312,10 +316,30 @@ def test_rows_of_one_stack_that_do_not_lie_together_are_joined_too(praised: None
     assert division([Stack(256, 1, 4)] * 5) == [[0, 1, 2, 3, 4]]
 
 
-def test_a_side_that_does_not_pay_heads_no_class(praised: None) -> None:
-    stacks = [Stack(300, 2, 4), Stack(290, 2, 4), Stack(100, 2, 4)]
-    assert division(stacks) == [[0], [1, 2]]
-    assert division([Stack(400, 2, 4), *stacks]) == [[0, 1, 2, 3]]
+def test_a_side_that_does_not_pay_is_in_no_class(praised: None) -> None:
+    stacks = [Stack(400, 2, 4), Stack(300, 2, 4), Stack(290, 2, 4), Stack(100, 2, 4)]
+    assert division(stacks) == [[0, 2, 3], [1]]
+
+
+def test_where_classes_pay_their_op_takes_also_what_is_alone(praised: None, monkeypatch) -> None:
+    """So that the bits of a root do not follow what else is due."""
+    taken = []
+    for name in ("minimax_root_", "minimax_class_root_"):
+        op = getattr(ops, name)
+
+        def noted(*how: Any, op: Any = op, name: str = name) -> None:
+            taken.append((name, how[0].shape[1]))
+            op(*how)
+
+        monkeypatch.setattr(ops, name, noted)
+    for side in (20, 300):
+        refresh_together_(due([stack(1, side)]), **HOW)
+    refresh_together_(due([stack(1, 20), stack(1, 24)]), **HOW)
+    assert taken == [
+        ("minimax_class_root_", 20),
+        ("minimax_root_", 300),
+        ("minimax_class_root_", 24),
+    ]
 
 
 def test_on_a_cpu_every_stack_is_refreshed_by_itself() -> None:

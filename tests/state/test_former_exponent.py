@@ -144,7 +144,7 @@ def test_it_goes_on_with_its_own_exponent_to_the_bit(case, way, tmp_path, said):
     fit(model, optimizer)
     assert_same_bits(snapshot(optimizer), snapshot(twin))
     for param, ended in zip(model.parameters(), saved["ended"], strict=True):
-        torch.testing.assert_close(param.detach(), ended, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(param.detach(), ended, rtol=1e-4, atol=2e-4)
     again = build(**hyper)[1]
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert [group["exponent"] for group in again.param_groups] == [now, now]

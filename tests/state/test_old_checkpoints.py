@@ -2,8 +2,9 @@
 
 ``tests/data/checkpoint_0_1_*.pt`` hold a model, an optimizer's ``state_dict()`` after 7 steps, and
 the parameters in which the same code ended after 14. Gradients are all there: what changed since is
-what a parameter does that has none. On the processor that wrote the files the bits are the same;
-others round products otherwise.
+what a parameter does that has none, and the polynomials by which roots are found: they are off by
+as much, and not by the same. In seven steps of 0.02 that is less than 1e-4; with the exponent of
+today it would be ten times as much.
 """
 
 import logging
@@ -57,4 +58,4 @@ def test_a_checkpoint_of_0_1_goes_on(schedule, caplog):
         optimizer.step()
     assert {int(entries["step"]) for entries in optimizer.state.values()} == {14}
     for param, ended in zip(model.parameters(), saved["ended"], strict=True):
-        torch.testing.assert_close(param.detach(), ended, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(param.detach(), ended, rtol=1e-4, atol=2e-4)

@@ -67,9 +67,9 @@ def test_an_ordinary_step_is_few_launches(backend, model):
 # where size classes win and where not. ResNet-50 has factors of 12 kinds, which are 4 classes.
 MOST_OF_A_REFRESH = {
     ("resnet50", False): (530, 12),
-    ("resnet50", True): (285, 4),
+    ("resnet50", True): (295, 4),
     ("gpt2", False): (345, 7),
-    ("gpt2", True): (325, 6),
+    ("gpt2", True): (345, 6),
 }
 
 
@@ -102,16 +102,19 @@ def test_what_is_due_of_several_stacks_is_one_class():
 
 # Of a refresh of one stack of factors, beyond an ordinary step: 21 products and 6 launches beside
 # them, 2 for what is diagonal, 6 of the root check, a bias correction, what is kept, 4 of the watch
-# over ridges. By torch alone the products are those of float32, and all else is as much again.
-OF_A_REFRESH = {"triton": 41, "reference": 207}
+# over ridges; where classes pay, 5 more for the sizes of what is alone in its class. By torch alone
+# the products are those of float32, and all else is as much again.
+OF_A_REFRESH = {("triton", False): 41, ("triton", True): 46, ("reference", False): 207}
 
 
-@pytest.mark.parametrize("backend", OF_A_REFRESH)
-def test_a_refresh_of_a_stack_is_few_launches(backend):
-    ordinary, refresh = (step_of([(300, 300)] * 3, backend, last) for last in (ORDINARY, REFRESH))
+@pytest.mark.parametrize(("backend", "has_classes"), OF_A_REFRESH)
+def test_a_refresh_of_a_stack_is_few_launches(backend, has_classes):
+    ordinary, refresh = (
+        step_of([(300, 300)] * 3, backend, last, has_classes) for last in (ORDINARY, REFRESH)
+    )
     more = refresh.counts - ordinary.counts
     assert any(line.startswith("roots/") for _, line in more), "no refresh was counted"
-    assert 0 < refresh.total() - ordinary.total() <= OF_A_REFRESH[backend], more
+    assert 0 < refresh.total() - ordinary.total() <= OF_A_REFRESH[backend, has_classes], more
 
 
 def test_what_only_counts_counts_what_runs():

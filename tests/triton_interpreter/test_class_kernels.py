@@ -98,8 +98,9 @@ def test_what_is_timed_are_the_same_roots():
     arguments = WORKLOADS["minimax_class_root_"](4, 64, torch.device("cpu"))
     sizes = arguments[3].tolist()
     assert sizes == [64, 48, 32, 16]
-    kept, alone = [], rivals()
-    assert [run.__module__ for run, _ in alone] == ["shampoo.kernels.triton.minimax"]
+    kept, ways = [], rivals(["triton"])
+    modules = [[run.__module__ for run, _ in kernels] for kernels in ways]
+    assert modules == [["shampoo.kernels.triton.minimax"], []]
 
     def noted(before):
         def call(root, *rest):
@@ -111,10 +112,10 @@ def test_what_is_timed_are_the_same_roots():
 
         return call
 
-    calls = class_calls(minimax_class_root_, arguments, [(noted(True), None)])
+    calls = class_calls(minimax_class_root_, arguments, [[(noted(True), None)]])
     calls["kernel"]()
-    calls["reference"]()  # which finds what the class has left there
-    class_calls(minimax_class_root_, arguments, [(noted(False), None)])["reference"]()
+    calls["0"]()  # which finds what the class has left there
+    class_calls(minimax_class_root_, arguments, [[(noted(False), None)]])["0"]()
     assert [each.shape[1] for each in kept] == sizes * 2
     for X, Y in zip(kept[:4], kept[4:], strict=True):
         torch.testing.assert_close(X, Y, rtol=1e-2, atol=1e-3 * float(Y.abs().max()))
@@ -128,11 +129,11 @@ def test_the_runner_times_a_class_against_its_stacks(monkeypatch):
         for call in calls.values():
             call()
         ran.extend(calls)
-        return {name: quantiles([1.0 + len(name)]) for name in calls}
+        return {name: quantiles([10.0 - len(name)]) for name in calls}
 
     monkeypatch.setattr(runner, "timed", timed)
     monkeypatch.setattr(minimax, "minimax_root_", lambda root, *_, **__: ran.append(root.shape[1]))
     op = OPS["minimax_class_root_"]
     how = op, op.load("triton"), torch.device("cpu"), torch.float32, [(32, 4)]
-    assert runner._timings(*how) == [Timing(32, 7.0, 10.0)]
-    assert ran == [32, 32, 24, 16, 8, "kernel", "reference"]
+    assert runner._timings(*how, ["triton"]) == [Timing(32, kernel=4.0, reference=9.0)]
+    assert ran == [32, 32, 24, 16, 8, "kernel", "0", "1"]

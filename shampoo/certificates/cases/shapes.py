@@ -17,7 +17,13 @@ from shampoo.ops import OPS
 # more is not asked for, the small first.
 BUDGET = {"cpu": 3e9, "cuda": 2e11}
 _ROOT = 10  # an eigendecomposition, and the products of a kernel, in matrix products
-_PRODUCTS = {"check_roots_": 100, "minimax_class_root_": 20}  # roots given; one of each side
+# Roots given; one of each side; and what is no product at all.
+_PRODUCTS = {
+    "check_roots_": 100.0,
+    "minimax_class_root_": 20.0,
+    "diagonal_root_": 0.1,
+    "keep_roots_": 0.1,
+}
 _SMALL = 1 << 16  # elements of a block, of which there are several in a case
 _ROUNDINGS = 32  # sums over a thousand terms in another order
 _LONGEST = 4096  # side at which kernels are timed: there, the next size below says enough
