@@ -218,7 +218,7 @@ struct Iteration {
     }
   }
 
-  // The same in terms of R = I - M and D = T - t I, small at the end: single products suffice. Of degree 2.
+  // The same of degree 2 by R = I - M and D = T - t I, small at the end: single products suffice.
   __device__ __forceinline__ void residual_step(const MinimaxStep<float>& step, bool last,
                                                 Power power) {
     const float t = step.at(1.0f), top = step.at(0.0f), d_scale = split_scale(top);

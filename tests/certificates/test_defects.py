@@ -28,6 +28,7 @@ SILENT = {
     "graft_moments_": "not_deterministic",
     "update_blocks_": "wrong_in_bfloat16",
     "magnitudes_": "raises",
+    "graft_scale_": "last_tile",
 }
 LOUD = {
     "gram_ema_": "segmentation_fault",

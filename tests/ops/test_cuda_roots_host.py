@@ -101,10 +101,11 @@ def test_small_matrices_lose_what_two_halves_lose(host, n, p):
     assert got.max() <= 2 * LIMITS[p, 1e-6][1]
 
 
-@pytest.mark.parametrize("relative_eps", [1e-2, 1e-4, 1e-7])
-@pytest.mark.parametrize("p", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("relative_eps", [1e-2, 1e-3, 1e-4, 1e-5, 1e-7])
+@pytest.mark.parametrize("p", [2, 3, 4, 5, 6, 8])
 def test_every_power(host, p, relative_eps):
-    limit = {1e-2: 2e-3, 1e-4: 2e-3, 1e-7: 1e-1}[relative_eps]
+    # Between the limits of 1e-4 and 1e-6, as noise is between them.
+    limit = {1e-5: 5e-3, 1e-7: 1e-1}.get(relative_eps, 2e-3)
     for n in (20, 40, 70):
         A = spd(torch.logspace(0, -6, n), seed=n)
         for residual in (None, 0):  # the last steps in half precision, or all in full
