@@ -6,7 +6,8 @@ a class spares those too, so that one that wins here wins there. Stacks are of f
 of the class down to a quarter, and as many matrices in all as a class ever holds: with fewer, their
 launches would outweigh the work even more, and padding would win by more. The power is 4: others
 take some products more or less, together as alone. What it is compared with is the fastest way to
-take them alone by kernels that passed.
+take them alone by kernels that passed. A stack without company at such a side is not timed: it goes
+by the op of classes for the sake of its bits, whatever that costs.
 
 Verdicts are kept by the side of a class, as those of a kernel are by size: a refresh pads smaller
 stacks up to a side at which ``minimax_class_root_`` is chosen.

@@ -23,7 +23,7 @@ class Offer(NamedTuple):
 
     Attributes:
         chosen: By dtype, sizes, and the kernel up to each of them.
-        allowed: By dtype, the kernels that passed there.
+        allowed: By dtype, the kernels that may run there; on a CPU, those that do.
     """
 
     chosen: Mapping[str, Sequence[tuple[float, str]]]
@@ -52,7 +52,7 @@ def offers(devices: Iterable[torch.device], replicates_blocks: bool) -> Offers:
 
 
 def agree(everyone: Sequence[Offers]) -> None:
-    """Takes what all ranks take: what the first chose if it passed on all, else the reference.
+    """Takes what all ranks take: what the first chose if all may run it, else the reference.
 
     Args:
         everyone: the offers of every rank, in the same order on each.
@@ -67,8 +67,12 @@ def _common(everyone: Sequence[Offer]) -> dict[str, list[tuple[float, str]]]:
     for dtype in everyone[0].chosen:
         ends = sorted({end for each in everyone for end, _ in each.chosen[dtype]})
         for end in ends:
-            kernel = next(kind for at, kind in everyone[0].chosen[dtype] if at >= end)
-            if not all(kernel in each.allowed[dtype] for each in everyone):
+            chosen = [
+                next(kind for at, kind in each.chosen[dtype] if at >= end) for each in everyone
+            ]
+            kernel = chosen[0]
+            is_agreed = all(other == kernel for other in chosen)
+            if not is_agreed and not all(kernel in each.allowed[dtype] for each in everyone):
                 kernel = REFERENCE
             common.setdefault(dtype, []).append((end, kernel))
     return common

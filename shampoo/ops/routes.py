@@ -184,6 +184,8 @@ def choices(op: Op, device: torch.device) -> Choices:
     if device.type == "cpu":
         kind = "cpp" if runs_kernel_on_cpu(op.name) else REFERENCE
         return {"": [(math.inf, kind)]}
+    if imposed := _imposed.get((device.type, op.name)):
+        return imposed
     backend, table, _, is_licensed = _state
     licence = _licences.get(device, Licence() if is_licensed else None)
     return backends.choices(op, device, backend, table, licence)

@@ -2,11 +2,14 @@
 
 import math
 
+import pytest
 import torch
 from compiled import load_compiled
 from layouts import digest, inject
 from ranks import Ranks
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from shampoo import Shampoo, agreement, ops
 from shampoo.certificates import loading, shared
@@ -91,6 +94,24 @@ def test_what_only_an_owner_computes_is_its_own(ranks: Ranks):
     assert (uses_first, uses_second) == (True, False)
 
 
+def replicates(rank, trainers, is_sharded):
+    model = nn.Linear(64, 64)
+    if is_sharded:
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = Shampoo(model.parameters(), num_trainers_per_group=trainers)
+    model(torch.ones(2, 64)).sum().backward()
+    optimizer.step()
+    return optimizer._process_groups.replicates_blocks
+
+
+@pytest.mark.parametrize(
+    ("trainers", "is_sharded"), [(1, False), (2, False), (-1, True), (1, True)]
+)
+def test_blocks_of_a_mesh_have_one_owner(ranks: Ranks, trainers, is_sharded):
+    wanted = trainers == 1 and not is_sharded
+    assert ranks.returns(replicates, 2, trainers, is_sharded) == [wanted] * 2
+
+
 def test_all_take_what_the_first_chose_and_all_allow():
     infinite = math.inf
     one = Offer(
@@ -101,9 +122,11 @@ def test_all_take_what_the_first_chose_and_all_allow():
     assert shared._common([one, other]) == {
         "float32": [(64, "cuda"), (128, REFERENCE), (256, REFERENCE), (infinite, "cuda")]
     }
-    refused = other._replace(allowed={"float32": ["triton"]})
+    refused = Offer({"float32": [(128, "triton"), (infinite, REFERENCE)]}, {"float32": ["triton"]})
     assert {kind for _, kind in shared._common([one, refused])["float32"]} == {REFERENCE}
     assert {kind for _, kind in shared._common([refused, one])["float32"]} == {"triton", REFERENCE}
+    insisted = one._replace(allowed={"float32": []})  # SHAMPOO_BACKEND, whatever has passed
+    assert shared._common([one, insisted]) == one.chosen
 
 
 def test_the_shared_ops_have_cases():

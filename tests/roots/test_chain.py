@@ -107,3 +107,13 @@ def test_schedules_come_as_one_list():
     assert steps_of(flat) == (Step(1.0, 2.0, 3.0, 0.0, 0.0), Step(4.0, 5.0, 6.0, 7.0, 0.5))
     with pytest.raises(ValueError, match="shorter"):
         steps_of(flat[:7])
+
+
+@pytest.mark.parametrize(
+    ("p", "relative_eps", "count"),
+    [(1, 1e-6, 0), (2, 1e-5, 0), (2, 1e-6, 1), (4, 1e-6, 1), (4, 1e-7, 0), (6, 1e-2, 2)],
+)
+def test_no_step_of_degree_four_is_taken_in_single_products(p, relative_eps, count):
+    schedule = minimax_schedule(p, relative_eps)
+    assert residual_steps(p, schedule) == count
+    assert all(step.degree < 4 for step in schedule[len(schedule) - count :])

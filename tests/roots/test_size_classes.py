@@ -11,6 +11,7 @@ from root_cases import Exact, limits, spd, stack
 from torch import Tensor
 
 from shampoo import ops
+from shampoo.kernels.reference.root_check import white_vectors
 from shampoo.ops.licence import REFERENCE
 from shampoo.roots import refresh, size_classes
 from shampoo.roots.refresh import PendingFlags, refresh_roots_
@@ -356,3 +357,11 @@ def test_refresh_roots_takes_sizes() -> None:
     exact = Exact(A[0, :20, :20])
     assert exact.error(root[0, :20, :20], 4, 1e-6 * exact.norm) <= 2e-3
     assert not root[1].any()
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 33])
+def test_a_matrix_is_probed_alike_whatever_the_side_of_its_class(n: int) -> None:
+    device = torch.device("cpu")
+    for dtype in (torch.float32, torch.float64):
+        many = white_vectors(300, dtype, device)
+        assert white_vectors(n, dtype, device).equal(many[:n])
