@@ -156,7 +156,7 @@ class Agreeing(Persistent):
         with deferred:
             shapes = _shapes_of(plan)
             certificates.prepare(shapes)
-            offers = certificates.offers(shapes, groups.replicates_blocks)
+            offers = certificates.offers(shapes, plan.is_redundant)
             self._distributors = Distributors(preflight.key, plan.planned, groups)
         if not plan.stepping_ranks.is_alone:
             consensus = groups.consensus(plan.stepping_ranks, plan.arenas[0].device)

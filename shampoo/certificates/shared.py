@@ -34,17 +34,17 @@ Offers = Mapping[str, Offer]
 """By ``type op``, for every type of device and op."""
 
 
-def offers(devices: Iterable[torch.device], replicates_blocks: bool) -> Offers:
+def offers(devices: Iterable[torch.device], is_redundant: bool) -> Offers:
     """What this rank has for the ops that ranks share.
 
     Args:
         devices: of this rank.
-        replicates_blocks: whether several ranks compute the same blocks.
+        is_redundant: whether several ranks compute the same blocks, each for itself.
     """
     found: dict[str, Offer] = {}
     for device in devices:
         if device.type in ("cpu", "cuda"):
-            for name in ops.OPS if replicates_blocks else SHARED:
+            for name in ops.OPS if is_redundant else SHARED:
                 op = ops.OPS[name]
                 offer = Offer(choices(op, device), allowed(op, device))
                 found.setdefault(f"{device.type} {name}", offer)

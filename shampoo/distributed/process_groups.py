@@ -86,7 +86,6 @@ class ProcessGroups:
         # On a rank outside it torch gives a number in its place: replicas() says so, by the ranks.
         self.process_group = GroupHandle(part) if isinstance(part, dist.ProcessGroup) else None
         self._trainers: dict[int, int] = {}  # by how many ranks hold the parameters
-        self._replicates: dict[int, bool] = {}  # the same: see replicates_blocks
         self._groups: dict[tuple[int, ...], GroupHandle] = {}
         # Of one dimension, by their ranks.
         self._meshes: dict[tuple[int, ...], weakref.ref[DeviceMesh]] = {}
@@ -126,15 +125,6 @@ class ProcessGroups:
                 int(os.environ.get("LOCAL_WORLD_SIZE", replicas)),
                 blocks,
             )
-        self._replicates[replicas] = blocks > 0 and self._trainers[replicas] < replicas
-
-    @property
-    def replicates_blocks(self) -> bool:
-        """Whether several groups compute the same blocks, after :meth:`settle_trainers`.
-
-        Those of DTensors never are: all ranks of a mesh divide them.
-        """
-        return self._replicates.get(self.replicas().size, False)
 
     def team_of(self, param: Tensor) -> Team:
         """The ranks that divide the blocks of a parameter, after :meth:`settle_trainers`."""

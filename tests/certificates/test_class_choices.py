@@ -164,7 +164,7 @@ def test_groups_of_unlike_cards_take_what_the_first_takes_if_it_passed_on_all(ca
         everyone = []
         for each in (one, its):
             card(each.licence)
-            everyone.append(shared.offers([CARD], replicates_blocks=True))
+            everyone.append(shared.offers([CARD], is_redundant=True))
         assert everyone[0] != everyone[1]
         for each in (one, its):
             card(each.licence)

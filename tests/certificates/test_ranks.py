@@ -94,14 +94,25 @@ def test_what_only_an_owner_computes_is_its_own(ranks: Ranks):
     assert (uses_first, uses_second) == (True, False)
 
 
-def replicates(rank, trainers, is_sharded):
+def is_redundant(rank, trainers, is_sharded):
     model = nn.Linear(64, 64)
     if is_sharded:
         fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    optimizer = Shampoo(model.parameters(), num_trainers_per_group=trainers)
-    model(torch.ones(2, 64)).sum().backward()
-    optimizer.step()
-    return optimizer._process_groups.replicates_blocks
+    how = {"num_trainers_per_group": trainers, "check_replicas_every": 1000}
+    optimizer = Shampoo(model.parameters(), **how)
+    asked, offers = [], agreement.certificates.offers
+
+    def noted(devices, is_redundant):
+        asked.append(is_redundant)
+        return offers(devices, is_redundant)
+
+    agreement.certificates.offers = noted
+    try:
+        model(torch.ones(2, 64)).sum().backward()
+        optimizer.step()
+    finally:
+        agreement.certificates.offers = offers
+    return asked
 
 
 @pytest.mark.parametrize(
@@ -109,7 +120,7 @@ def replicates(rank, trainers, is_sharded):
 )
 def test_blocks_of_a_mesh_have_one_owner(ranks: Ranks, trainers, is_sharded):
     wanted = trainers == 1 and not is_sharded
-    assert ranks.returns(replicates, 2, trainers, is_sharded) == [wanted] * 2
+    assert ranks.returns(is_redundant, 2, trainers, is_sharded) == [[wanted]] * 2
 
 
 def test_all_take_what_the_first_chose_and_all_allow():
